@@ -1,0 +1,502 @@
+"""`DeepTaylor`: deep Taylor decomposition as a Captum attribution method."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from captum._utils.common import _select_targets
+from captum.attr import Attribution
+from captum.log import log_usage
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
+
+from captum_dtd.bounds import Bound, broadcast_bound
+from captum_dtd.composites import Composite, Selector, as_composite
+from captum_dtd.graph import operation_name, source_line, structure_of, trace, unwrap
+from captum_dtd.propagate import Network, Observer, Step
+from captum_dtd.rules import MaxPoolRule, Rule
+from captum_dtd.tables import Ledger, LedgerRow, RuleRow, RuleTable
+
+Seed: TypeAlias = Literal["logit", "one"]
+Backend: TypeAlias = Literal["auto", "reference"]
+Precision: TypeAlias = Literal["float32"]
+Target: TypeAlias = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None
+"""What is explained, in Captum's forms: an index for all examples, one per example, or tuples of indices."""
+
+CompositeLike: TypeAlias = str | Composite | Mapping[Selector, Rule | MaxPoolRule]
+
+# More traces than this are kept by nobody's use; a graph holds no weights, so each is small.
+_MOST_TRACES = 32
+
+
+class DeepTaylor(Attribution):  # type: ignore[misc]
+    """Deep Taylor decomposition of a network's decision (Montavon et al. 2017), on the user's model as it is.
+
+    Relevance starts at the target's score and walks back layer by layer, z+ in hidden layers and z-beta at the pixels (or
+    by another composite), so that every pixel gets its share of the score and the shares add up to it. The model is traced
+    on the first call (seconds), never changed, and its weights are read anew by every call.
+
+    Args:
+        model: a module in evaluation mode that returns one tensor of scores, (N,), (N, classes) or more.
+        low: the darkest possible pixel after normalisation: a number, one per channel, or a tensor that broadcasts against
+            the input; for a tuple of inputs a tuple of these. See `captum_dtd.pixel_bounds`.
+        high: the brightest possible pixel, likewise.
+        composite: which rule is used where: ``"dtd"``, ``"epsilon-gamma-box"``, a `captum_dtd.Composite`, or a mapping from
+            globs of module paths or module types to rules, laid over ``"dtd"``.
+        seed: ``"logit"``: relevance starts as the target's score; ``"one"``: as 1.
+        backend: ``"auto"``: the fastest kernels at hand; ``"reference"``: plain ATen in IEEE arithmetic. The rule table
+            names the kernel that serves each layer.
+        precision: ``"float32"``: the input's own precision; half-precision models keep relevance in float32.
+
+    Raises:
+        TypeError: if the model is not a module, or the composite is not one.
+        ValueError: if an option does not exist.
+
+    Example:
+        >>> import torch
+        >>> from captum_dtd import DeepTaylor, pixel_bounds
+        >>> from captum_dtd.models import c3d_mini
+        >>> model = c3d_mini(num_classes=10).eval()
+        >>> low, high = pixel_bounds(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        >>> clips = torch.rand(2, 3, 8, 32, 32) * 4 - 2
+        >>> relevance = DeepTaylor(model, low, high).attribute(clips, target=3)
+        >>> relevance.shape
+        torch.Size([2, 3, 8, 32, 32])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        low: Bound | tuple[Bound, ...],
+        high: Bound | tuple[Bound, ...],
+        *,
+        composite: CompositeLike = "dtd",
+        seed: Seed = "logit",
+        backend: Backend = "auto",
+        precision: Precision = "float32",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; wrap a function in a module")
+        check_option("seed", seed, get_args(Seed))
+        check_option("backend", backend, get_args(Backend))
+        check_option("precision", precision, get_args(Precision))
+        super().__init__(model)
+        self.model = model
+        self.low = low
+        self.high = high
+        self.composite = as_composite(composite)
+        self.seed = seed
+        self.backend = backend
+        self.precision = precision
+        self._lock = threading.Lock()
+        self._networks: OrderedDict[object, Network] = OrderedDict()
+        self._warned: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the traces, which are made again where they are needed."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_networks")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock(), _networks=OrderedDict())
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        *,
+        internal_batch_size: int | None = None,
+        show_progress: bool = False,
+    ) -> Any:
+        """Relevance of every input element for the target's score.
+
+        Args:
+            inputs: a floating-point tensor (N, C, T, H, W) of clips or (N, C, H, W) of images, as the model takes it, or a
+                tuple of such tensors with the same N.
+            target: which output is explained: an index for all examples, a list or tensor with one per example, a tuple of
+                indices where the output has more than two dimensions, a list of such tuples; None only where the model
+                returns one value per example.
+            additional_forward_args: further arguments of the model's forward, not explained; tensors with N rows are
+                batched along.
+            return_convergence_delta: also return what was lost on the way, one value per example.
+            internal_batch_size: how many examples are explained at once; by default as many as free memory allows.
+            show_progress: show a progress bar.
+
+        Returns:
+            A tensor shaped like ``inputs`` (a tuple for a tuple), in the units of the score: for the composite ``"dtd"`` it
+            has the sign of the seed everywhere and sums to it. With ``return_convergence_delta`` a pair of that and the
+            delta (N,), ``seed - sum of relevance``.
+
+        Raises:
+            TypeError: if ``inputs`` are not tensors.
+            ValueError: if the model is in training mode, the inputs are not finite, of another shape or type than the model
+                takes, or the target does not exist.
+            UnsupportedOperationError: if relevance would have to cross an operation that no rule covers.
+        """
+        relevance, delta = self._explain(inputs, target, additional_forward_args, internal_batch_size, show_progress)
+        result = relevance if isinstance(inputs, tuple) else relevance[0]
+        return (result, delta) if return_convergence_delta else result
+
+    def rule_table(self, inputs: Tensor | tuple[Tensor, ...], additional_forward_args: Any = None) -> RuleTable:
+        """Which rule every operation would follow on such inputs, without explaining anything; print it.
+
+        Args:
+            inputs: as for `attribute`; shapes and types matter, values do not.
+            additional_forward_args: as for `attribute`.
+
+        Raises:
+            ValueError: as `attribute` does for inputs that the model does not take.
+        """
+        network = self._network(as_tuple(inputs), as_arguments(additional_forward_args))
+        return RuleTable(
+            self.composite.name,
+            tuple(
+                RuleRow(s.node.name, operation_name(s.node), s.path, s.rule_text, "reference", source_line(s.node))
+                for s in network.steps
+            ),
+            network.notes,
+        )
+
+    def ledger(
+        self, inputs: Tensor | tuple[Tensor, ...], target: Target = None, additional_forward_args: Any = None
+    ) -> Ledger:
+        """Explain the inputs and record, operation by operation, how much relevance arrived and left; print it.
+
+        Args:
+            inputs: as for `attribute`.
+            target: as for `attribute`.
+            additional_forward_args: as for `attribute`.
+
+        Raises:
+            ValueError: as `attribute`.
+        """
+        tensors, extra = as_tuple(inputs), as_arguments(additional_forward_args)
+        network = self._network(tensors, extra)
+        weights = network.weights(unwrap(self.model))
+        bounds = self._bounds(tensors)
+        columns: list[list[tuple[Step, Tensor, Tensor]]] = []
+        seeds, sums = [], []
+        # Example by example: inside a network the batch dimension may be merged with others, so sums per example need this.
+        for i in range(len(tensors[0])):
+            column: list[tuple[Step, Tensor, Tensor]] = []
+
+            def observe(step: Step, arriving: Any, leaving: Sequence[Tensor | None], column: Any = column) -> None:
+                column.append((step, _total(pytree.tree_leaves(arriving)), _total(leaving)))
+
+            relevance, seed = self._walk(network, weights, tensors, extra, target, bounds, slice(i, i + 1), observe)
+            columns.append(column)
+            seeds.append(seed.sum())
+            sums.append(_total(relevance))
+        rows = tuple(
+            LedgerRow(
+                same_step[0][0].node.name,
+                operation_name(same_step[0][0].node),
+                same_step[0][0].path,
+                same_step[0][0].rule_text,
+                torch.stack([arriving for _, arriving, _ in same_step]),
+                torch.stack([leaving for _, _, leaving in same_step]),
+            )
+            for same_step in zip(*columns, strict=True)
+        )
+        return Ledger(rows, torch.stack(seeds), torch.stack(sums))
+
+    def has_convergence_delta(self) -> bool:
+        """True: relevance that was lost on the way can be told."""
+        return True
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """True: relevance is a share of the score, not a sensitivity."""
+        return True
+
+    def compute_convergence_delta(self, attributions: Tensor | tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """What was lost on the way: ``output - sum of attributions``, one value per example (N,).
+
+        Args:
+            attributions: what `attribute` returned.
+            output: the relevance that the walk started with, (N,): the target's score, or 1 with ``seed="one"``.
+        """
+        parts = attributions if isinstance(attributions, tuple) else (attributions,)
+        return output.flatten() - torch.stack([part.flatten(1).sum(1) for part in parts]).sum(0)
+
+    def affordable_batch(self, inputs: tuple[Tensor, ...], additional_forward_args: Any = None) -> int:
+        """How many such examples can be explained at once in half of the memory that is free now; at least 1."""
+        network = self._network(inputs, as_arguments(additional_forward_args))
+        return max(1, free_memory(inputs[0].device) // 2 // max(1, network.bytes_per_example))
+
+    def _explain(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target,
+        additional_forward_args: Any,
+        internal_batch_size: int | None,
+        show_progress: bool,
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        tensors, extra = as_tuple(inputs), as_arguments(additional_forward_args)
+        check_batch_size(internal_batch_size)
+        count = len(tensors[0])
+        with tqdm(total=count, desc=self.get_name(), unit="clip", disable=not show_progress) as progress:
+            progress.set_postfix_str("tracing the model")
+            network = self._network(tensors, extra)
+            progress.set_postfix_str("")
+            bounds = self._bounds(tensors)
+            self._warn_about(network, tensors, bounds)
+            weights = network.weights(unwrap(self.model))
+            size = internal_batch_size or self.affordable_batch(tensors, extra)
+            if not network.any_batch:
+                size = count
+            chunks: list[tuple[Tensor, ...]] = []
+            deltas: list[Tensor] = []
+            for start in range(0, max(count, 1), size):
+                rows = slice(start, min(start + size, count))
+                relevance, seed = self._walk(network, weights, tensors, extra, target, bounds, rows)
+                chunks.append(relevance)
+                deltas.append(self.compute_convergence_delta(relevance, seed.flatten(1).sum(1)))
+                progress.update(rows.stop - rows.start)
+        return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True)), torch.cat(deltas)
+
+    def _walk(
+        self,
+        network: Network,
+        weights: dict[Any, Any],
+        inputs: tuple[Tensor, ...],
+        extra: tuple[Any, ...],
+        target: Target,
+        bounds: list[tuple[Tensor, Tensor]],
+        rows: slice,
+        observe: Observer | None = None,
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Relevance of some examples' inputs, and the seed it started from."""
+        count = len(inputs[0])
+        arguments = pytree.tree_leaves((*take(inputs, rows), *take_arguments(extra, rows, count)))
+        activations = network.forward(weights, arguments)
+        seed = self._seed(activations.output, take_target(target, range(rows.start, rows.stop), count))
+        box = [(low[rows], high[rows]) for low, high in bounds]
+        return network.backward(activations, seed, box, observe), seed
+
+    def _network(self, inputs: tuple[Tensor, ...], extra: tuple[Any, ...]) -> Network:
+        """The traced network for inputs of this shape, from memory where the model still has the same structure."""
+        check_inputs(inputs)
+        check_evaluation_mode(self.model)
+        model = unwrap(self.model)
+        count = len(inputs[0])
+        key = (structure_of(model), self.composite, len(inputs), _signature((*inputs, *extra), count))
+        with self._lock:
+            for known in (key, (key, count)):
+                if known in self._networks:
+                    self._networks.move_to_end(known)
+                    return self._networks[known]
+            try:
+                traced = trace(model, (*inputs, *extra), count)
+            except ValueError as error:
+                raise ValueError(f"{error}{layout_hint(model, inputs[0])}") from error
+            network = Network(model, traced, len(inputs), self.composite)
+            self._networks[key if network.any_batch else (key, count)] = network
+            while len(self._networks) > _MOST_TRACES:
+                self._networks.popitem(last=False)
+            return network
+
+    def _bounds(self, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if len(inputs) > 1 and isinstance(bound, tuple) and len(bound) != len(inputs):
+                raise ValueError(f"{name} has {len(bound)} entries for {len(inputs)} inputs; give one for each")
+        for i, tensor in enumerate(inputs):
+            like = tensor if tensor.dtype == torch.float64 else tensor.new_zeros((), dtype=torch.float32).expand(tensor.shape)
+            low, high = (
+                broadcast_bound(name, bound[i] if len(inputs) > 1 and isinstance(bound, tuple) else bound, like)  # type: ignore[arg-type]
+                for name, bound in (("low", self.low), ("high", self.high))
+            )
+            if bool((low > high).any()):
+                raise ValueError(f"low must not exceed high, got low={self.low} and high={self.high}")
+            pairs.append((low, high))
+        return pairs
+
+    def _seed(self, output: Tensor, target: Target) -> Tensor:
+        """Relevance of the output: the target's score (or 1) where the target is, zero elsewhere."""
+        scores = output.detach() if output.dtype == torch.float64 else output.detach().float()
+        chosen = _chosen(scores, target)
+        values = scores if self.seed == "logit" else torch.ones_like(scores)
+        return torch.where(chosen, values, torch.zeros_like(values))
+
+    def _warn_about(self, network: Network, inputs: tuple[Tensor, ...], bounds: list[tuple[Tensor, Tensor]]) -> None:
+        messages = list(network.notes)
+        for tensor, (low, high) in zip(inputs, bounds, strict=True):
+            # Half a rounding step of slack: normalising a black or a white pixel may land just outside its bound.
+            slack = 4 * torch.finfo(tensor.dtype).eps * (high - low)
+            if bool(((tensor < low - slack) | (tensor > high + slack)).any()):
+                messages.append(
+                    "pixel values lie outside [low, high]; they are explained by the z-beta formula as it stands, but low and "
+                    "high should be the darkest and brightest possible pixel after normalisation (see pixel_bounds)"
+                )
+        for message in dict.fromkeys(messages):
+            if message not in self._warned:
+                self._warned.add(message)
+                warnings.warn(message, UserWarning, stacklevel=5)
+
+
+def check_option(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise ValueError unless ``value`` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_batch_size(internal_batch_size: int | None) -> None:
+    """Raise ValueError for a batch size below 1."""
+    if internal_batch_size is not None and internal_batch_size < 1:
+        raise ValueError(f"internal_batch_size must be at least 1, got {internal_batch_size}")
+
+
+def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs as a tuple of tensors.
+
+    Raises:
+        TypeError: if they are not tensors.
+        ValueError: if there are none.
+    """
+    tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"inputs must be a tensor or a tuple of tensors, got {type(tensor).__name__}")
+    if not tensors:
+        raise ValueError("inputs is an empty tuple; give at least one tensor")
+    return tensors
+
+
+def as_arguments(additional_forward_args: Any) -> tuple[Any, ...]:
+    """Additional forward arguments as a tuple, as Captum reads them: None is none, anything else but a tuple is one."""
+    if additional_forward_args is None:
+        return ()
+    return additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
+
+
+def check_inputs(inputs: tuple[Tensor, ...]) -> None:
+    """Raise ValueError unless all inputs are finite floating-point tensors with the same number of examples."""
+    for tensor in inputs:
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"inputs must be floating point, got {tensor.dtype} of shape {tuple(tensor.shape)}; convert with .float(), "
+                "scale and normalise it as the model expects, and order it (N, C, T, H, W)"
+            )
+        if tensor.ndim < 2:
+            raise ValueError(f"inputs must have a batch dimension, (N, C, ...), got shape {tuple(tensor.shape)}")
+        if len(tensor) != len(inputs[0]):
+            raise ValueError(f"inputs have different numbers of examples: {[len(tensor) for tensor in inputs]}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"inputs of shape {tuple(tensor.shape)} contain NaN or infinity; nothing can be explained")
+
+
+def check_evaluation_mode(model: nn.Module) -> None:
+    """Raise ValueError if any module is in training mode: dropout and batch statistics would make relevance random."""
+    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(f"the model is in training mode ({', '.join(training[:3])}); call model.eval() first")
+
+
+def layout_hint(model: nn.Module, clip: Tensor) -> str:
+    """What to do about an input whose dimensions seem to be in another order; empty if nothing suggests itself."""
+    first = next((m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
+    if first is None:
+        return ""
+    channels, rank = first.in_channels, first.weight.ndim
+    names = {3: "(N, C, T)", 4: "(N, C, H, W)", 5: "(N, C, T, H, W)"}[rank]
+    hint = f"; the model's first convolution takes {names} with C={channels}, the input has shape {tuple(clip.shape)}"
+    if clip.ndim == rank - 1 and clip.shape[0] == channels:
+        return f"{hint}: add the batch dimension with inputs.unsqueeze(0)"
+    if clip.ndim == rank and clip.shape[1] != channels and rank == 5 and clip.shape[2] == channels:
+        return f"{hint}: it looks like (N, T, C, H, W), so pass inputs.permute(0, 2, 1, 3, 4)"
+    if clip.ndim == rank and clip.shape[1] != channels and clip.shape[-1] == channels:
+        order = ", ".join(map(str, (0, rank - 1, *range(1, rank - 1))))
+        return f"{hint}: channels come last, so pass inputs.permute({order})"
+    if clip.ndim == rank - 1 and rank == 5 and clip.shape[-1] == channels:
+        return f"{hint}: it looks like one clip (T, H, W, C), so pass inputs.permute(3, 0, 1, 2).unsqueeze(0)"
+    return hint
+
+
+def take(tensors: tuple[Tensor, ...], rows: slice | Tensor) -> tuple[Tensor, ...]:
+    """Some examples of every tensor."""
+    return tuple(tensor[rows] for tensor in tensors)
+
+
+def take_arguments(extra: tuple[Any, ...], rows: slice | Tensor, count: int) -> tuple[Any, ...]:
+    """Some examples of additional arguments: tensors with one row per example are indexed, everything else is as it was."""
+
+    def picked(leaf: Any) -> Any:
+        return leaf[rows] if isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == count else leaf
+
+    return tuple(pytree.tree_map(picked, argument) for argument in extra)
+
+
+def take_target(target: Target, rows: Sequence[int], count: int) -> Target:
+    """The target of some examples: one per example is indexed, one for all stays.
+
+    Raises:
+        ValueError: if there is neither one target for all nor one per example.
+    """
+    per_example = isinstance(target, list) or (isinstance(target, Tensor) and target.numel() != 1)
+    if not per_example:
+        return target
+    assert isinstance(target, (list, Tensor))
+    if len(target) != count:
+        raise ValueError(f"target has {len(target)} entries for {count} examples; give one for all or one for each")
+    return target[torch.as_tensor(list(rows), dtype=torch.long)] if isinstance(target, Tensor) else [target[i] for i in rows]  # type: ignore[return-value]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device now; for a CPU what Linux says is available, or half of what the machine has."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    info = Path("/proc/meminfo")
+    if info.exists():
+        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _chosen(scores: Tensor, target: Target) -> Tensor:
+    """Where the target is, as a mask of the output's shape; Captum's own selection decides, applied to positions."""
+    positions = torch.arange(scores.numel(), device=scores.device).view(scores.shape)
+    count = len(scores)
+    if target is None and scores.numel() != count:
+        raise ValueError(
+            f"target is None, but the model returns {tuple(scores.shape[1:])} scores per example; name the one to explain"
+        )
+    if isinstance(target, Tensor) and target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise ValueError(f"target must hold integers, got a tensor of {target.dtype}")
+    if target is not None and not isinstance(target, (int, tuple, list, Tensor)):
+        raise TypeError(f"target must be an index, one index per example, or tuples of indices, got {type(target).__name__}")
+    try:
+        picked = _select_targets(positions, target.long() if isinstance(target, Tensor) else target)
+    except (AssertionError, IndexError, RuntimeError, TypeError) as error:
+        classes = f"; classes are 0 to {scores.shape[-1] - 1}" if scores.ndim == 2 else ""
+        raise ValueError(f"target {target!r} does not fit an output of shape {tuple(scores.shape)}{classes} ({error})") from None
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[picked.flatten()] = True
+    return mask.view(scores.shape)
+
+
+def _signature(arguments: tuple[Any, ...], count: int) -> tuple[object, ...]:
+    """What a trace depends on: shapes (but for the batch), types and devices of tensors, and the other arguments' values."""
+
+    def of(leaf: Any) -> object:
+        if not isinstance(leaf, Tensor):
+            return (type(leaf), leaf) if getattr(type(leaf), "__hash__", None) else (type(leaf), repr(leaf))
+        batched = leaf.ndim > 0 and len(leaf) == count
+        return (batched, tuple(leaf.shape[1:] if batched else leaf.shape), leaf.dtype, leaf.device)
+
+    leaves, spec = pytree.tree_flatten(arguments)
+    return (str(spec), *(of(leaf) for leaf in leaves))
+
+
+def _total(parts: Sequence[Tensor | None]) -> Tensor:
+    return torch.stack([part.sum() for part in parts if part is not None]).sum()

@@ -1,0 +1,67 @@
+"""The darkest and the brightest pixel a network can see: the box in which the z-beta rule looks for its root point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Bound: TypeAlias = float | Sequence[float] | Tensor
+"""A pixel bound after normalisation: one number, one per channel, or a tensor that broadcasts against the input."""
+
+
+def pixel_bounds(mean: Sequence[float], std: Sequence[float], scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Bounds of a pixel after the usual normalisation ``(pixel - mean) / std``, one per channel.
+
+    ``low = (0 - mean) / std`` and ``high = (scale - mean) / std``.
+
+    Args:
+        mean: mean that the preprocessing subtracts, one per channel.
+        std: standard deviation that it divides by, one per channel, positive.
+        scale: the largest pixel before normalisation: 1 for pixels in 0..1, 255 for pixels in 0..255 (C3D).
+
+    Returns:
+        ``(low, high)``, two float64 tensors with one value per channel: what ``DeepTaylor(model, low, high)`` takes.
+
+    Raises:
+        ValueError: if ``mean`` and ``std`` differ in length, or ``std`` or ``scale`` is not positive.
+
+    Example:
+        >>> low, high = pixel_bounds(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        >>> low.tolist(), high.tolist()
+        ([-2.0, -2.0, -2.0], [2.0, 2.0, 2.0])
+    """
+    if len(mean) != len(std):
+        raise ValueError(f"mean has {len(mean)} channels and std has {len(std)}; give one value per channel in both")
+    deviations = torch.tensor([float(value) for value in std], dtype=torch.float64)
+    means = torch.tensor([float(value) for value in mean], dtype=torch.float64)
+    if not bool((deviations > 0).all()) or not scale > 0:
+        raise ValueError(f"std and scale must be positive, got std={tuple(std)} and scale={scale}")
+    return -means / deviations, (scale - means) / deviations
+
+
+def broadcast_bound(name: str, bound: Bound, like: Tensor) -> Tensor:
+    """The bound as a tensor of the shape, dtype and device of ``like`` (N, C, ...), without copying it per pixel.
+
+    Args:
+        name: ``"low"`` or ``"high"``, for the error message.
+        bound: a number, one value per channel, or a tensor that broadcasts against ``like``.
+        like: shaped like what is explained.
+
+    Raises:
+        ValueError: if the bound neither has one value per channel nor broadcasts, or is not finite.
+    """
+    value = torch.as_tensor(bound, dtype=like.dtype, device=like.device)
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} must be finite, got {bound}")
+    if value.ndim == 1 and like.ndim > 2:
+        value = value.view(-1, *[1] * (like.ndim - 2))
+    try:
+        return value.expand(like.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name} of shape {tuple(torch.as_tensor(bound).shape)} does not fit the input {tuple(like.shape)}; give a number, "
+            f"one per channel ({like.shape[1] if like.ndim > 1 else 1}), or a tensor that broadcasts against the input"
+        ) from None

@@ -1,0 +1,287 @@
+"""Rewrites of a traced graph that leave its outputs as they are and make its relevance well defined.
+
+Each canonizer takes a ``torch.fx.Graph`` and changes it in place. Weights stay symbolic: a folded weight is a node computed
+from the layer's and the batch norm's parameters, so it always follows the user's current values.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from captum_dtd.graph import operation_name
+
+aten = torch.ops.aten
+
+CONVOLUTIONS = frozenset(
+    getattr(aten, f"conv{n}d").__getattr__(overload) for n in (1, 2, 3) for overload in ("default", "padding")
+)
+SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default})
+AVERAGE_POOLS = frozenset({aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default})
+ADAPTIVE_AVERAGES = frozenset(
+    {aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default}
+)
+ADAPTIVE_MAXIMA = frozenset({F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d})
+MAX_POOLS = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
+REDUCTIONS = frozenset({aten.mean.dim, aten.sum.dim_IntList})
+SHAPE_ONLY = frozenset(
+    {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.clone.default, aten.contiguous.default}
+    | {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.flatten.using_ints}
+    | {aten.permute.default, aten.transpose.int, aten.dropout.default, aten.alias.default, aten.detach.default}
+)
+"""Operations that only rename or reorder values, so that a softmax before them is still the end of the network."""
+
+
+def canonize(graph: fx.Graph) -> tuple[str, ...]:
+    """Apply every canonizer, in order, and return what a user should know about (a softmax that was stepped over)."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and operation_name(node).startswith(("assert", "sym_constrain")):
+            graph.erase_node(node)
+    single_outputs(graph)
+    notes = step_over_softmax(graph)
+    fold_batch_norm(graph)
+    drop_identity_windows(graph)
+    average_before_linear(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return notes
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """The traced shape of a node's value; the batch dimension may be symbolic."""
+    return tuple(node.meta["val"].shape)
+
+
+def _insert(
+    graph: fx.Graph, before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node
+) -> fx.Node:
+    """A new node before ``before`` that carries the names, source line and traced value of ``like``."""
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args)
+    node.meta = dict(like.meta)
+    return node
+
+
+def _traced(node: fx.Node) -> fx.Node:
+    """Give a rewritten node the traced value that follows from its new arguments."""
+    args = fx.map_arg(node.args, lambda argument: argument.meta["val"])
+    node.meta["val"] = node.target(*args)  # type: ignore[operator]
+    return node
+
+
+def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
+
+
+def single_outputs(graph: fx.Graph) -> None:
+    """Replace operations that also return indices or statistics by their plain forms, where only the values are used."""
+    plain: dict[Any, Callable[[fx.Node], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
+        aten._native_batch_norm_legit_no_training.default: lambda n: (batch_norm, (*n.args[:5], n.args[6])),
+        aten.max.dim: lambda n: (maximum_over, (n.args[0], [n.args[1]], *n.args[2:])),
+        aten.max_pool2d_with_indices.default: lambda n: (aten.max_pool2d.default, n.args),
+        aten.max_pool3d_with_indices.default: lambda n: (aten.max_pool3d.default, n.args),
+        aten.adaptive_max_pool1d.default: lambda n: (F.adaptive_max_pool1d, n.args),
+        aten.adaptive_max_pool2d.default: lambda n: (F.adaptive_max_pool2d, n.args),
+        aten.adaptive_max_pool3d.default: lambda n: (F.adaptive_max_pool3d, n.args),
+    }
+    for node in list(graph.nodes):
+        items = list(node.users)
+        if node.target not in plain or any(u.target is not operator.getitem or u.args[1] != 0 for u in items):
+            continue
+        target, args = plain[node.target](node)
+        for item in items:
+            _replace(graph, item, _insert(graph, item, target, args, like=item))
+        graph.erase_node(node)
+    for node in list(graph.nodes):
+        if node.target is aten.amax.default and node.args[1:2] and 0 not in node.args[1]:
+            _replace(graph, node, _insert(graph, node, maximum_over, node.args, like=node))
+
+
+def maximum_over(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
+    """Maximum over dimensions, as ``amax``, but routing to one maximum where several are equal (amax's gradient splits)."""
+    moved = x.movedim(dims, tuple(range(-len(dims), 0))).flatten(-len(dims)).max(-1).values
+    for dim in sorted(dim % x.ndim for dim in dims) if keepdim else ():
+        moved = moved.unsqueeze(dim)
+    return moved
+
+
+def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """Batch norm in evaluation mode: an affine map of every channel."""
+    return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+
+
+def folded_weight(weight: Tensor, gamma: Tensor | None, var: Tensor, eps: float) -> Tensor:
+    """``v gamma / sqrt(var + eps)`` for every output channel (dimension 0 of the weight)."""
+    scale = torch.rsqrt(var + eps) if gamma is None else gamma * torch.rsqrt(var + eps)
+    return weight * scale.view(-1, *[1] * (weight.ndim - 1))
+
+
+def folded_bias(
+    bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
+    """``(b - mean) gamma / sqrt(var + eps) + beta``."""
+    scale = torch.rsqrt(var + eps) if gamma is None else gamma * torch.rsqrt(var + eps)
+    shifted = (-mean if bias is None else bias - mean) * scale
+    return shifted if beta is None else shifted + beta
+
+
+def fold_batch_norm(graph: fx.Graph) -> None:
+    """Fold a batch norm into the convolution or linear layer before it, if it is that layer's only user.
+
+    A convolution followed by batch norm is one linear layer with other weights; only in that form do z+'s positive weights
+    mean "excites". Anywhere else batch norm stays, as an elementwise affine step through which relevance passes.
+    """
+    for node in list(graph.nodes):
+        if node.target is not batch_norm:
+            continue
+        source, gamma, beta, mean, var, eps = node.args
+        foldable = isinstance(source, fx.Node) and source.target in CONVOLUTIONS | {aten.linear.default}
+        if not foldable or len(source.users) > 1:
+            continue
+        # On (N, L, C) a batch norm acts on dimension 1 and a linear layer on the last: not the same channels.
+        if source.target is aten.linear.default and len(shape_of(source)) != 2:
+            continue
+        x, weight, *rest = source.args
+        bias = rest[0] if rest else None
+        new_weight = _insert(graph, source, folded_weight, (weight, gamma, var, eps), like=weight)
+        new_bias = _insert(graph, source, folded_bias, (bias, gamma, beta, mean, var, eps), like=mean)
+        layer = _insert(graph, source, source.target, (x, new_weight, new_bias, *rest[1:]), like=source)
+        layer.kwargs = source.kwargs
+        _replace(graph, node, layer)
+        graph.erase_node(source)
+
+
+def step_over_softmax(graph: fx.Graph) -> tuple[str, ...]:
+    """Remove a softmax between the network and its output, so that the logits are explained."""
+    notes: list[str] = []
+    outputs = graph.output_node().args[0]
+    node = outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else None
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        source = node.args[0]
+        if node.target in SOFTMAX:
+            notes.append(f"the model ends in {operation_name(node)}: its logits are explained, not its probabilities")
+            _replace(graph, node, source)
+        elif node.target not in SHAPE_ONLY | AVERAGE_POOLS | ADAPTIVE_AVERAGES | REDUCTIONS:
+            break
+        node = source
+    return tuple(notes)
+
+
+def drop_identity_windows(graph: fx.Graph) -> None:
+    """Remove pools and means whose windows hold one element each: they change nothing, yet z+ would drop negative values."""
+    for node in list(graph.nodes):
+        if node.target in REDUCTIONS:
+            source, dims, keep = node.args[0], node.args[1] if len(node.args) > 1 else None, node.args[2:3] == (True,)
+            if not dims or any(shape_of(source)[dim] != 1 for dim in dims):
+                continue
+            new = source if keep else _insert(graph, node, aten.squeeze.dims, (source, list(dims)), like=node)
+            _replace(graph, node, new)
+        elif node.target in AVERAGE_POOLS | MAX_POOLS | ADAPTIVE_AVERAGES | ADAPTIVE_MAXIMA:
+            source, window = node.args[:2]
+            adaptive = node.target in ADAPTIVE_AVERAGES | ADAPTIVE_MAXIMA
+            if (adaptive or _all_are(window, 1)) and shape_of(node)[1:] == shape_of(source)[1:]:
+                _replace(graph, node, source)
+
+
+def average_before_linear(graph: fx.Graph) -> None:
+    """Move an average over class maps in front of the linear head that makes them: the two commute.
+
+    S3D averages the logits of a 1x1x1 convolution, frame-wise 2D networks those of a linear layer. Averaged first, the head
+    is the last layer and its inputs are activations; z+ on an average of signed logits would lose or flip relevance.
+    """
+    changed = True
+    while changed:
+        changed = any(_average_first(graph, node) for node in list(graph.nodes) if _is_average(node))
+
+
+def _is_average(node: fx.Node) -> bool:
+    if node.target is aten.mean.dim:
+        return bool(node.args[1]) and not node.kwargs
+    if node.target in AVERAGE_POOLS:
+        padding = node.args[3] if len(node.args) > 3 else 0
+        ceil_mode = bool(node.args[4]) if len(node.args) > 4 else False
+        divisor = node.args[6] if len(node.args) > 6 else None
+        return _all_are(padding, 0) and not ceil_mode and divisor is None
+    return node.target in ADAPTIVE_AVERAGES
+
+
+def _average_first(graph: fx.Graph, average: fx.Node) -> bool:
+    """Move ``average`` one step toward the input, if what stands there is a linear head; say whether it moved."""
+    head = average.args[0]
+    if not isinstance(head, fx.Node) or len(head.users) > 1 or head.op != "call_function":
+        return False
+    rank = len(shape_of(head))
+    if head.target in CONVOLUTIONS and _is_pointwise(head):
+        if average.target is not aten.mean.dim:
+            return _swap(graph, average, head)
+        dims = sorted(dim % rank for dim in average.args[1])  # type: ignore[union-attr, operator, arg-type]
+        return 0 not in dims and 1 not in dims and _swap_mean(graph, average, head, dims)
+    if average.target is not aten.mean.dim:
+        return False
+    dims = sorted(dim % rank for dim in average.args[1])  # type: ignore[union-attr, operator, arg-type]
+    if head.target is aten.linear.default and rank - 1 not in dims:
+        return _swap_mean(graph, average, head, dims)
+    if head.target in (aten.view.default, aten.reshape.default) and rank - 1 not in dims:
+        return _swap_view(graph, average, head)
+    return False
+
+
+def _is_pointwise(conv: fx.Node) -> bool:
+    weight = conv.args[1]
+    assert isinstance(weight, fx.Node)
+    stride, padding = (*conv.args[3:5], *(1, 0)[len(conv.args[3:5]) :])
+    return _all_are(shape_of(weight)[2:], 1) and _all_are(stride, 1) and (padding in ("same", "valid") or _all_are(padding, 0))
+
+
+def _all_are(sizes: Any, value: int) -> bool:
+    """Whether an integer or every one of a list of them is ``value``."""
+    return all(size == value for size in (sizes if isinstance(sizes, (list, tuple)) else [sizes]))
+
+
+def _swap(graph: fx.Graph, average: fx.Node, head: fx.Node) -> bool:
+    """``pool(head(x))`` becomes ``head(pool(x))``."""
+    x, *rest = head.args
+    pooled = _traced(_insert(graph, average, average.target, (x, *average.args[1:]), like=average))  # type: ignore[arg-type]
+    moved = _insert(graph, average, head.target, (pooled, *rest), like=head)  # type: ignore[arg-type]
+    moved.meta["val"] = average.meta["val"]
+    _replace(graph, average, moved)
+    graph.erase_node(head)
+    return True
+
+
+def _swap_mean(graph: fx.Graph, average: fx.Node, head: fx.Node, dims: list[int]) -> bool:
+    """``mean(head(x), dims)`` becomes ``squeeze(head(mean(x, dims, keepdim)), dims)``."""
+    x, *rest = head.args
+    kept = average.args[2:3] == (True,)
+    pooled = _traced(_insert(graph, average, aten.mean.dim, (x, dims, True), like=average))
+    moved = _traced(_insert(graph, average, head.target, (pooled, *rest), like=head))  # type: ignore[arg-type]
+    new = moved if kept else _insert(graph, average, aten.squeeze.dims, (moved, dims), like=average)
+    _replace(graph, average, new)
+    graph.erase_node(head)
+    return True
+
+
+def _swap_view(graph: fx.Graph, average: fx.Node, view: fx.Node) -> bool:
+    """``mean(view(linear(x)))`` becomes ``linear(mean(view(x)))``, where the view leaves the last dimension alone."""
+    linear, shape = view.args
+    if not isinstance(linear, fx.Node) or linear.target is not aten.linear.default or len(linear.users) > 1:
+        return False
+    if shape_of(linear)[-1] != shape_of(view)[-1]:
+        return False
+    x, *rest = linear.args
+    assert isinstance(x, fx.Node) and isinstance(shape, (list, tuple))
+    split = _insert(graph, average, view.target, (x, [*shape[:-1], shape_of(x)[-1]]), like=view)  # type: ignore[arg-type]
+    split.meta["val"] = view.meta["val"].new_empty((*shape_of(view)[:-1], shape_of(x)[-1]))
+    mean = _traced(_insert(graph, average, aten.mean.dim, (split, *average.args[1:]), like=average))
+    moved = _insert(graph, average, linear.target, (mean, *rest), like=linear)  # type: ignore[arg-type]
+    moved.meta["val"] = average.meta["val"]
+    _replace(graph, average, moved)
+    graph.erase_node(view)
+    graph.erase_node(linear)
+    return True

@@ -1,0 +1,432 @@
+"""What is relevant for how it looks, and what for how it moves.
+
+A *frozen clip* repeats one frame of a clip T times: the same appearance, no motion. Explaining it gives the relevance that
+appearance alone earns; what the clip itself earns beyond that is due to motion (Hiley et al. 2019, arXiv 1908.01536)::
+
+    total     = relevance of the clip, summed over colour channels
+    spatial_t = read-out of the relevance of the clip frozen at frame t
+    temporal  = total - spatial
+
+`SelectiveRelevance` (Hiley et al. 2020, arXiv 2003.14285) is another answer to the same question, from one explanation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+import torch.nn.functional as F
+from captum.attr import Attribution
+from captum.log import log_usage
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from captum_dtd.attribution import (
+    Backend,
+    CompositeLike,
+    DeepTaylor,
+    Precision,
+    Seed,
+    Target,
+    as_arguments,
+    as_tuple,
+    check_batch_size,
+    check_inputs,
+    check_option,
+    take_arguments,
+    take_target,
+)
+from captum_dtd.bounds import Bound
+
+Readout: TypeAlias = Literal["own", "first", "mean"]
+"""Which slice of a frozen clip's explanation is frame t's spatial relevance: slice t, slice 0, or the mean over slices."""
+
+Normalize: TypeAlias = Literal["none", "max", "sum"]
+"""What total and each frozen explanation are divided by: nothing, their own max |R| or their own sum of R over all slices."""
+
+# More frozen clips at once need memory and gain no speed.
+_MOST_FROZEN_CLIPS = 4
+
+
+class SpatioTemporalRelevance(NamedTuple):
+    """Relevance for appearance and for motion, maps (N, T, H, W) with ``total = spatial + temporal``.
+
+    Attributes:
+        spatial: what each frame alone earns.
+        temporal: what is due to motion; negative where motion speaks against the target.
+        total: relevance of the clip, summed over colour channels.
+    """
+
+    spatial: Tensor
+    temporal: Tensor
+    total: Tensor
+
+
+class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
+    """Spatial and temporal relevance by any Captum attribution method: explains the clip and each of its frozen clips.
+
+    Args:
+        method: a Captum method whose ``attribute`` takes clips (N, C, T, H, W) and returns maps of that shape.
+        readout: which slice of a frozen clip's explanation counts: ``"own"`` (slice t of frozen clip t, comparable with
+            slice t of the total), ``"first"`` (slice 0, as in the paper's published scripts) or ``"mean"``.
+        normalize: ``"none"``, ``"max"`` (of the absolute value) or ``"sum"``: what total and each frozen explanation are
+            divided by, over all their slices, before they are subtracted.
+
+    Raises:
+        TypeError: if ``method`` is not a Captum attribution method.
+        ValueError: if an option does not exist.
+
+    Example:
+        >>> import torch
+        >>> from captum.attr import InputXGradient
+        >>> from captum_dtd import DiscriminativeRelevance
+        >>> from captum_dtd.models import c3d_mini
+        >>> method = DiscriminativeRelevance(InputXGradient(c3d_mini().eval()))
+        >>> maps = method.attribute(torch.rand(1, 3, 4, 32, 32), target=2)
+        >>> maps.temporal.shape
+        torch.Size([1, 4, 32, 32])
+    """
+
+    def __init__(self, method: Attribution, *, readout: Readout = "own", normalize: Normalize = "none") -> None:
+        if not isinstance(method, Attribution):
+            raise TypeError(f"method must be a captum.attr.Attribution, got {type(method).__name__}")
+        check_option("readout", readout, get_args(Readout))
+        check_option("normalize", normalize, get_args(Normalize))
+        super().__init__(method.forward_func)
+        self.method = method
+        self.readout = readout
+        self.normalize = normalize
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        *,
+        internal_batch_size: int | None = None,
+        show_progress: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Spatial, temporal and total relevance of every pixel for the target's score.
+
+        Args:
+            inputs: clips (N, C, T, H, W), or a tuple of such tensors with the same N and T (RGB and flow, say).
+            target: which output is explained, in any of Captum's forms; a clip's target is that of all its frozen clips.
+            additional_forward_args: further arguments of the model's forward; tensors with N rows are batched along.
+            return_convergence_delta: also return the method's convergence delta of the total, before any normalisation.
+            internal_batch_size: how many frozen clips are explained at once; by default as many as free memory allows, at
+                most 4.
+            show_progress: show a progress bar.
+            **kwargs: handed to the method's own ``attribute``.
+
+        Returns:
+            `SpatioTemporalRelevance` of (N, T, H, W) maps (a tuple of them for a tuple), in the units of the score unless
+            normalised. A clip without motion has no temporal relevance with read-out "own". With
+            ``return_convergence_delta`` a pair of that and the delta (N,).
+
+        Raises:
+            TypeError, ValueError: as the method's ``attribute``, and if the inputs are not clips (N, C, T, H, W).
+        """
+        clips, extra = as_tuple(inputs), as_arguments(additional_forward_args)
+        check_inputs(clips)
+        check_clips(clips)
+        check_batch_size(internal_batch_size)
+        count, frames = clips[0].shape[0], clips[0].shape[2]
+        if return_convergence_delta and not self.method.has_convergence_delta():
+            raise ValueError(f"return_convergence_delta: {self.method.get_name()} has no convergence delta")
+
+
+        def explain(examples: tuple[Tensor, ...], rows: list[int], **options: Any) -> Any:
+            picked = torch.tensor(rows, dtype=torch.long, device=clips[0].device)
+            return self.method.attribute(
+                examples if isinstance(inputs, tuple) else examples[0],
+                target=take_target(target, rows, count),
+                additional_forward_args=take_arguments(extra, picked, count) or None,
+                **self._batching(internal_batch_size),
+                **kwargs,
+                **options,
+            )
+
+        with tqdm(total=count * (1 + frames), desc=self.get_name(), unit="clip", disable=not show_progress) as progress:
+            if return_convergence_delta:
+                explained, delta = explain(clips, list(range(count)), return_convergence_delta=True)
+            else:
+                explained, delta = explain(clips, list(range(count))), None
+            unscaled = _over_channels(explained)
+            progress.update(count)
+            size = internal_batch_size or self._frozen_batch(clips, extra)
+            looks = tuple(torch.empty_like(part) for part in unscaled)
+            for row in range(count):
+                clip = tuple(part[row] for part in clips)
+                alike = _first_alike(clip)
+                shown = sorted(set(alike))
+                for chosen in (shown[start : start + size] for start in range(0, len(shown), size)):
+                    if len(shown) == 1:
+                        # All frames are equal: the clip is its own frozen clip, and one explanation serves as both.
+                        maps = tuple(part[row : row + 1] for part in unscaled)
+                    else:
+                        frozen = tuple(freeze(part, chosen) for part in clip)
+                        maps = _over_channels(explain(frozen, [row] * len(chosen)))
+                    for look, part in zip(looks, maps, strict=True):
+                        for frame, explanation in zip(chosen, normalised(part, self.normalize), strict=True):
+                            times = [t for t in range(frames) if alike[t] == frame]
+                            look[row, times] = read_out(explanation, times, self.readout)
+                    progress.update(sum(alike[t] in chosen for t in range(frames)))
+            totals = tuple(normalised(part, self.normalize) for part in unscaled)
+        results = tuple(SpatioTemporalRelevance(look, total - look, total) for look, total in zip(looks, totals, strict=True))
+        result = results if isinstance(inputs, tuple) else results[0]
+        return (result, delta) if return_convergence_delta else result
+
+    def _batching(self, internal_batch_size: int | None) -> dict[str, Any]:
+        """How the method is told to bound its batch; other Captum methods use that option's name for other things."""
+        return {}
+
+    def _frozen_batch(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...]) -> int:
+        return _MOST_FROZEN_CLIPS
+
+    def has_convergence_delta(self) -> bool:
+        """Whether the underlying method has one."""
+        return bool(self.method.has_convergence_delta())
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """As the underlying method."""
+        return bool(self.method.multiplies_by_inputs)
+
+    def compute_convergence_delta(self, attributions: Any, output: Tensor) -> Tensor:
+        """``output - sum of total``, one value per example (N,), for maps that are not normalised.
+
+        Args:
+            attributions: `SpatioTemporalRelevance`, a tuple of them, or a total map (N, T, H, W).
+            output: the target's score, (N,).
+        """
+        parts = (attributions,) if isinstance(attributions, (SpatioTemporalRelevance, Tensor)) else attributions
+        totals = [part.total if isinstance(part, SpatioTemporalRelevance) else part for part in parts]
+        return output.flatten() - torch.stack([total.flatten(1).sum(1) for total in totals]).sum(0)
+
+
+class _Default(str):
+    """An option's default, told apart from the same word given by the caller."""
+
+
+_OWN, _NONE, _LOGIT = _Default("own"), _Default("none"), _Default("logit")
+
+PRESETS: dict[str, dict[str, str]] = {"hiley2019": {"readout": "first", "normalize": "max", "seed": "one"}}
+"""What a preset stands for. ``hiley2019`` is what the paper's published scripts do; pixel bounds stay the caller's."""
+
+
+class DiscriminativeDeepTaylor(DiscriminativeRelevance):
+    """Spatial and temporal relevance by deep Taylor decomposition (Hiley et al. 2019, arXiv 1908.01536).
+
+    Args:
+        model: as for `DeepTaylor`.
+        low: darkest possible pixel after normalisation, as for `DeepTaylor`.
+        high: brightest possible pixel.
+        readout: ``"own"``, ``"first"`` or ``"mean"``, as for `DiscriminativeRelevance`.
+        normalize: ``"none"``, ``"max"`` or ``"sum"``, as for `DiscriminativeRelevance`.
+        preset: ``"hiley2019"`` sets seed "one", normalize "max" and readout "first"; beside one of these options with
+            another value it is an error.
+        composite: as for `DeepTaylor`.
+        seed: as for `DeepTaylor`.
+        backend: as for `DeepTaylor`.
+        precision: as for `DeepTaylor`.
+
+    Raises:
+        TypeError, ValueError: as `DeepTaylor` and `DiscriminativeRelevance`, and for a preset that does not exist or
+            contradicts another argument.
+
+    Example:
+        >>> import torch
+        >>> from captum_dtd import DiscriminativeDeepTaylor
+        >>> from captum_dtd.models import c3d_mini
+        >>> method = DiscriminativeDeepTaylor(c3d_mini().eval(), low=0.0, high=1.0)
+        >>> spatial, temporal, total = method.attribute(torch.rand(1, 3, 4, 32, 32), target=2)
+        >>> bool(torch.allclose(spatial + temporal, total))
+        True
+    """
+
+    method: DeepTaylor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        low: Bound | tuple[Bound, ...],
+        high: Bound | tuple[Bound, ...],
+        *,
+        readout: Readout = _OWN,  # type: ignore[assignment]
+        normalize: Normalize = _NONE,  # type: ignore[assignment]
+        preset: str | None = None,
+        composite: CompositeLike = "dtd",
+        seed: Seed = _LOGIT,  # type: ignore[assignment]
+        backend: Backend = "auto",
+        precision: Precision = "float32",
+    ) -> None:
+        options = {"readout": readout, "normalize": normalize, "seed": seed}
+        if preset is not None:
+            check_option("preset", preset, tuple(PRESETS))
+            for name, value in PRESETS[preset].items():
+                if not isinstance(options[name], _Default) and options[name] != value:
+                    raise ValueError(
+                        f"preset {preset!r} means {name}={value!r}, but {name}={options[name]!r} is given; leave one of them out"
+                    )
+            options |= PRESETS[preset]  # type: ignore[arg-type]
+        chosen: dict[str, Any] = {name: str(value) for name, value in options.items()}
+        method = DeepTaylor(
+            model, low, high, composite=composite, seed=chosen["seed"], backend=backend, precision=precision
+        )
+        super().__init__(method, readout=chosen["readout"], normalize=chosen["normalize"])
+        self.model = model
+        self.preset = preset
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        *,
+        internal_batch_size: int | None = None,
+        show_progress: bool = False,
+    ) -> Any:
+        """Spatial, temporal and total relevance of every pixel for the target's score; see `DiscriminativeRelevance.attribute`.
+
+        Args:
+            inputs: clips (N, C, T, H, W), as the model takes them, or a tuple of such tensors with the same N and T.
+            target: which output is explained, in any of Captum's forms.
+            additional_forward_args: further arguments of the model's forward, not explained.
+            return_convergence_delta: also return ``seed - sum of total``, before any normalisation, one value per example.
+            internal_batch_size: how many clips are explained at once; by default as many as free memory allows, of frozen
+                clips at most 4.
+            show_progress: show a progress bar.
+
+        Returns:
+            `SpatioTemporalRelevance` of (N, T, H, W) maps, or a pair of that and the delta (N,).
+
+        Raises:
+            TypeError, ValueError, UnsupportedOperationError: as `DeepTaylor.attribute`.
+        """
+        return super().attribute.__wrapped__(
+            self,
+            inputs,
+            target,
+            additional_forward_args,
+            return_convergence_delta,
+            internal_batch_size=internal_batch_size,
+            show_progress=show_progress,
+        )
+
+    def _batching(self, internal_batch_size: int | None) -> dict[str, Any]:
+        return {"internal_batch_size": internal_batch_size}
+
+    def _frozen_batch(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...]) -> int:
+        return min(_MOST_FROZEN_CLIPS, self.method.affordable_batch(clips, extra))
+
+
+@dataclass(frozen=True)
+class SelectiveRelevance:
+    """The part of a relevance map that changes fast in time (Hiley et al. 2020, arXiv 2003.14285).
+
+    Keeps R where ``d > sigma std(d)`` and is zero elsewhere, with ``d = |Sobel_t(R)|``: the 3x3x3 Sobel derivative along
+    time (``[-1, 0, 1]`` in time, ``[1, 2, 1]`` in height and in width, zero padding) and std the standard deviation of d over
+    the whole clip (population form).
+
+    Args:
+        sigma: how many standard deviations the derivative must exceed; zero or positive.
+
+    Example:
+        >>> import torch
+        >>> relevance = torch.zeros(1, 8, 16, 16)
+        >>> relevance[0, 3, 4:8, 4:8] = 1.0
+        >>> SelectiveRelevance(sigma=1.0)(relevance).shape
+        torch.Size([1, 8, 16, 16])
+    """
+
+    sigma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.sigma >= 0:
+            raise ValueError(f"sigma must be zero or positive, got {self.sigma}")
+
+    def __call__(self, relevance: Tensor) -> Tensor:
+        """The selected relevance.
+
+        Args:
+            relevance: a map (N, T, H, W) by any method, summed over colour channels.
+
+        Returns:
+            A map of the same shape: R where its change in time stands out, zero elsewhere.
+
+        Raises:
+            ValueError: if the map is not (N, T, H, W).
+        """
+        if relevance.ndim != 4:
+            raise ValueError(
+                f"relevance must be a map (N, T, H, W), got shape {tuple(relevance.shape)}; sum over channels with .sum(1)"
+            )
+        smooth, slope = relevance.new_tensor([1.0, 2.0, 1.0]), relevance.new_tensor([-1.0, 0.0, 1.0])
+        sobel = slope[:, None, None] * smooth[None, :, None] * smooth[None, None, :]
+        change = F.conv3d(relevance[:, None], sobel[None, None], padding=1)[:, 0].abs()
+        spread = change.flatten(1).std(1, correction=0).view(-1, 1, 1, 1)
+        return torch.where(change > self.sigma * spread, relevance, torch.zeros_like(relevance))
+
+
+def check_clips(clips: tuple[Tensor, ...]) -> None:
+    """Raise ValueError unless every input is a batch of clips (N, C, T, H, W), with as many frames as the first."""
+    for clip in clips:
+        if clip.ndim != 5:
+            missing = "; add the batch dimension with .unsqueeze(0)" if clip.ndim == 4 else ""
+            raise ValueError(f"inputs must be clips (N, C, T, H, W), got shape {tuple(clip.shape)}{missing}")
+        if clip.shape[2] != clips[0].shape[2]:
+            raise ValueError(
+                f"inputs have {clips[0].shape[2]} and {clip.shape[2]} frames; freezing a frame needs the same times in all inputs"
+            )
+
+
+def freeze(clip: Tensor, frames: list[int]) -> Tensor:
+    """Frozen clips: for each of some frames of a clip (C, T, H, W), that frame at every time, (len(frames), C, T, H, W)."""
+    return clip[:, frames].transpose(0, 1).unsqueeze(2).expand(-1, -1, clip.shape[1], -1, -1)
+
+
+def distinct_frames(clip: Tensor) -> Tensor:
+    """For each frame of a clip (C, T, H, W) the first frame that is bit-equal to it, (T,) integers.
+
+    Loop-padded and still clips repeat frames; equal frames have equal frozen clips, which then are explained once.
+    """
+    frames = clip.detach().transpose(0, 1).flatten(1)
+    # Equal frames have equal sums: only those are compared, so the cost is linear in T where frames differ.
+    sums = frames.double().sum(1).tolist()
+    first: list[int] = []
+    for t, total in enumerate(sums):
+        earlier = (s for s in sorted(set(first)) if sums[s] == total and torch.equal(frames[s], frames[t]))
+        first.append(next(earlier, t))
+    return torch.tensor(first)
+
+
+def read_out(explanation: Tensor, times: list[int], readout: Readout) -> Tensor:
+    """What a frozen clip's explanation (T, H, W) says about its frame, for the times the frame is shown: (len(times), H, W)."""
+    if readout == "own":
+        return explanation[times]
+    return (explanation[0] if readout == "first" else explanation.mean(0)).expand(len(times), -1, -1)
+
+
+def normalised(relevance: Tensor, normalize: Normalize) -> Tensor:
+    """Maps (N, T, H, W), each divided by its own max |R| or sum of R over all slices; a map of zeros stays one."""
+    if normalize == "none":
+        return relevance
+    flat = relevance.flatten(1)
+    scale = flat.abs().amax(1) if normalize == "max" else flat.sum(1)
+    return relevance / torch.where(scale == 0, torch.ones_like(scale), scale).view(-1, 1, 1, 1)
+
+
+def _first_alike(clip: tuple[Tensor, ...]) -> list[int]:
+    """For each time the first time at which every part of the clip shows the same frame."""
+    codes = list(zip(*(distinct_frames(part).tolist() for part in clip), strict=True))
+    return [codes.index(code) for code in codes]
+
+
+def _over_channels(relevance: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(part.sum(1) for part in as_tuple(relevance))

@@ -1,0 +1,218 @@
+"""From a user's model to a list of about ten kinds of ATen operations, without touching the model.
+
+``torch.export`` sees what the model does, not how it is written: reused modules, functional calls, in-place ReLUs and
+``out += residual`` all become plain nodes. Nothing of the model is changed: the export works on a copy of its structure that
+shares its parameters, because export itself would swap them under other threads and fire the user's hooks.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, export
+from torch.export.graph_signature import InputKind, TensorArgument
+from torch.utils import _pytree as pytree
+
+# torch.export patches process-wide state while it runs, so two traces never overlap.
+_EXPORT_LOCK = threading.Lock()
+
+
+class UnsupportedOperationError(ValueError):
+    """The model does something that no layer covers; the message lists every such operation and where it stands."""
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """A model as a graph of ATen operations.
+
+    Attributes:
+        graph: the operations in execution order; placeholders are parameters, buffers, constants and inputs.
+        inputs: for every tensor or number given to ``forward``, in order, its placeholder (None: it does not enter).
+        tensors: placeholder -> name of the parameter, buffer or tensor attribute of the model that it reads.
+        constants: placeholder -> tensor that the model's code makes on the way.
+        any_batch: whether the graph holds for every batch size, or only for the one it was traced with.
+        batch: the number of examples it was traced with.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[fx.Node | None, ...]
+    tensors: dict[fx.Node, str]
+    constants: dict[fx.Node, Tensor]
+    any_batch: bool
+    batch: int
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` wrappers."""
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def structure_of(model: nn.Module) -> tuple[object, ...]:
+    """A value that changes when modules are replaced or reconfigured, and does not when only weights change."""
+    return tuple((name, id(module), module.extra_repr()) for name, module in model.named_modules())
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """The parameter, buffer or tensor attribute that ``name`` (dotted) stands for in ``model`` now."""
+    *path, last = name.split(".")
+    owner: Any = model
+    for step in path:
+        owner = getattr(owner, step)
+    tensor = getattr(owner, last)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def trace(model: nn.Module, arguments: Sequence[Any], batch: int) -> TracedModel:
+    """Trace ``model(*arguments)`` into a graph of ATen operations, functional and free of dead code.
+
+    Args:
+        model: any module; it is read, never changed.
+        arguments: what ``forward`` is called with; tensors whose first dimension is ``batch`` may vary in it.
+        batch: the number of examples.
+
+    Returns:
+        The traced model; its batch dimension is free unless the model's own code fixes it.
+
+    Raises:
+        ValueError: if the model does not run on such inputs, or torch.export cannot trace it.
+    """
+    with _EXPORT_LOCK, torch.inference_mode(False), torch.no_grad():
+        double = _structural_copy(model)
+        with_free_batch = _export(double, [_example(a, batch, 2) for a in arguments], 2)
+        if with_free_batch.any_batch or batch == 2:
+            return with_free_batch
+        return _export(double, [_example(a, batch, batch) for a in arguments], batch)
+
+
+def _structural_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every tensor and carries none of the user's hooks."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        shared.update((id(value), value) for value in vars(module).values() if isinstance(value, Tensor))
+    try:
+        double = copy.deepcopy(model, shared)
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__} cannot be copied for tracing ({error}); see copy.deepcopy") from error
+    for module in double.modules():
+        module._forward_hooks = OrderedDict()
+        module._backward_hooks = OrderedDict()
+        module._backward_pre_hooks = OrderedDict()
+        # weight_norm and spectral_norm of torch.nn.utils compute the weight in a pre-hook: that one is part of the model.
+        module._forward_pre_hooks = OrderedDict(
+            (key, hook)
+            for key, hook in module._forward_pre_hooks.items()
+            if type(hook).__module__.startswith("torch.nn.utils.")
+        )
+    return double
+
+
+def _example(argument: Any, batch: int, size: int) -> Any:
+    """The argument with ``size`` examples: tracing needs shapes, not values."""
+
+    def resized(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch:
+            return leaf.new_zeros((size, *leaf.shape[1:]))
+        return leaf
+
+    return pytree.tree_map(resized, argument)
+
+
+def _export(model: nn.Module, arguments: list[Any], batch: int) -> TracedModel:
+    def dynamic(leaf: Any) -> Any:
+        return {0: Dim.AUTO} if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch else None
+
+    try:
+        program = export(
+            model, tuple(arguments), dynamic_shapes=tuple(pytree.tree_map(dynamic, argument) for argument in arguments)
+        ).run_decompositions({})
+    except Exception as error:
+        raise ValueError(_why_untraceable(model, arguments, error)) from error
+
+    graph, signature = program.graph, program.graph_signature
+    placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    tensors: dict[fx.Node, str] = {}
+    constants: dict[fx.Node, Tensor] = {}
+    for spec in signature.input_specs:
+        if spec.kind == InputKind.USER_INPUT or not isinstance(spec.arg, TensorArgument) or spec.target is None:
+            continue
+        node = placeholders[spec.arg.name]
+        if spec.kind == InputKind.CONSTANT_TENSOR and not _has_tensor(model, spec.target):
+            constants[node] = program.constants[spec.target]
+        else:
+            tensors[node] = spec.target
+    inputs = tuple(
+        placeholders.get(spec.arg.name) if isinstance(spec.arg, TensorArgument) else None
+        for spec in signature.input_specs
+        if spec.kind == InputKind.USER_INPUT
+    )
+    free = all(
+        isinstance(node.meta["val"].shape[0], torch.SymInt)
+        for node, leaf in zip(inputs, pytree.tree_leaves(tuple(arguments)), strict=True)
+        if node is not None and isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
+    )
+    return TracedModel(graph, inputs, tensors, constants, free, batch)
+
+
+def _has_tensor(model: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(tensor_of(model, name), Tensor)
+    except (AttributeError, AssertionError):
+        return False
+
+
+def _why_untraceable(model: nn.Module, arguments: list[Any], error: Exception) -> str:
+    shapes = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else repr(a) for a in arguments)
+    try:
+        model(*arguments)
+    except Exception as own_error:
+        reason = str(own_error).strip().splitlines()[0] if str(own_error).strip() else type(own_error).__name__
+        return f"{type(model).__name__} does not run on inputs of shape {shapes}: {reason}"
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (
+        f"torch.export cannot trace {type(model).__name__} on inputs of shape {shapes}: {reason} "
+        "(control flow that depends on values cannot be explained; see torch.export's documentation)"
+    )
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted path of the module in whose forward the operation stands; empty for the model's own forward."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    return re.sub(r"@\d+", "", path)
+
+
+def source_line(node: fx.Node) -> str:
+    """``file.py:12: code`` of the line that asked for the operation, in the user's code rather than in torch's."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n([^\n]*)', node.meta.get("stack_trace") or "")
+    library = str(Path(torch.__file__).parent) + os.sep
+    own = [frame for frame in frames if not frame[0].startswith(library)] or frames
+    if not own:
+        return ""
+    file, line, code = own[-1]
+    return f"{Path(file).name}:{line}: {code.strip()}"
+
+
+def operation_name(node: fx.Node) -> str:
+    """A short name of the operation, ``conv3d`` for ``aten.conv3d.default``."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.removeprefix("aten::").lstrip("_")
+    return str(getattr(node.target, "__name__", node.target))

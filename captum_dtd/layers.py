@@ -1,0 +1,457 @@
+"""Layers: which operations carry relevance, and how.
+
+A layer is what one operation of the traced graph is to relevance. Five kinds exist:
+
+===============  ============================================================================================
+`LinearMap`      a linear map and its adjoint; a rule shares relevance among its inputs (convolutions, linear
+                 layers, sums and averages, additions)
+`MaxPool`        shared within its windows or routed to their maxima
+`Elementwise`    relevance passes: every output element depends on one input element (activations, scaling)
+`Rearrangement`  relevance follows the element (views, slices, concatenation, padding)
+`Gate`           relevance goes to the signal, none to its gate (``x * sigmoid(g)``)
+===============  ============================================================================================
+
+The adjoint of a linear map is taken by differentiating that one operation: local, exact for every geometry (stride,
+dilation, groups, 'same' padding, ceil mode), and with nothing kept from one layer to the next.
+
+A layer for a further operation is registered in one place::
+
+    @covers(torch.ops.aten.my_op.default)
+    def my_op(node, signals):
+        return Elementwise()
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from captum_dtd.canonizers import (
+    ADAPTIVE_AVERAGES,
+    ADAPTIVE_MAXIMA,
+    AVERAGE_POOLS,
+    CONVOLUTIONS,
+    MAX_POOLS,
+    REDUCTIONS,
+    SHAPE_ONLY,
+    SOFTMAX,
+    batch_norm,
+    maximum_over,
+)
+from captum_dtd.graph import operation_name
+from captum_dtd.rules import MaxPoolRule, Rule, WeightPart, WinnerTakesAll
+
+aten = torch.ops.aten
+
+
+class Call:
+    """One operation of the graph with its arguments at hand, as a function of the signals that enter it.
+
+    A *signal* is an argument that depends on what is explained; everything else is bound. Signals are told apart by
+    position, so ``x + x`` has two.
+    """
+
+    def __init__(self, node: fx.Node, positions: Sequence[int], value_of: Callable[[fx.Node], Any]) -> None:
+        self.node = node
+        leaves, self._spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
+        self.arguments = [value_of(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+        self.positions = tuple(positions)
+
+    @property
+    def signals(self) -> tuple[Tensor, ...]:
+        """The tensors that depend on what is explained, in the order of the arguments."""
+        return tuple(self.arguments[position] for position in self.positions)
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The positional arguments."""
+        return tuple(pytree.tree_unflatten(self.arguments, self._spec)[0])
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword arguments."""
+        return dict(pytree.tree_unflatten(self.arguments, self._spec)[1])
+
+    def __call__(self, signals: Sequence[Tensor], replaced: dict[int, Any] | None = None) -> Any:
+        """Run the operation on other signals, and with further arguments replaced by position."""
+        arguments = list(self.arguments)
+        for position, value in (*zip(self.positions, signals, strict=True), *(replaced or {}).items()):
+            arguments[position] = value
+        args, kwargs = pytree.tree_unflatten(arguments, self._spec)
+        return self.node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+@contextmanager
+def local_gradients() -> Iterator[None]:
+    """Differentiate inside, whatever the caller's mode: only one operation at a time, nothing is kept."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def adjoint(outputs: Sequence[Tensor], leaves: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The adjoint, applied to ``cotangents``, of the linear map that made ``outputs`` from ``leaves``."""
+    gradients = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
+    return tuple(
+        torch.zeros_like(leaf) if gradient is None else gradient
+        for leaf, gradient in zip(leaves, gradients, strict=True)
+    )
+
+
+def weight_part(v: Tensor, part: WeightPart) -> Tensor:
+    """The part of a weight that a term uses."""
+    if part == "v":
+        return v
+    if part == "v+":
+        return v.clamp(min=0)
+    if part == "v-":
+        return v.clamp(max=0)
+    return v.square() if part == "v^2" else torch.ones_like(v)
+
+
+class Layer(ABC):
+    """What one operation is to relevance."""
+
+    needs_activations: bool = False
+    """Whether sharing relevance needs the values that entered, or their shapes only."""
+
+    @abstractmethod
+    def redistribute(self, call: Call, relevance: Any, rule: Any, bounds: Any) -> tuple[Tensor | None, ...]:
+        """Relevance of every signal that entered (None: none at all), given that of the output."""
+
+
+class LinearMap(Layer):
+    """A linear map whose weights can be replaced by a part of them."""
+
+    needs_activations = True
+
+    @abstractmethod
+    def apply(self, call: Call, inputs: Sequence[Tensor], part: WeightPart) -> Tensor | None:
+        """The map on other inputs with a part of its weights and no bias; None where that part is zero."""
+
+    def bias(self, call: Call, output: Tensor, part: WeightPart) -> Tensor | float:
+        """The part of the bias, shaped to be added to ``output``; 0 if there is none."""
+        return 0.0
+
+    def redistribute(
+        self, call: Call, relevance: Tensor, rule: Rule, bounds: tuple[Sequence[Tensor], Sequence[Tensor]] | None
+    ) -> tuple[Tensor, ...]:
+        """Share relevance by a rule: the one place where every rule meets every linear layer."""
+        shared = [torch.zeros_like(signal) for signal in call.signals]
+        for group in rule.groups:
+            with local_gradients():
+                leaves: list[Tensor] = []
+                values: list[tuple[Tensor, ...]] = []
+                z: Tensor | None = None
+                for term in group.terms:
+                    inputs = tuple(part.requires_grad_() for part in input_parts(call.signals, term.input, bounds))
+                    output = self.apply(call, inputs, term.weight)
+                    if output is None:
+                        continue
+                    output = output if term.scale == 1 else output * term.scale
+                    z = output if z is None else z + output
+                    leaves += inputs
+                    values.append(inputs)
+                if z is None:
+                    continue
+                denominator = z.detach()
+                for part, scale in group.bias:
+                    denominator = denominator + scale * self.bias(call, denominator, part)
+                s = divide(relevance * group.coefficient, denominator, rule.stabilizer)
+                pulled = adjoint([z], leaves, [s])
+            for i, (value, gradient) in enumerate(zip(leaves, pulled, strict=True)):
+                shared[i % len(shared)].addcmul_(value.detach(), gradient)
+        return tuple(shared)
+
+
+def input_parts(
+    signals: Sequence[Tensor], part: str, bounds: tuple[Sequence[Tensor], Sequence[Tensor]] | None
+) -> tuple[Tensor, ...]:
+    """The part of every signal that a term reads, as new leaves to differentiate by."""
+    if part in ("x-low", "x-high"):
+        if bounds is None:
+            raise ValueError("the z-beta rule needs pixel bounds: it applies to pixel layers only, not to hidden ones")
+        return tuple((x - bound).detach() for x, bound in zip(signals, bounds[part == "x-high"], strict=True))
+    if part == "1":
+        return tuple(torch.ones_like(x) for x in signals)
+    if part == "x":
+        return tuple(x.detach() for x in signals)
+    return tuple((x.clamp(min=0) if part == "x+" else x.clamp(max=0)).detach() for x in signals)
+
+
+def divide(relevance: Tensor, denominator: Tensor, stabilizer: float) -> Tensor:
+    """``R / (z + stabilizer sign(z))`` with sign(0) = 1; without a stabilizer a zero (or subnormal) z passes nothing.
+
+    A subnormal denominator counts as zero because ``R / z`` would overflow. NaN is passed on, not hidden.
+    """
+    if stabilizer:
+        return relevance / torch.where(denominator < 0, denominator - stabilizer, denominator + stabilizer)
+    vanishing = denominator.abs() < torch.finfo(denominator.dtype).tiny
+    return (relevance / denominator).masked_fill_(vanishing, 0)
+
+
+@dataclass(frozen=True)
+class Weighted(LinearMap):
+    """Convolutions and linear layers: the arguments at positions ``weight`` and ``bias`` are its weights and its bias."""
+
+    weight: int
+    bias_position: int | None = None
+    channel_dim: int = 1
+
+    def apply(self, call: Call, inputs: Sequence[Tensor], part: WeightPart) -> Tensor:
+        replaced: dict[int, Any] = {self.weight: weight_part(call.arguments[self.weight], part)}
+        if self._has_bias(call):
+            assert self.bias_position is not None
+            replaced[self.bias_position] = torch.zeros_like(call.arguments[self.bias_position])
+        output = call(inputs, replaced)
+        assert isinstance(output, Tensor)
+        return output
+
+    def bias(self, call: Call, output: Tensor, part: WeightPart) -> Tensor | float:
+        if not self._has_bias(call):
+            return 0.0
+        assert self.bias_position is not None
+        bias = weight_part(call.arguments[self.bias_position], part)
+        return bias.view(-1, *[1] * (output.ndim - 2)) if self.channel_dim == 1 else bias
+
+    def _has_bias(self, call: Call) -> bool:
+        position = self.bias_position
+        return position is not None and position < len(call.arguments) and isinstance(call.arguments[position], Tensor)
+
+
+@dataclass(frozen=True)
+class Average(LinearMap):
+    """Sums, means and average pools: constant positive weights, equal within a window."""
+
+    def apply(self, call: Call, inputs: Sequence[Tensor], part: WeightPart) -> Tensor | None:
+        return None if part == "v-" else call(inputs)
+
+
+@dataclass(frozen=True)
+class Sum(LinearMap):
+    """Addition and subtraction of two signals: weights 1 and ``sign`` times the operation's alpha."""
+
+    sign: int
+
+    def apply(self, call: Call, inputs: Sequence[Tensor], part: WeightPart) -> Tensor | None:
+        first, second = inputs
+        weights = torch.tensor([1.0, self.sign * float(call.kwargs.get("alpha", 1))], dtype=torch.float64)
+        ours, theirs = weight_part(weights, part).tolist()
+        if ours == theirs == 0:
+            return None
+        return ours * first + theirs * second
+
+
+@dataclass(frozen=True)
+class MaxPool(Layer):
+    """Max pooling; ``window_sums`` adds up each of its windows: ``(call, x, output shape) -> sums``."""
+
+    window_sums: Callable[[Call, Tensor, torch.Size], Tensor]
+    needs_activations = True
+
+    def redistribute(self, call: Call, relevance: Tensor, rule: MaxPoolRule, bounds: Any) -> tuple[Tensor, ...]:
+        """Share within the windows (`Proportional`) or route to the maxima (`WinnerTakesAll`)."""
+        (x,) = call.signals
+        with local_gradients():
+            if isinstance(rule, WinnerTakesAll):
+                leaf = x.detach().requires_grad_()
+                return adjoint([call([leaf])], [leaf], [relevance])
+            leaf = x.detach().clamp(min=0).requires_grad_()
+            z = self.window_sums(call, leaf, relevance.shape)
+            (gradient,) = adjoint([z], [leaf], [divide(relevance, z.detach(), rule.stabilizer)])
+        return (leaf.detach() * gradient,)
+
+
+@dataclass(frozen=True)
+class Elementwise(Layer):
+    """Relevance passes: each output element depends on one element of the signal (which may be broadcast)."""
+
+    affine: bool = False
+    """Whether pixel bounds can be mapped through it."""
+
+    def redistribute(self, call: Call, relevance: Tensor, rule: Any, bounds: Any) -> tuple[Tensor, ...]:
+        """Pass relevance on, summed where the signal was broadcast."""
+        return (relevance.sum_to_size(call.signals[0].shape),)
+
+
+@dataclass(frozen=True)
+class Rearrangement(Layer):
+    """Relevance follows the element: every output element is one input element, or a constant."""
+
+    def redistribute(self, call: Call, relevance: Any, rule: Any, bounds: Any) -> tuple[Tensor, ...]:
+        """Put relevance back where its elements came from; a split's is a dict from output number to relevance."""
+        given: dict[int, Tensor] = relevance if isinstance(relevance, dict) else {0: relevance}
+        like = next(iter(given.values()))
+        with local_gradients():
+            leaves = [like.new_zeros(()).expand(signal.shape).requires_grad_() for signal in call.signals]
+            outputs = call(leaves)
+            outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+            return adjoint([outputs[i] for i in given], leaves, list(given.values()))
+
+
+@dataclass(frozen=True)
+class Gate(Layer):
+    """``signal * gate``: all relevance to the signal, none to the gate (Arras et al. 2017, *Explaining recurrent networks*)."""
+
+    gate: int
+    """Which of the two signals is the gate."""
+
+    def redistribute(self, call: Call, relevance: Tensor, rule: Any, bounds: Any) -> tuple[Tensor | None, ...]:
+        """Pass relevance to the signal, summed where it was broadcast."""
+        passed = relevance.sum_to_size(call.signals[1 - self.gate].shape)
+        return (None, passed) if self.gate == 0 else (passed, None)
+
+
+def _pool_sums(call: Call, x: Tensor, output: torch.Size) -> Tensor:
+    """Sums over the windows of a max pooling, with its padding, dilation and ceil mode."""
+    dims = int(operation_name(call.node)[-2])
+
+    def each(position: int, default: list[int]) -> list[int]:
+        given = call.args[position] if len(call.args) > position else []
+        values = list(given) if isinstance(given, (list, tuple)) else [given]
+        return (values or default) * (dims if len(values) == 1 else 1)
+
+    kernel = each(1, [])
+    stride, padding, dilation = each(2, kernel), each(3, [0] * dims), each(4, [1] * dims)
+    sizes = zip(output[-dims:], stride, padding, dilation, kernel, x.shape[-dims:], strict=True)
+    after = [max(0, (o - 1) * s + d * (k - 1) + 1 - p - n) for o, s, p, d, k, n in sizes]
+    sides = [side for pair in reversed(list(zip(padding, after, strict=True))) for side in pair]
+    planes = F.pad(x, sides).flatten(0, -dims - 1).unsqueeze(1)
+    sums = (F.conv1d, F.conv2d, F.conv3d)[dims - 1](planes, x.new_ones(1, 1, *kernel), None, stride, 0, dilation)
+    return sums.view(output)
+
+
+def _average_sums(call: Call, x: Tensor, output: torch.Size) -> Tensor:
+    """Averages over an adaptive pooling's windows: their sizes cancel in the shares."""
+    average = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+    return average[int(operation_name(call.node)[-2])](x, call.args[1])
+
+
+def _reduction_sums(call: Call, x: Tensor, output: torch.Size) -> Tensor:
+    return x.sum(dim=call.args[1], keepdim=bool(call.args[2:] and call.args[2]))
+
+
+LayerFactory: TypeAlias = Callable[[fx.Node, Sequence[int]], Layer | None]
+"""Makes the layer for a node whose arguments at these positions are signals; None: this use of it is not covered."""
+
+_FACTORIES: dict[Any, LayerFactory] = {}
+
+
+def covers(*targets: Any) -> Callable[[LayerFactory], LayerFactory]:
+    """Register a factory as the layer of these operations (ATen overloads, as ``torch.export`` names them)."""
+
+    def register(factory: LayerFactory) -> LayerFactory:
+        _FACTORIES.update(dict.fromkeys(targets, factory))
+        return factory
+
+    return register
+
+
+def layer_for(node: fx.Node, signals: Sequence[int]) -> Layer | None:
+    """The layer that covers a node, or None."""
+    factory = _FACTORIES.get(node.target)
+    return factory(node, signals) if factory else None
+
+
+def signal_positions(node: fx.Node, is_signal: Callable[[fx.Node], bool]) -> tuple[int, ...]:
+    """Positions, among the node's flattened arguments, of those that are signals."""
+    leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
+    return tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node) and is_signal(leaf))
+
+
+def _only_first(layer: Layer) -> LayerFactory:
+    return lambda node, signals: layer if tuple(signals) == (0,) else None
+
+
+covers(*CONVOLUTIONS)(_only_first(Weighted(weight=1, bias_position=2)))
+covers(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)(
+    _only_first(Weighted(weight=1, bias_position=2))
+)
+covers(aten.linear.default)(_only_first(Weighted(weight=1, bias_position=2, channel_dim=-1)))
+covers(*AVERAGE_POOLS, *ADAPTIVE_AVERAGES, *REDUCTIONS)(_only_first(Average()))
+covers(*MAX_POOLS)(_only_first(MaxPool(_pool_sums)))
+covers(*ADAPTIVE_MAXIMA)(_only_first(MaxPool(_average_sums)))
+covers(maximum_over)(_only_first(MaxPool(_reduction_sums)))
+
+NON_NEGATIVE_ACTIVATIONS = frozenset(
+    {aten.relu.default, aten.relu6.default, aten.sigmoid.default, aten.hardsigmoid.default, aten.softplus.default}
+)
+SIGN_PRESERVING_ACTIVATIONS = frozenset(
+    {aten.leaky_relu.default, aten.silu.default, aten.gelu.default, aten.elu.default, aten.celu.default}
+    | {aten.hardswish.default, aten.tanh.default, aten.mish.default, aten.selu.default, aten._to_copy.default}
+    | {aten.to.dtype, aten.dropout.default}
+)
+CLAMPS = frozenset({aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default})
+GATES = frozenset({aten.sigmoid.default, aten.hardsigmoid.default, aten.tanh.default, *SOFTMAX})
+
+covers(*NON_NEGATIVE_ACTIVATIONS, *SIGN_PRESERVING_ACTIVATIONS, *CLAMPS, aten.prelu.default)(_only_first(Elementwise()))
+covers(batch_norm, aten.neg.default, aten.rsub.Scalar, aten.div.Tensor)(_only_first(Elementwise(affine=True)))
+
+
+@covers(
+    *(SHAPE_ONLY - {aten.dropout.default}),
+    *(aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.expand.default, aten.repeat.default),
+    *(aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int),
+    *(aten.cat.default, aten.stack.default, aten.pad.default, aten.constant_pad_nd.default, aten.t.default),
+    *(aten.index_select.default, aten.index.Tensor, aten.roll.default, aten.flip.default, aten.movedim.int),
+    *(aten.unfold.default, aten.tile.default, aten.numpy_T.default, aten.unflatten.int, aten.expand_as.default),
+    *(aten.view_as.default, aten.pixel_shuffle.default, aten.channel_shuffle.default),
+)
+def _rearrangement(node: fx.Node, signals: Sequence[int]) -> Layer | None:
+    return Rearrangement()
+
+
+@covers(aten.add.Tensor, aten.sub.Tensor)
+def _addition(node: fx.Node, signals: Sequence[int]) -> Layer | None:
+    if len(signals) == 1:
+        return Elementwise(affine=True)
+    return Sum(1 if node.target is aten.add.Tensor else -1)
+
+
+@covers(aten.mul.Tensor)
+def _multiplication(node: fx.Node, signals: Sequence[int]) -> Layer | None:
+    if len(signals) == 1:
+        return Elementwise(affine=True)
+    gates = [position for position in signals if _comes_from_gate(node.args[position])]
+    return Gate(gates[0]) if len(gates) == 1 else None
+
+
+@covers(aten.matmul.default, aten.mm.default, aten.addmm.default)
+def _matrix_product(node: fx.Node, signals: Sequence[int]) -> Layer | None:
+    first = 1 if node.target is aten.addmm.default else 0
+    if tuple(signals) != (first,):
+        return None
+    return Weighted(weight=first + 1, bias_position=0 if first else None, channel_dim=-1)
+
+
+def _comes_from_gate(node: Any) -> bool:
+    while isinstance(node, fx.Node) and node.target in SHAPE_ONLY | {aten.expand.default}:
+        node = node.args[0]
+    return isinstance(node, fx.Node) and node.target in GATES
+
+
+def is_non_negative(node: fx.Node, layer: Layer, of: Callable[[fx.Node], bool]) -> bool:
+    """Whether a node's output cannot be negative, known from the graph alone; then rules skip their negative parts."""
+    if node.target in NON_NEGATIVE_ACTIVATIONS:
+        return True
+    if node.target in CLAMPS:
+        low = node.args[1] if len(node.args) > 1 else -1.0
+        return node.target is not aten.clamp_max.default and isinstance(low, (int, float)) and low >= 0
+    inputs = [leaf for leaf in pytree.tree_leaves((node.args, dict(node.kwargs))) if isinstance(leaf, fx.Node)]
+    if isinstance(layer, Rearrangement) and node.target in (aten.pad.default, aten.constant_pad_nd.default):
+        values = [value for value in (*node.args[2:], *node.kwargs.values()) if isinstance(value, (int, float))]
+        return of(inputs[0]) and all(value >= 0 for value in values)
+    if isinstance(layer, Rearrangement):
+        return all(of(source) for source in inputs if isinstance(source.meta.get("val"), Tensor))
+    if isinstance(layer, (Average, MaxPool)) or node.target in SIGN_PRESERVING_ACTIVATIONS:
+        return of(inputs[0])
+    if isinstance(layer, Gate) or (isinstance(layer, Sum) and layer.sign > 0):
+        return all(of(source) for source in inputs) and float(node.kwargs.get("alpha", 1)) >= 0  # type: ignore[arg-type]
+    return False

@@ -1,0 +1,392 @@
+"""The walk: forward through the graph once, then relevance back, layer by layer, freeing what was used."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from captum_dtd.bounds import Bound, broadcast_bound
+from captum_dtd.canonizers import canonize
+from captum_dtd.composites import Composite
+from captum_dtd.graph import (
+    TracedModel,
+    UnsupportedOperationError,
+    module_path,
+    operation_name,
+    source_line,
+    tensor_of,
+)
+from captum_dtd.layers import (
+    Call,
+    Elementwise,
+    Layer,
+    LinearMap,
+    Rearrangement,
+    is_non_negative,
+    layer_for,
+    signal_positions,
+)
+from captum_dtd.rules import Group, MaxPoolRule, Rule, ZBeta
+
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation that carries relevance: the layer it is, the rule it follows, and where it stands in the model."""
+
+    node: fx.Node
+    layer: Layer
+    rule: Rule | MaxPoolRule | None
+    positions: tuple[int, ...]
+    sources: tuple[fx.Node, ...]
+    is_pixel_layer: bool
+    path: str
+
+    @property
+    def rule_text(self) -> str:
+        """The rule as shown in tables; layers without a choice say what they do."""
+        if self.rule is not None:
+            return str(self.rule)
+        return {"Elementwise": "passes", "Rearrangement": "follows", "Gate": "to the signal"}[type(self.layer).__name__]
+
+
+Observer: TypeAlias = Callable[[Step, Any, Sequence[Tensor | None]], None]
+"""Is told, after every step, what relevance arrived at its output and what left to each of its inputs."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a forward pass leaves for the walk back: values where a rule needs them, shapes elsewhere."""
+
+    values: dict[fx.Node, Any]
+    output: Tensor
+
+
+class Network:
+    """A traced and canonized model with a rule for every layer: runs forward, and relevance backward.
+
+    Args:
+        model: the user's module; its weights are read anew by every `weights`.
+        traced: its graph, changed in place.
+        explained: how many of the graph's inputs, from the first, are explained.
+        composite: which rule is used where.
+
+    Raises:
+        UnsupportedOperationError: if an operation that relevance has to cross is not covered.
+        ValueError: if no linear layer is reached from the input, or the composite names a layer that does not exist.
+    """
+
+    def __init__(self, model: nn.Module, traced: TracedModel, explained: int, composite: Composite) -> None:
+        self.notes = canonize(traced.graph)
+        self.any_batch = traced.any_batch
+        self._traced = traced
+        self._model_name = type(model).__name__
+        outputs = traced.graph.output_node().args[0]
+        if not (isinstance(outputs, (tuple, list)) and len(outputs) == 1 and isinstance(outputs[0], fx.Node)):
+            raise ValueError(
+                f"{self._model_name} must return one tensor of scores, (N,) or (N, classes, ...); "
+                "wrap it in a module that returns the one to explain"
+            )
+        self.output = outputs[0]
+        if not isinstance(self.output.meta.get("val"), Tensor):
+            raise ValueError(f"{self._model_name} must return one tensor of scores; wrap it in a module that does")
+        self.inputs = tuple(node for node in traced.inputs[:explained] if node is not None)
+        self._nodes = [node for node in traced.graph.nodes if node.op in ("placeholder", "call_function")]
+        self._non_negative: set[fx.Node] = set()
+        self._pixels: set[fx.Node] = set(self.inputs)
+        self.steps = self._plan(model, composite)
+        self._last_uses = self._find_last_uses()
+
+    def _plan(self, model: nn.Module, composite: Composite) -> tuple[Step, ...]:
+        signals: set[fx.Node] = set(self.inputs)
+        covered: list[tuple[fx.Node, Layer, tuple[int, ...], tuple[fx.Node, ...], bool]] = []
+        uncovered: list[fx.Node] = []
+        for node in self._nodes:
+            if node.op == "placeholder" or not _holds_signal(node):
+                continue
+            positions = signal_positions(node, signals.__contains__)
+            if not positions:
+                continue
+            signals.add(node)
+            leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
+            sources = tuple(leaves[position] for position in positions)
+            layer = Rearrangement() if node.target is operator.getitem else layer_for(node, positions)
+            if layer is None:
+                uncovered.append(node)
+                continue
+            of_pixels = all(source in self._pixels for source in sources)
+            if of_pixels and (isinstance(layer, Rearrangement) or (isinstance(layer, Elementwise) and layer.affine)):
+                self._pixels.add(node)
+            if is_non_negative(node, layer, self._non_negative.__contains__):
+                self._non_negative.add(node)
+            covered.append((node, layer, positions, sources, of_pixels and isinstance(layer, LinearMap)))
+        if uncovered:
+            raise UnsupportedOperationError(_uncovered(self._model_name, uncovered))
+        if self.output not in signals:
+            raise ValueError(f"the output of {self._model_name} does not depend on the input that is to be explained")
+        if not any(is_pixel_layer for *_, is_pixel_layer in covered):
+            raise ValueError(
+                f"{self._model_name} has no pixel layer: no convolution or linear layer is reached from the input through "
+                "affine steps, slices, pads, permutes and reshapes only, so pixel bounds do not apply"
+            )
+        steps: list[Step] = []
+        used: set[Any] = set()
+        for node, layer, positions, sources, is_pixel_layer in covered:
+            path = module_path(node) or node.name
+            rule, chosen = composite.rule_for(layer, is_pixel_layer, path, _module_at(model, path))
+            if isinstance(rule, ZBeta) and not is_pixel_layer:
+                raise ValueError(f"composite: z-beta needs pixel bounds, and {path} ({operation_name(node)}) is a hidden layer")
+            used |= chosen
+            steps.append(Step(node, layer, rule, positions, sources, is_pixel_layer, path))
+        composite.check_selectors(used, [step.path for step in steps if step.rule is not None])
+        return tuple(steps)
+
+    def _find_last_uses(self) -> dict[fx.Node, list[fx.Node]]:
+        last: dict[fx.Node, fx.Node] = {}
+        for node in self._nodes:
+            for source in node.all_input_nodes:
+                last[source] = node
+        uses: dict[fx.Node, list[fx.Node]] = {}
+        for source, user in last.items():
+            uses.setdefault(user, []).append(source)
+        return uses
+
+    @property
+    def kept(self) -> frozenset[fx.Node]:
+        """Nodes whose values the walk back needs."""
+        return frozenset(source for step in self.steps if step.layer.needs_activations for source in step.sources)
+
+    @property
+    def bytes_per_example(self) -> int:
+        """About how much memory one example takes: every value that is kept, and some of the largest for the layer at work."""
+        sizes = {node: _bytes(node) for node in self._nodes}
+        return sum(sizes[node] for node in self.kept) // self._traced.batch + 6 * max(sizes.values()) // self._traced.batch
+
+    def weights(self, model: nn.Module) -> dict[fx.Node, Any]:
+        """The model's tensors as they are now, and everything the graph derives from them alone (folded weights).
+
+        Derived weights are made anew by every call, so they cannot be stale however the model was changed.
+        """
+        with _quiet_mode():
+            values: dict[fx.Node, Any] = dict(self._traced.constants)
+            values.update((node, tensor_of(model, name).detach()) for node, name in self._traced.tensors.items())
+            values = {node: _ordinary(value) for node, value in values.items()}
+            for node in self._nodes:
+                sources = node.all_input_nodes
+                if node.op == "call_function" and all(source in values for source in sources):
+                    values[node] = _run(node, values.__getitem__)
+            return values
+
+    def forward(self, weights: dict[fx.Node, Any], arguments: Sequence[Any]) -> Activations:
+        """Run the network on ``arguments`` (tensors in order, explained ones first), keeping what the walk back needs."""
+        with _quiet_mode():
+            values = dict(weights)
+            for node, argument in zip(self._traced.inputs, arguments, strict=True):
+                if node is not None:
+                    values[node] = _ordinary(argument)
+            kept = self.kept
+            for node in self._nodes:
+                if node not in values:
+                    values[node] = _run(node, values.__getitem__)
+                for source in self._last_uses.get(node, ()):
+                    if source not in weights and source not in kept and source is not self.output:
+                        values[source] = pytree.tree_map_only(Tensor, _shape_only, values[source])
+            output = values[self.output]
+            assert isinstance(output, Tensor)
+            return Activations(values, output)
+
+    def backward(
+        self,
+        activations: Activations,
+        seed: Tensor,
+        bounds: Sequence[tuple[Bound, Bound]],
+        observe: Observer | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Walk relevance from the output to the explained inputs.
+
+        Args:
+            activations: of the same examples; consumed: every value is freed once its layer is done.
+            seed: relevance of the output, in the precision of the walk.
+            bounds: (low, high) of every explained input.
+            observe: called after every step with the relevance that arrived at its output and that left to its inputs.
+
+        Returns:
+            Relevance of every explained input, shaped like it.
+        """
+        values = activations.values
+        relevance: dict[fx.Node, Any] = {self.output: seed}
+        with _quiet_mode():
+            box = self._bounds(values, seed, bounds)
+            for step in reversed(self.steps):
+                arriving = relevance.pop(step.node, None)
+                if arriving is not None:
+                    leaving = self._step(step, values, box, arriving)
+                    if observe is not None:
+                        observe(step, arriving, leaving)
+                    for source, part in zip(step.sources, leaving, strict=True):
+                        if part is not None:
+                            _add(relevance, step, source, part)
+                values.pop(step.node, None)
+            return tuple(
+                relevance[node] if node in relevance else torch.zeros_like(values[node], dtype=seed.dtype, device=seed.device)
+                for node in self.inputs
+            )
+
+    def _step(self, step: Step, values: dict[fx.Node, Any], box: _Box, arriving: Any) -> tuple[Tensor | None, ...]:
+        if step.node.target is operator.getitem:
+            return (arriving,)
+        dtype = (next(iter(arriving.values())) if isinstance(arriving, dict) else arriving).dtype
+        call = Call(step.node, step.positions, lambda node: pytree.tree_map_only(Tensor, _to(dtype), values[node]))
+        limits = None
+        if step.is_pixel_layer and isinstance(step.rule, ZBeta):
+            limits = ([box.low[source] for source in step.sources], [box.high[source] for source in step.sources])
+        rule: Any = step.rule
+        if isinstance(rule, Rule) and all(source in self._non_negative for source in step.sources):
+            rule = _WithoutNegativeParts(rule)
+        return step.layer.redistribute(call, arriving, rule, limits)
+
+    def _bounds(self, values: dict[fx.Node, Any], seed: Tensor, bounds: Sequence[tuple[Bound, Bound]]) -> _Box:
+        """The pixel bounds at every node between the inputs and their first linear layers."""
+        low: dict[fx.Node, Any] = {}
+        high: dict[fx.Node, Any] = {}
+        for node, (lower, upper) in zip(self.inputs, bounds, strict=True):
+            like = seed.new_zeros(()).expand(values[node].shape)
+            low[node], high[node] = broadcast_bound("low", lower, like), broadcast_bound("high", upper, like)
+        for step in self.steps:
+            if step.node not in self._pixels:
+                continue
+            other = {n: pytree.tree_map_only(Tensor, _to(seed.dtype), values[n]) for n in step.node.all_input_nodes}
+            ends = [_run(step.node, {**other, **{n: end[n] for n in step.sources}}.__getitem__) for end in (low, high)]
+            if isinstance(step.layer, Elementwise):
+                ends = [torch.minimum(*ends), torch.maximum(*ends)]
+            low[step.node], high[step.node] = ends
+        return _Box(low, high)
+
+
+@dataclass(frozen=True)
+class _Box:
+    low: dict[fx.Node, Any]
+    high: dict[fx.Node, Any]
+
+
+@dataclass(frozen=True)
+class _WithoutNegativeParts(Rule):
+    """The same rule where the input is known not to be negative: its x- terms are zero and x+ is x itself."""
+
+    rule: Rule
+
+    @property
+    def stabilizer(self) -> float:  # type: ignore[override]
+        return self.rule.stabilizer
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return tuple(
+            Group(
+                tuple(
+                    replace(term, input="x") if term.input == "x+" else term
+                    for term in group.terms
+                    if term.input != "x-"
+                ),
+                group.bias,
+                group.coefficient,
+            )
+            for group in self.rule.groups
+        )
+
+
+@contextmanager
+def _quiet_mode() -> Iterator[None]:
+    """No gradients, no inference tensors, no autocast, no TF32: what is computed does not depend on the caller's modes."""
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.no_grad())
+        modes.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.cuda.is_available():
+            modes.enter_context(torch.autocast("cuda", enabled=False))
+            cudnn = torch.backends.cudnn
+            modes.enter_context(
+                cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
+            )
+        yield
+
+
+def _run(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    args = fx.map_arg(node.args, value_of)
+    kwargs = fx.map_arg(node.kwargs, value_of)
+    return node.target(*args, **kwargs)  # type: ignore[operator, arg-type]
+
+
+def _add(relevance: dict[fx.Node, Any], step: Step, source: fx.Node, part: Tensor) -> None:
+    """Add relevance to a node's; a node with several outputs (a split) collects it per output."""
+    if step.node.target is operator.getitem:
+        relevance.setdefault(source, {})[step.node.args[1]] = part
+    else:
+        relevance[source] = relevance[source] + part if source in relevance else part
+
+
+def _holds_signal(node: fx.Node) -> bool:
+    """Whether a node's value can carry relevance: floating-point tensors that depend on more than an input's shape."""
+    if node.target in _SHAPE_READERS:
+        return False
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+
+
+_aten = torch.ops.aten
+_SHAPE_READERS = frozenset(
+    {_aten.zeros_like.default, _aten.ones_like.default, _aten.full_like.default, _aten.empty_like.default}
+    | {_aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default, _aten.new_empty.default}
+)
+
+
+def _ordinary(value: Any) -> Any:
+    """A tensor that may take part in differentiation: inference tensors are copied, everything else is as it was."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.clone() if value.is_inference() else value.detach()
+
+
+def _shape_only(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _bytes(node: fx.Node) -> int:
+    """Size of a node's value as it was traced."""
+    total = 0
+    for tensor in pytree.tree_leaves(node.meta.get("val")):
+        if isinstance(tensor, Tensor):
+            sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in tensor.shape]
+            total += math.prod(sizes) * tensor.element_size()
+    return total
+
+
+def _to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _uncovered(model: str, nodes: Sequence[fx.Node]) -> str:
+    lines = [
+        f"  {operation_name(node):20} in {module_path(node) or 'forward'}  ({source_line(node) or 'no source line'})"
+        for node in nodes
+    ]
+    return (
+        f"{model} has {len(nodes)} operation(s) that no relevance rule covers:\n"
+        + "\n".join(lines)
+        + "\nReplace them by covered ones, or register a layer for each with @captum_dtd.layers.covers(operation)."
+    )

@@ -1,0 +1,285 @@
+"""Rules: how the relevance of a layer's output is shared among its inputs.
+
+A rule is written down as a short list of *groups*. Every group has one denominator::
+
+    z    = sum over terms of  scale * A_weight(input)   (+ bias)
+    s    = coefficient * R / (z + stabilizer * sign(z))
+    R_in = sum over terms of  input * scale * adjoint(A_weight)(s)
+
+where ``A_weight`` is the layer as a linear map with its weights ``v`` replaced by a part of them, and ``input`` is a part
+of what enters the layer. A zero denominator passes no relevance. Rules are frozen dataclasses: printable, comparable, a
+record of how a map was made.
+
+Sources: z+, z-beta and w-squared: Montavon et al. 2017, *Explaining nonlinear classification decisions with deep Taylor
+decomposition*; epsilon and alpha-beta: Bach et al. 2015, *On pixel-wise explanations*; gamma: Montavon et al. 2019,
+*Layer-wise relevance propagation: an overview*; flat: Lapuschkin et al. 2019, *Unmasking Clever Hans predictors*;
+proportional max pooling: Hiley et al. 2019, *Discriminating spatial and temporal relevance in deep Taylor decompositions*.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+InputPart: TypeAlias = Literal["x", "x+", "x-", "x-low", "x-high", "1"]
+"""Which part of a layer's input a term reads: ``x+ = max(x, 0)``, ``x- = min(x, 0)``, the distance to a pixel bound, or ones."""
+
+WeightPart: TypeAlias = Literal["v", "v+", "v-", "v^2", "1"]
+"""Which part of a layer's weights a term uses: ``v+ = max(v, 0)``, ``v- = min(v, 0)``, their squares, or ones."""
+
+Bias: TypeAlias = Literal["ignored", "absorbed"]
+"""``"ignored"``: biases do not enter the denominator; ``"absorbed"``: they do, and keep the share that is theirs."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a denominator: ``scale * A_weight(input)``."""
+
+    input: InputPart
+    weight: WeightPart
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Terms that share one denominator; ``bias`` lists the parts of the layer's bias that are added to it, with their scale."""
+
+    terms: tuple[Term, ...]
+    bias: tuple[tuple[WeightPart, float], ...] = ()
+    coefficient: float = 1.0
+
+
+class Rule(ABC):
+    """How a linear layer's relevance is shared among its inputs. A new rule is a frozen dataclass with ``groups``."""
+
+    stabilizer: float
+
+    @property
+    @abstractmethod
+    def groups(self) -> tuple[Group, ...]:
+        """The rule's groups of terms, each with one denominator."""
+
+
+def _check(stabilizer: float, bias: str = "ignored") -> None:
+    if not stabilizer >= 0:
+        raise ValueError(f"stabilizer must be zero or positive, got {stabilizer}")
+    if bias not in ("ignored", "absorbed"):
+        raise ValueError(f"bias must be 'ignored' or 'absorbed', got {bias!r}")
+
+
+@dataclass(frozen=True)
+class ZPlus(Rule):
+    """z+: relevance goes where it excited the neuron, ``R_in = x+ adj_v+(s) + x- adj_v-(s)``.
+
+    ``s = R / (A_v+(x+) + A_v-(x-))``. On the non-negative inputs of a ReLU network the second part is zero and this is the
+    rule of Montavon et al. 2017; on signed inputs it is its two-part form. On an addition, a mean or an average pool it
+    gives every summand the share of its positive part.
+
+    Args:
+        bias: ``"ignored"`` (as in deep Taylor decomposition) or ``"absorbed"``: the bias's positive part joins the denominator.
+        stabilizer: added to the denominator, away from zero.
+
+    Example:
+        >>> ZPlus()
+        ZPlus(bias='ignored', stabilizer=0.0)
+    """
+
+    bias: Bias = "ignored"
+    stabilizer: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.stabilizer, self.bias)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        bias: tuple[tuple[WeightPart, float], ...] = (("v+", 1.0),) if self.bias == "absorbed" else ()
+        return (Group((Term("x+", "v+"), Term("x-", "v-")), bias),)
+
+
+@dataclass(frozen=True)
+class ZBeta(Rule):
+    """z-beta, for pixels that live in a box ``low <= x <= high``: ``R_in = x adj_v(s) - low adj_v+(s) - high adj_v-(s)``.
+
+    ``s = R / (A_v(x) - A_v+(low) - A_v-(high))``. It is evaluated as z+ of the distances to the box,
+    ``z = A_v+(x - low) + A_v-(x - high)``: the same sum, without its cancellation, and non-negative by construction.
+
+    Args:
+        bias: ``"ignored"`` or ``"absorbed"`` (positive part).
+        stabilizer: added to the denominator, away from zero.
+
+    Example:
+        >>> ZBeta().groups[0].terms[0]
+        Term(input='x-low', weight='v+', scale=1.0)
+    """
+
+    bias: Bias = "ignored"
+    stabilizer: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.stabilizer, self.bias)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        bias: tuple[tuple[WeightPart, float], ...] = (("v+", 1.0),) if self.bias == "absorbed" else ()
+        return (Group((Term("x-low", "v+"), Term("x-high", "v-")), bias),)
+
+
+@dataclass(frozen=True)
+class Epsilon(Rule):
+    """Epsilon: every contribution ``x v`` keeps its sign, ``R_in = x adj_v(R / (z + epsilon sign(z)))`` with ``z = A_v(x) + b``.
+
+    Args:
+        stabilizer: the epsilon.
+        bias: ``"absorbed"`` (as usual for this rule) or ``"ignored"``.
+
+    Example:
+        >>> Epsilon(1e-3).stabilizer
+        0.001
+    """
+
+    stabilizer: float = 1e-6
+    bias: Bias = "absorbed"
+
+    def __post_init__(self) -> None:
+        _check(self.stabilizer, self.bias)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return (Group((Term("x", "v"),), (("v", 1.0),) if self.bias == "absorbed" else ()),)
+
+
+@dataclass(frozen=True)
+class Gamma(Rule):
+    """Gamma: as epsilon, with the exciting contributions counted ``1 + gamma`` times.
+
+    ``z = A_v(x) + gamma (A_v+(x+) + A_v-(x-)) + b + gamma b+``.
+
+    Args:
+        gamma: how much more excitation counts; 0 is epsilon, large values approach z+.
+        stabilizer: added to the denominator, away from zero.
+        bias: ``"absorbed"`` or ``"ignored"``.
+
+    Example:
+        >>> Gamma(0.5).groups[0].terms[1]
+        Term(input='x+', weight='v+', scale=0.5)
+    """
+
+    gamma: float = 0.25
+    stabilizer: float = 1e-6
+    bias: Bias = "absorbed"
+
+    def __post_init__(self) -> None:
+        _check(self.stabilizer, self.bias)
+        if not self.gamma >= 0:
+            raise ValueError(f"gamma must be zero or positive, got {self.gamma}")
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        bias: tuple[tuple[WeightPart, float], ...] = ()
+        if self.bias == "absorbed":
+            bias = (("v", 1.0), ("v+", self.gamma))
+        return (Group((Term("x", "v"), Term("x+", "v+", self.gamma), Term("x-", "v-", self.gamma)), bias),)
+
+
+@dataclass(frozen=True)
+class AlphaBeta(Rule):
+    """Alpha-beta: excitation shared ``alpha`` times, inhibition ``-beta`` times, each with its own denominator.
+
+    Args:
+        alpha: weight of the exciting contributions.
+        beta: weight of the inhibiting ones; ``alpha - beta`` must be 1, so that relevance is conserved.
+        stabilizer: added to both denominators, away from zero.
+        bias: ``"ignored"`` or ``"absorbed"`` (positive part with alpha, negative part with beta).
+
+    Raises:
+        ValueError: if ``alpha - beta != 1`` or one is negative.
+
+    Example:
+        >>> len(AlphaBeta(2.0, 1.0).groups)
+        2
+    """
+
+    alpha: float = 2.0
+    beta: float = 1.0
+    stabilizer: float = 0.0
+    bias: Bias = "ignored"
+
+    def __post_init__(self) -> None:
+        _check(self.stabilizer, self.bias)
+        if self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-12:
+            raise ValueError(f"alpha - beta must be 1 and beta >= 0, got alpha={self.alpha} and beta={self.beta}")
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        absorbed = self.bias == "absorbed"
+        exciting = Group((Term("x+", "v+"), Term("x-", "v-")), (("v+", 1.0),) if absorbed else (), self.alpha)
+        inhibiting = Group((Term("x+", "v-"), Term("x-", "v+")), (("v-", 1.0),) if absorbed else (), -self.beta)
+        return (exciting, inhibiting)
+
+
+@dataclass(frozen=True)
+class WSquare(Rule):
+    """w-squared: shares by squared weights, whatever the input: ``R_in = adj_v2(R / A_v2(1))``. Zero padding gets nothing.
+
+    Example:
+        >>> WSquare().groups[0].terms
+        (Term(input='1', weight='v^2', scale=1.0),)
+    """
+
+    stabilizer: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.stabilizer)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return (Group((Term("1", "v^2"),)),)
+
+
+@dataclass(frozen=True)
+class Flat(Rule):
+    """Flat: equal shares for everything that a neuron sees: ``R_in = adj_1(R / A_1(1))``. Zero padding gets nothing.
+
+    Example:
+        >>> Flat().groups[0].terms
+        (Term(input='1', weight='1', scale=1.0),)
+    """
+
+    stabilizer: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.stabilizer)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return (Group((Term("1", "1"),)),)
+
+
+@dataclass(frozen=True)
+class Proportional:
+    """Max pooling, shared: ``R_in = sum over windows of x+ / (sum of x+ in the window) R`` (the authors' choice).
+
+    Example:
+        >>> Proportional()
+        Proportional(stabilizer=0.0)
+    """
+
+    stabilizer: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.stabilizer)
+
+
+@dataclass(frozen=True)
+class WinnerTakesAll:
+    """Max pooling, routed: a window's relevance goes to its maximum; of equal values the one that torch's indices name.
+
+    Example:
+        >>> WinnerTakesAll()
+        WinnerTakesAll()
+    """
+
+
+MaxPoolRule: TypeAlias = Proportional | WinnerTakesAll
+"""What a max-pooling layer may do with relevance."""
