@@ -15,8 +15,6 @@ from captum_dtd.discriminate import (
 from captum_dtd.graph import UnsupportedOperationError
 from captum_dtd.version import __version__
 
-
-
 __all__ = [
     "Composite",
     "DeepTaylor",
@@ -25,6 +23,6 @@ __all__ = [
     "SelectiveRelevance",
     "SpatioTemporalRelevance",
     "UnsupportedOperationError",
-    "pixel_bounds",
     "__version__",
+    "pixel_bounds",
 ]

@@ -8,7 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from captum._utils.common import _select_targets
@@ -250,6 +250,8 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             network = self._network(tensors, extra)
             progress.set_postfix_str("")
             bounds = self._bounds(tensors)
+            if count == 0:
+                return tuple(torch.zeros_like(tensor) for tensor in tensors), bounds[0][0].new_zeros(0)
             self._warn_about(network, tensors, bounds)
             weights = network.weights(unwrap(self.model))
             size = internal_batch_size or self.affordable_batch(tensors, extra)
@@ -257,7 +259,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
                 size = count
             chunks: list[tuple[Tensor, ...]] = []
             deltas: list[Tensor] = []
-            for start in range(0, max(count, 1), size):
+            for start in range(0, count, size):
                 rows = slice(start, min(start + size, count))
                 relevance, seed = self._walk(network, weights, tensors, extra, target, bounds, rows)
                 chunks.append(relevance)
@@ -287,8 +289,8 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
     def _network(self, inputs: tuple[Tensor, ...], extra: tuple[Any, ...]) -> Network:
         """The traced network for inputs of this shape, from memory where the model still has the same structure."""
         check_inputs(inputs)
-        check_evaluation_mode(self.model)
         model = unwrap(self.model)
+        check_evaluation_mode(model)
         count = len(inputs[0])
         key = (structure_of(model), self.composite, len(inputs), _signature((*inputs, *extra), count))
         with self._lock:
@@ -312,7 +314,11 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             if len(inputs) > 1 and isinstance(bound, tuple) and len(bound) != len(inputs):
                 raise ValueError(f"{name} has {len(bound)} entries for {len(inputs)} inputs; give one for each")
         for i, tensor in enumerate(inputs):
-            like = tensor if tensor.dtype == torch.float64 else tensor.new_zeros((), dtype=torch.float32).expand(tensor.shape)
+            like = (
+                tensor
+                if tensor.dtype == torch.float64
+                else tensor.new_zeros((), dtype=torch.float32).expand(tensor.shape)
+            )
             low, high = (
                 broadcast_bound(name, bound[i] if len(inputs) > 1 and isinstance(bound, tuple) else bound, like)  # type: ignore[arg-type]
                 for name, bound in (("low", self.low), ("high", self.high))
@@ -397,8 +403,16 @@ def check_inputs(inputs: tuple[Tensor, ...]) -> None:
 
 
 def check_evaluation_mode(model: nn.Module) -> None:
-    """Raise ValueError if any module is in training mode: dropout and batch statistics would make relevance random."""
-    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+    """Raise ValueError if the model is in training mode: dropout and batch statistics would make relevance random.
+
+    Layers of torch that behave alike in both modes may carry either flag (a layer just put into the model, say).
+    """
+
+    def matters(module: nn.Module) -> bool:
+        own = not type(module).__module__.startswith("torch.nn.modules.")
+        return own or isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU))
+
+    training = [name or type(model).__name__ for name, m in model.named_modules() if m.training and matters(m)]
     if training:
         raise ValueError(f"the model is in training mode ({', '.join(training[:3])}); call model.eval() first")
 
@@ -449,7 +463,9 @@ def take_target(target: Target, rows: Sequence[int], count: int) -> Target:
     assert isinstance(target, (list, Tensor))
     if len(target) != count:
         raise ValueError(f"target has {len(target)} entries for {count} examples; give one for all or one for each")
-    return target[torch.as_tensor(list(rows), dtype=torch.long)] if isinstance(target, Tensor) else [target[i] for i in rows]  # type: ignore[return-value]
+    if isinstance(target, Tensor):
+        return target[torch.as_tensor(list(rows), dtype=torch.long, device=target.device)]
+    return cast(Target, [target[i] for i in rows])
 
 
 def free_memory(device: torch.device) -> int:
@@ -471,15 +487,25 @@ def _chosen(scores: Tensor, target: Target) -> Tensor:
         raise ValueError(
             f"target is None, but the model returns {tuple(scores.shape[1:])} scores per example; name the one to explain"
         )
-    if isinstance(target, Tensor) and target.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+    if isinstance(target, Tensor) and target.dtype not in (
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+    ):
         raise ValueError(f"target must hold integers, got a tensor of {target.dtype}")
     if target is not None and not isinstance(target, (int, tuple, list, Tensor)):
-        raise TypeError(f"target must be an index, one index per example, or tuples of indices, got {type(target).__name__}")
+        raise TypeError(
+            f"target must be an index, one index per example, or tuples of indices, got {type(target).__name__}"
+        )
     try:
         picked = _select_targets(positions, target.long() if isinstance(target, Tensor) else target)
     except (AssertionError, IndexError, RuntimeError, TypeError) as error:
         classes = f"; classes are 0 to {scores.shape[-1] - 1}" if scores.ndim == 2 else ""
-        raise ValueError(f"target {target!r} does not fit an output of shape {tuple(scores.shape)}{classes} ({error})") from None
+        raise ValueError(
+            f"target {target!r} does not fit an output of shape {tuple(scores.shape)}{classes} ({error})"
+        ) from None
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     mask[picked.flatten()] = True
     return mask.view(scores.shape)

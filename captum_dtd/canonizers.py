@@ -57,9 +57,7 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
-def _insert(
-    graph: fx.Graph, before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node
-) -> fx.Node:
+def _insert(graph: fx.Graph, before: fx.Node, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
     """A new node before ``before`` that carries the names, source line and traced value of ``like``."""
     with graph.inserting_before(before):
         node = graph.call_function(target, args)
@@ -70,11 +68,12 @@ def _insert(
 def _traced(node: fx.Node) -> fx.Node:
     """Give a rewritten node the traced value that follows from its new arguments."""
     args = fx.map_arg(node.args, lambda argument: argument.meta["val"])
-    node.meta["val"] = node.target(*args)  # type: ignore[operator]
+    target: Any = node.target
+    node.meta["val"] = target(*args)
     return node
 
 
-def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
+def _replace(graph: fx.Graph, old: fx.Node, new: Any) -> None:
     old.replace_all_uses_with(new)
     graph.erase_node(old)
 
@@ -160,10 +159,9 @@ def fold_batch_norm(graph: fx.Graph) -> None:
 def step_over_softmax(graph: fx.Graph) -> tuple[str, ...]:
     """Remove a softmax between the network and its output, so that the logits are explained."""
     notes: list[str] = []
-    outputs = graph.output_node().args[0]
-    node = outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else None
+    node: Any = _only_output(graph)
     while isinstance(node, fx.Node) and node.op == "call_function":
-        source = node.args[0]
+        source: Any = node.args[0]
         if node.target in SOFTMAX:
             notes.append(f"the model ends in {operation_name(node)}: its logits are explained, not its probabilities")
             _replace(graph, node, source)
@@ -193,11 +191,28 @@ def average_before_linear(graph: fx.Graph) -> None:
     """Move an average over class maps in front of the linear head that makes them: the two commute.
 
     S3D averages the logits of a 1x1x1 convolution, frame-wise 2D networks those of a linear layer. Averaged first, the head
-    is the last layer and its inputs are activations; z+ on an average of signed logits would lose or flip relevance.
+    is the last layer and its inputs are activations; z+ on an average of signed logits would lose or flip relevance. Only
+    averages between the head and the network's output are moved.
     """
-    changed = True
-    while changed:
-        changed = any(_average_first(graph, node) for node in list(graph.nodes) if _is_average(node))
+    while any(_average_first(graph, average) for average in _averages_at_the_end(graph)):
+        pass
+
+
+def _averages_at_the_end(graph: fx.Graph) -> list[fx.Node]:
+    """Averages behind which only rearrangements and other averages follow, the last first."""
+    averages: list[fx.Node] = []
+    node: Any = _only_output(graph)
+    while isinstance(node, fx.Node) and (node.target in SHAPE_ONLY or _is_average(node)):
+        if _is_average(node):
+            averages.append(node)
+        node = node.args[0]
+    return averages
+
+
+def _only_output(graph: fx.Graph) -> fx.Node | None:
+    outputs = graph.output_node().args[0]
+    only = outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else None
+    return only if isinstance(only, fx.Node) else None
 
 
 def _is_average(node: fx.Node) -> bool:
@@ -216,15 +231,13 @@ def _average_first(graph: fx.Graph, average: fx.Node) -> bool:
     head = average.args[0]
     if not isinstance(head, fx.Node) or len(head.users) > 1 or head.op != "call_function":
         return False
-    rank = len(shape_of(head))
-    if head.target in CONVOLUTIONS and _is_pointwise(head):
-        if average.target is not aten.mean.dim:
-            return _swap(graph, average, head)
-        dims = sorted(dim % rank for dim in average.args[1])  # type: ignore[union-attr, operator, arg-type]
-        return 0 not in dims and 1 not in dims and _swap_mean(graph, average, head, dims)
+    pointwise = head.target in CONVOLUTIONS and _is_pointwise(head)
     if average.target is not aten.mean.dim:
-        return False
-    dims = sorted(dim % rank for dim in average.args[1])  # type: ignore[union-attr, operator, arg-type]
+        return pointwise and _swap(graph, average, head)
+    rank = len(shape_of(head))
+    dims = sorted(int(dim) % rank for dim in _integers(average.args[1]))
+    if pointwise and not {0, 1} & set(dims):
+        return _swap_mean(graph, average, head, dims)
     if head.target is aten.linear.default and rank - 1 not in dims:
         return _swap_mean(graph, average, head, dims)
     if head.target in (aten.view.default, aten.reshape.default) and rank - 1 not in dims:
@@ -235,20 +248,27 @@ def _average_first(graph: fx.Graph, average: fx.Node) -> bool:
 def _is_pointwise(conv: fx.Node) -> bool:
     weight = conv.args[1]
     assert isinstance(weight, fx.Node)
-    stride, padding = (*conv.args[3:5], *(1, 0)[len(conv.args[3:5]) :])
-    return _all_are(shape_of(weight)[2:], 1) and _all_are(stride, 1) and (padding in ("same", "valid") or _all_are(padding, 0))
+    stride: Any = conv.args[3] if len(conv.args) > 3 else 1
+    padding: Any = conv.args[4] if len(conv.args) > 4 else 0
+    unpadded = padding in ("same", "valid") or _all_are(padding, 0)
+    return unpadded and _all_are(shape_of(weight)[2:], 1) and _all_are(stride, 1)
 
 
 def _all_are(sizes: Any, value: int) -> bool:
     """Whether an integer or every one of a list of them is ``value``."""
-    return all(size == value for size in (sizes if isinstance(sizes, (list, tuple)) else [sizes]))
+    return all(size == value for size in _integers(sizes))
+
+
+def _integers(sizes: Any) -> list[Any]:
+    """An operation's size argument as a list: one integer stands for a list of one."""
+    return list(sizes) if isinstance(sizes, (list, tuple)) else [sizes]
 
 
 def _swap(graph: fx.Graph, average: fx.Node, head: fx.Node) -> bool:
     """``pool(head(x))`` becomes ``head(pool(x))``."""
     x, *rest = head.args
-    pooled = _traced(_insert(graph, average, average.target, (x, *average.args[1:]), like=average))  # type: ignore[arg-type]
-    moved = _insert(graph, average, head.target, (pooled, *rest), like=head)  # type: ignore[arg-type]
+    pooled = _traced(_insert(graph, average, average.target, (x, *average.args[1:]), like=average))
+    moved = _insert(graph, average, head.target, (pooled, *rest), like=head)
     moved.meta["val"] = average.meta["val"]
     _replace(graph, average, moved)
     graph.erase_node(head)
@@ -260,7 +280,7 @@ def _swap_mean(graph: fx.Graph, average: fx.Node, head: fx.Node, dims: list[int]
     x, *rest = head.args
     kept = average.args[2:3] == (True,)
     pooled = _traced(_insert(graph, average, aten.mean.dim, (x, dims, True), like=average))
-    moved = _traced(_insert(graph, average, head.target, (pooled, *rest), like=head))  # type: ignore[arg-type]
+    moved = _traced(_insert(graph, average, head.target, (pooled, *rest), like=head))
     new = moved if kept else _insert(graph, average, aten.squeeze.dims, (moved, dims), like=average)
     _replace(graph, average, new)
     graph.erase_node(head)
@@ -275,11 +295,12 @@ def _swap_view(graph: fx.Graph, average: fx.Node, view: fx.Node) -> bool:
     if shape_of(linear)[-1] != shape_of(view)[-1]:
         return False
     x, *rest = linear.args
-    assert isinstance(x, fx.Node) and isinstance(shape, (list, tuple))
-    split = _insert(graph, average, view.target, (x, [*shape[:-1], shape_of(x)[-1]]), like=view)  # type: ignore[arg-type]
+    assert isinstance(x, fx.Node)
+    assert isinstance(shape, (list, tuple))
+    split = _insert(graph, average, aten.reshape.default, (x, [*shape[:-1], shape_of(x)[-1]]), like=view)
     split.meta["val"] = view.meta["val"].new_empty((*shape_of(view)[:-1], shape_of(x)[-1]))
     mean = _traced(_insert(graph, average, aten.mean.dim, (split, *average.args[1:]), like=average))
-    moved = _insert(graph, average, linear.target, (mean, *rest), like=linear)  # type: ignore[arg-type]
+    moved = _insert(graph, average, linear.target, (mean, *rest), like=linear)
     moved.meta["val"] = average.meta["val"]
     _replace(graph, average, moved)
     graph.erase_node(view)

@@ -138,7 +138,6 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         if return_convergence_delta and not self.method.has_convergence_delta():
             raise ValueError(f"return_convergence_delta: {self.method.get_name()} has no convergence delta")
 
-
         def explain(examples: tuple[Tensor, ...], rows: list[int], **options: Any) -> Any:
             picked = torch.tensor(rows, dtype=torch.long, device=clips[0].device)
             return self.method.attribute(
@@ -176,7 +175,9 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
                             look[row, times] = read_out(explanation, times, self.readout)
                     progress.update(sum(alike[t] in chosen for t in range(frames)))
             totals = tuple(normalised(part, self.normalize) for part in unscaled)
-        results = tuple(SpatioTemporalRelevance(look, total - look, total) for look, total in zip(looks, totals, strict=True))
+        results = tuple(
+            SpatioTemporalRelevance(look, total - look, total) for look, total in zip(looks, totals, strict=True)
+        )
         result = results if isinstance(inputs, tuple) else results[0]
         return (result, delta) if return_convergence_delta else result
 

@@ -158,9 +158,7 @@ def _export(model: nn.Module, arguments: list[Any], batch: int) -> TracedModel:
         else:
             tensors[node] = spec.target
     inputs = tuple(
-        placeholders.get(spec.arg.name) if isinstance(spec.arg, TensorArgument) else None
-        for spec in signature.input_specs
-        if spec.kind == InputKind.USER_INPUT
+        placeholders.get(spec.arg.name) for spec in signature.input_specs if spec.kind == InputKind.USER_INPUT
     )
     free = all(
         isinstance(node.meta["val"].shape[0], torch.SymInt)

@@ -231,7 +231,11 @@ class Average(LinearMap):
     """Sums, means and average pools: constant positive weights, equal within a window."""
 
     def apply(self, call: Call, inputs: Sequence[Tensor], part: WeightPart) -> Tensor | None:
-        return None if part == "v-" else call(inputs)
+        if part == "v-":
+            return None
+        output = call(inputs)
+        assert isinstance(output, Tensor)
+        return output
 
 
 @dataclass(frozen=True)
@@ -244,9 +248,7 @@ class Sum(LinearMap):
         first, second = inputs
         weights = torch.tensor([1.0, self.sign * float(call.kwargs.get("alpha", 1))], dtype=torch.float64)
         ours, theirs = weight_part(weights, part).tolist()
-        if ours == theirs == 0:
-            return None
-        return ours * first + theirs * second
+        return None if ours == theirs == 0 else torch.add(ours * first, second, alpha=theirs)
 
 
 @dataclass(frozen=True)
@@ -437,6 +439,12 @@ def _comes_from_gate(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target in GATES
 
 
+def holds_numbers(node: fx.Node) -> bool:
+    """Whether a node's value is a floating-point tensor, or several: not an index, a size or a mask."""
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+
+
 def is_non_negative(node: fx.Node, layer: Layer, of: Callable[[fx.Node], bool]) -> bool:
     """Whether a node's output cannot be negative, known from the graph alone; then rules skip their negative parts."""
     if node.target in NON_NEGATIVE_ACTIVATIONS:
@@ -449,7 +457,7 @@ def is_non_negative(node: fx.Node, layer: Layer, of: Callable[[fx.Node], bool]) 
         values = [value for value in (*node.args[2:], *node.kwargs.values()) if isinstance(value, (int, float))]
         return of(inputs[0]) and all(value >= 0 for value in values)
     if isinstance(layer, Rearrangement):
-        return all(of(source) for source in inputs if isinstance(source.meta.get("val"), Tensor))
+        return all(of(source) for source in inputs if holds_numbers(source))
     if isinstance(layer, (Average, MaxPool)) or node.target in SIGN_PRESERVING_ACTIVATIONS:
         return of(inputs[0])
     if isinstance(layer, Gate) or (isinstance(layer, Sum) and layer.sign > 0):

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from captum_dtd.bounds import Bound, broadcast_bound
 from captum_dtd.canonizers import canonize
-from captum_dtd.composites import Composite
+from captum_dtd.composites import Composite, Selector
 from captum_dtd.graph import (
     TracedModel,
     UnsupportedOperationError,
@@ -27,15 +27,16 @@ from captum_dtd.graph import (
 from captum_dtd.layers import (
     Call,
     Elementwise,
+    Gate,
     Layer,
     LinearMap,
     Rearrangement,
+    holds_numbers,
     is_non_negative,
     layer_for,
     signal_positions,
 )
 from captum_dtd.rules import Group, MaxPoolRule, Rule, ZBeta
-
 
 
 @dataclass(frozen=True)
@@ -106,48 +107,63 @@ class Network:
         self._last_uses = self._find_last_uses()
 
     def _plan(self, model: nn.Module, composite: Composite) -> tuple[Step, ...]:
+        crossed = self._crossed()
+        uncovered = [node for node, layer, _ in crossed if layer is None]
+        if uncovered:
+            raise UnsupportedOperationError(_uncovered(self._model_name, uncovered))
+        steps: list[Step] = []
+        used: set[Selector] = set()
+        for node, layer, positions in crossed:
+            assert layer is not None
+            sources = _arguments(node, positions)
+            is_pixel_layer = isinstance(layer, LinearMap) and self._pixels.issuperset(sources)
+            path = module_path(node) or node.name
+            rule, chosen = composite.rule_for(layer, is_pixel_layer, path, _module_at(model, path))
+            if isinstance(rule, ZBeta) and not is_pixel_layer:
+                raise ValueError(
+                    f"composite: z-beta needs pixel bounds, and {path} ({operation_name(node)}) is a hidden layer"
+                )
+            used |= chosen
+            steps.append(Step(node, layer, rule, positions, sources, is_pixel_layer, path))
+        if not any(step.is_pixel_layer for step in steps):
+            raise ValueError(
+                f"{self._model_name} has no pixel layer: no convolution or linear layer is reached from the input through "
+                "affine steps, slices, pads, permutes and reshapes only, so pixel bounds do not apply"
+            )
+        composite.check_selectors(used, [step.path for step in steps if step.rule is not None])
+        return tuple(steps)
+
+    def _crossed(self) -> list[tuple[fx.Node, Layer | None, tuple[int, ...]]]:
+        """Operations between input and output that relevance crosses, their layers, and where their signals are.
+
+        What leads to nothing but gates is left out: no relevance goes there, so anything may happen on that path.
+        """
         signals: set[fx.Node] = set(self.inputs)
-        covered: list[tuple[fx.Node, Layer, tuple[int, ...], tuple[fx.Node, ...], bool]] = []
-        uncovered: list[fx.Node] = []
+        found: list[tuple[fx.Node, Layer | None, tuple[int, ...]]] = []
         for node in self._nodes:
-            if node.op == "placeholder" or not _holds_signal(node):
+            if node.op == "placeholder" or node.target in _SHAPE_READERS or not holds_numbers(node):
                 continue
             positions = signal_positions(node, signals.__contains__)
             if not positions:
                 continue
             signals.add(node)
-            leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
-            sources = tuple(leaves[position] for position in positions)
             layer = Rearrangement() if node.target is operator.getitem else layer_for(node, positions)
+            found.append((node, layer, positions))
             if layer is None:
-                uncovered.append(node)
                 continue
-            of_pixels = all(source in self._pixels for source in sources)
-            if of_pixels and (isinstance(layer, Rearrangement) or (isinstance(layer, Elementwise) and layer.affine)):
-                self._pixels.add(node)
             if is_non_negative(node, layer, self._non_negative.__contains__):
                 self._non_negative.add(node)
-            covered.append((node, layer, positions, sources, of_pixels and isinstance(layer, LinearMap)))
-        if uncovered:
-            raise UnsupportedOperationError(_uncovered(self._model_name, uncovered))
+            affine = isinstance(layer, Rearrangement) or (isinstance(layer, Elementwise) and layer.affine)
+            if affine and self._pixels.issuperset(_arguments(node, positions)):
+                self._pixels.add(node)
         if self.output not in signals:
             raise ValueError(f"the output of {self._model_name} does not depend on the input that is to be explained")
-        if not any(is_pixel_layer for *_, is_pixel_layer in covered):
-            raise ValueError(
-                f"{self._model_name} has no pixel layer: no convolution or linear layer is reached from the input through "
-                "affine steps, slices, pads, permutes and reshapes only, so pixel bounds do not apply"
-            )
-        steps: list[Step] = []
-        used: set[Any] = set()
-        for node, layer, positions, sources, is_pixel_layer in covered:
-            path = module_path(node) or node.name
-            rule, chosen = composite.rule_for(layer, is_pixel_layer, path, _module_at(model, path))
-            if isinstance(rule, ZBeta) and not is_pixel_layer:
-                raise ValueError(f"composite: z-beta needs pixel bounds, and {path} ({operation_name(node)}) is a hidden layer")
-            used |= chosen
-            steps.append(Step(node, layer, rule, positions, sources, is_pixel_layer, path))
-        composite.check_selectors(used, [step.path for step in steps if step.rule is not None])
-        return tuple(steps)
+        crossed: set[fx.Node] = {self.output}
+        for node, layer, positions in reversed(found):
+            if node in crossed:
+                sources = _arguments(node, positions)
+                crossed.update(sources if not isinstance(layer, Gate) else sources[1 - layer.gate :][:1])
+        return [entry for entry in found if entry[0] in crossed]
 
     def _find_last_uses(self) -> dict[fx.Node, list[fx.Node]]:
         last: dict[fx.Node, fx.Node] = {}
@@ -168,7 +184,9 @@ class Network:
     def bytes_per_example(self) -> int:
         """About how much memory one example takes: every value that is kept, and some of the largest for the layer at work."""
         sizes = {node: _bytes(node) for node in self._nodes}
-        return sum(sizes[node] for node in self.kept) // self._traced.batch + 6 * max(sizes.values()) // self._traced.batch
+        return (
+            sum(sizes[node] for node in self.kept) // self._traced.batch + 6 * max(sizes.values()) // self._traced.batch
+        )
 
     def weights(self, model: nn.Module) -> dict[fx.Node, Any]:
         """The model's tensors as they are now, and everything the graph derives from them alone (folded weights).
@@ -236,7 +254,9 @@ class Network:
                             _add(relevance, step, source, part)
                 values.pop(step.node, None)
             return tuple(
-                relevance[node] if node in relevance else torch.zeros_like(values[node], dtype=seed.dtype, device=seed.device)
+                relevance[node]
+                if node in relevance
+                else torch.zeros_like(values[node], dtype=seed.dtype, device=seed.device)
                 for node in self.inputs
             )
 
@@ -322,7 +342,8 @@ def _quiet_mode() -> Iterator[None]:
 def _run(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
     args = fx.map_arg(node.args, value_of)
     kwargs = fx.map_arg(node.kwargs, value_of)
-    return node.target(*args, **kwargs)  # type: ignore[operator, arg-type]
+    target: Any = node.target
+    return target(*args, **kwargs)
 
 
 def _add(relevance: dict[fx.Node, Any], step: Step, source: fx.Node, part: Tensor) -> None:
@@ -333,19 +354,12 @@ def _add(relevance: dict[fx.Node, Any], step: Step, source: fx.Node, part: Tenso
         relevance[source] = relevance[source] + part if source in relevance else part
 
 
-def _holds_signal(node: fx.Node) -> bool:
-    """Whether a node's value can carry relevance: floating-point tensors that depend on more than an input's shape."""
-    if node.target in _SHAPE_READERS:
-        return False
-    leaves = pytree.tree_leaves(node.meta.get("val"))
-    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
-
-
 _aten = torch.ops.aten
 _SHAPE_READERS = frozenset(
     {_aten.zeros_like.default, _aten.ones_like.default, _aten.full_like.default, _aten.empty_like.default}
     | {_aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default, _aten.new_empty.default}
 )
+"""Operations that read a signal's shape and not its values."""
 
 
 def _ordinary(value: Any) -> Any:
@@ -371,6 +385,12 @@ def _bytes(node: fx.Node) -> int:
 
 def _to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _arguments(node: fx.Node, positions: Sequence[int]) -> tuple[fx.Node, ...]:
+    """The nodes at these positions among a node's flattened arguments."""
+    leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
+    return tuple(leaves[position] for position in positions)
 
 
 def _module_at(model: nn.Module, path: str) -> nn.Module | None:

@@ -53,7 +53,8 @@ class Group:
 class Rule(ABC):
     """How a linear layer's relevance is shared among its inputs. A new rule is a frozen dataclass with ``groups``."""
 
-    stabilizer: float
+    stabilizer: float = 0.0
+    """Added to every denominator, away from zero. Rules whose denominators are sums of squares or counts have no use for it."""
 
     @property
     @abstractmethod
@@ -227,11 +228,6 @@ class WSquare(Rule):
         (Term(input='1', weight='v^2', scale=1.0),)
     """
 
-    stabilizer: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check(self.stabilizer)
-
     @property
     def groups(self) -> tuple[Group, ...]:
         return (Group((Term("1", "v^2"),)),)
@@ -245,11 +241,6 @@ class Flat(Rule):
         >>> Flat().groups[0].terms
         (Term(input='1', weight='1', scale=1.0),)
     """
-
-    stabilizer: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check(self.stabilizer)
 
     @property
     def groups(self) -> tuple[Group, ...]:

@@ -93,7 +93,12 @@ class Ledger:
     def __str__(self) -> str:
         # Summed over the batch: a table has room for one number per cell; the rows hold one per example.
         cells = [
-            (row.operation, row.module, row.rule, *(f"{float(v.sum()):.6g}" for v in (row.arriving, row.leaving, row.lost)))
+            (
+                row.operation,
+                row.module,
+                row.rule,
+                *(f"{float(v.sum()):.6g}" for v in (row.arriving, row.leaving, row.lost)),
+            )
             for row in self.rows
         ]
         table = _aligned([("operation", "module", "rule", "arriving", "leaving", "lost"), *cells])
