@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from captum_dtd.bounds import Bound, broadcast_bound
 from captum_dtd.composites import Composite, Selector, as_composite
-from captum_dtd.graph import operation_name, source_line, structure_of, trace, unwrap
+from captum_dtd.graph import InputMismatchError, operation_name, source_line, structure_of, trace, unwrap
 from captum_dtd.propagate import Network, Observer, Step
 from captum_dtd.rules import MaxPoolRule, Rule
 from captum_dtd.tables import Ledger, LedgerRow, RuleRow, RuleTable
@@ -263,7 +263,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
                 rows = slice(start, min(start + size, count))
                 relevance, seed = self._walk(network, weights, tensors, extra, target, bounds, rows)
                 chunks.append(relevance)
-                deltas.append(self.compute_convergence_delta(relevance, seed.flatten(1).sum(1)))
+                deltas.append(self.compute_convergence_delta(relevance, seed.reshape(len(seed), -1).sum(1)))
                 progress.update(rows.stop - rows.start)
         return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True)), torch.cat(deltas)
 
@@ -300,8 +300,9 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
                     return self._networks[known]
             try:
                 traced = trace(model, (*inputs, *extra), count)
-            except ValueError as error:
-                raise ValueError(f"{error}{layout_hint(model, inputs[0])}") from error
+            except InputMismatchError as error:
+                shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+                raise ValueError(f"inputs of shape {shapes}: {error}{layout_hint(model, inputs)}") from error
             network = Network(model, traced, len(inputs), self.composite)
             self._networks[key if network.any_batch else (key, count)] = network
             while len(self._networks) > _MOST_TRACES:
@@ -358,7 +359,9 @@ def check_option(name: str, value: object, choices: Sequence[object]) -> None:
 
 
 def check_batch_size(internal_batch_size: int | None) -> None:
-    """Raise ValueError for a batch size below 1."""
+    """Raise TypeError unless the batch size is None or an integer, ValueError if it is below 1."""
+    if internal_batch_size is not None and not isinstance(internal_batch_size, int):
+        raise TypeError(f"internal_batch_size must be an integer or None, got {internal_batch_size!r}")
     if internal_batch_size is not None and internal_batch_size < 1:
         raise ValueError(f"internal_batch_size must be at least 1, got {internal_batch_size}")
 
@@ -392,7 +395,7 @@ def check_inputs(inputs: tuple[Tensor, ...]) -> None:
         if not tensor.is_floating_point():
             raise ValueError(
                 f"inputs must be floating point, got {tensor.dtype} of shape {tuple(tensor.shape)}; convert with .float(), "
-                "scale and normalise it as the model expects, and order it (N, C, T, H, W)"
+                f"scale and normalise it as the model expects, and order it (N, C, T, H, W){order_hint(tensor)}"
             )
         if tensor.ndim < 2:
             raise ValueError(f"inputs must have a batch dimension, (N, C, ...), got shape {tuple(tensor.shape)}")
@@ -417,24 +420,40 @@ def check_evaluation_mode(model: nn.Module) -> None:
         raise ValueError(f"the model is in training mode ({', '.join(training[:3])}); call model.eval() first")
 
 
-def layout_hint(model: nn.Module, clip: Tensor) -> str:
-    """What to do about an input whose dimensions seem to be in another order; empty if nothing suggests itself."""
+def order_hint(tensor: Tensor, channels: Sequence[int] = (3, 1), rank: int = 5) -> str:
+    """How to bring a tensor into the order (N, C, ...) of this rank, if its shape suggests that it is in another one."""
+    shape = tuple(tensor.shape)
+    if len(shape) == rank and shape[1] in channels:
+        return ""
+    if len(shape) == rank == 5 and shape[2] in channels:
+        return "; it looks like (N, T, C, H, W): pass inputs.permute(0, 2, 1, 3, 4)"
+    if len(shape) == rank and shape[-1] in channels:
+        order = ", ".join(map(str, (0, rank - 1, *range(1, rank - 1))))
+        return f"; channels seem to come last: pass inputs.permute({order})"
+    if len(shape) == rank - 1 and shape[0] in channels:
+        return "; the batch dimension seems to be missing: pass inputs.unsqueeze(0)"
+    if len(shape) == rank - 1 and shape[-1] in channels:
+        order = ", ".join(map(str, (rank - 2, *range(rank - 2))))
+        return f"; it looks like one example with channels last: pass inputs.permute({order}).unsqueeze(0)"
+    return ""
+
+
+def layout_hint(model: nn.Module, inputs: tuple[Tensor, ...]) -> str:
+    """What may be wrong with inputs that the model does not run on: their precision, or the order of their dimensions."""
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if own is not None and all(tensor.dtype != own for tensor in inputs):
+        return f"; inputs are {inputs[0].dtype}, the model is {own}: convert one with .to({own})"
     first = next((m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
     if first is None:
         return ""
-    channels, rank = first.in_channels, first.weight.ndim
-    names = {3: "(N, C, T)", 4: "(N, C, H, W)", 5: "(N, C, T, H, W)"}[rank]
-    hint = f"; the model's first convolution takes {names} with C={channels}, the input has shape {tuple(clip.shape)}"
-    if clip.ndim == rank - 1 and clip.shape[0] == channels:
-        return f"{hint}: add the batch dimension with inputs.unsqueeze(0)"
-    if clip.ndim == rank and clip.shape[1] != channels and rank == 5 and clip.shape[2] == channels:
-        return f"{hint}: it looks like (N, T, C, H, W), so pass inputs.permute(0, 2, 1, 3, 4)"
-    if clip.ndim == rank and clip.shape[1] != channels and clip.shape[-1] == channels:
-        order = ", ".join(map(str, (0, rank - 1, *range(1, rank - 1))))
-        return f"{hint}: channels come last, so pass inputs.permute({order})"
-    if clip.ndim == rank - 1 and rank == 5 and clip.shape[-1] == channels:
-        return f"{hint}: it looks like one clip (T, H, W, C), so pass inputs.permute(3, 0, 1, 2).unsqueeze(0)"
-    return hint
+    names = {3: "(N, C, T)", 4: "(N, C, H, W)", 5: "(N, C, T, H, W)"}[first.weight.ndim]
+    expected = f"; the model's first convolution takes {names} with C={first.in_channels}"
+    # Which convolution reads which further input is not known, so their channels are guessed.
+    hints = [
+        order_hint(tensor, (first.in_channels,) if i == 0 else (3, 1, 2), first.weight.ndim)
+        for i, tensor in enumerate(inputs)
+    ]
+    return expected + next(filter(None, hints), "")
 
 
 def take(tensors: tuple[Tensor, ...], rows: slice | Tensor) -> tuple[Tensor, ...]:
@@ -506,6 +525,11 @@ def _chosen(scores: Tensor, target: Target) -> Tensor:
         raise ValueError(
             f"target {target!r} does not fit an output of shape {tuple(scores.shape)}{classes} ({error})"
         ) from None
+    if picked.numel() != count:
+        raise ValueError(
+            f"target {target!r} names {picked.numel() // max(count, 1)} of the {tuple(scores.shape[1:])} scores per example; "
+            f"name one, with a tuple of {scores.ndim - 1} indices"
+        )
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     mask[picked.flatten()] = True
     return mask.view(scores.shape)

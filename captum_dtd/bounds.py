@@ -51,9 +51,15 @@ def broadcast_bound(name: str, bound: Bound, like: Tensor) -> Tensor:
         like: shaped like what is explained.
 
     Raises:
-        ValueError: if the bound neither has one value per channel nor broadcasts, or is not finite.
+        TypeError: if the bound is not numbers.
+        ValueError: if it neither has one value per channel nor broadcasts, or is not finite.
     """
-    value = torch.as_tensor(bound, dtype=like.dtype, device=like.device)
+    try:
+        value = torch.as_tensor(bound, dtype=like.dtype, device=like.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name} must be a number, one number per channel, or a tensor, got the {type(bound).__name__} {bound!r}"
+        ) from None
     if not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name} must be finite, got {bound}")
     if value.ndim == 1 and like.ndim > 2:

@@ -30,7 +30,7 @@ ADAPTIVE_MAXIMA = frozenset({F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.ada
 MAX_POOLS = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
 REDUCTIONS = frozenset({aten.mean.dim, aten.sum.dim_IntList})
 SHAPE_ONLY = frozenset(
-    {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.clone.default, aten.contiguous.default}
+    {aten.reshape.default, aten.clone.default, aten.contiguous.default}
     | {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.flatten.using_ints}
     | {aten.permute.default, aten.transpose.int, aten.dropout.default, aten.alias.default, aten.detach.default}
 )
@@ -42,6 +42,9 @@ def canonize(graph: fx.Graph) -> tuple[str, ...]:
     for node in list(graph.nodes):
         if node.op == "call_function" and operation_name(node).startswith(("assert", "sym_constrain")):
             graph.erase_node(node)
+        elif node.target in (aten.view.default, aten._unsafe_view.default):
+            # A view was legal for the strides of the traced example; reshape is for any, and is a view where it can be.
+            node.target = aten.reshape.default
     single_outputs(graph)
     notes = step_over_softmax(graph)
     fold_batch_norm(graph)
@@ -159,7 +162,7 @@ def fold_batch_norm(graph: fx.Graph) -> None:
 def step_over_softmax(graph: fx.Graph) -> tuple[str, ...]:
     """Remove a softmax between the network and its output, so that the logits are explained."""
     notes: list[str] = []
-    node: Any = _only_output(graph)
+    node: Any = only_output(graph)
     while isinstance(node, fx.Node) and node.op == "call_function":
         source: Any = node.args[0]
         if node.target in SOFTMAX:
@@ -201,7 +204,7 @@ def average_before_linear(graph: fx.Graph) -> None:
 def _averages_at_the_end(graph: fx.Graph) -> list[fx.Node]:
     """Averages behind which only rearrangements and other averages follow, the last first."""
     averages: list[fx.Node] = []
-    node: Any = _only_output(graph)
+    node: Any = only_output(graph)
     while isinstance(node, fx.Node) and (node.target in SHAPE_ONLY or _is_average(node)):
         if _is_average(node):
             averages.append(node)
@@ -209,7 +212,8 @@ def _averages_at_the_end(graph: fx.Graph) -> list[fx.Node]:
     return averages
 
 
-def _only_output(graph: fx.Graph) -> fx.Node | None:
+def only_output(graph: fx.Graph) -> fx.Node | None:
+    """The node that the graph returns, if it returns one."""
     outputs = graph.output_node().args[0]
     only = outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) == 1 else None
     return only if isinstance(only, fx.Node) else None
@@ -240,7 +244,7 @@ def _average_first(graph: fx.Graph, average: fx.Node) -> bool:
         return _swap_mean(graph, average, head, dims)
     if head.target is aten.linear.default and rank - 1 not in dims:
         return _swap_mean(graph, average, head, dims)
-    if head.target in (aten.view.default, aten.reshape.default) and rank - 1 not in dims:
+    if head.target is aten.reshape.default and rank - 1 not in dims:
         return _swap_view(graph, average, head)
     return False
 

@@ -34,6 +34,7 @@ from captum_dtd.attribution import (
     check_batch_size,
     check_inputs,
     check_option,
+    order_hint,
     take_arguments,
     take_target,
 )
@@ -43,7 +44,7 @@ Readout: TypeAlias = Literal["own", "first", "mean"]
 """Which slice of a frozen clip's explanation is frame t's spatial relevance: slice t, slice 0, or the mean over slices."""
 
 Normalize: TypeAlias = Literal["none", "max", "sum"]
-"""What total and each frozen explanation are divided by: nothing, their own max |R| or their own sum of R over all slices."""
+"""What total and each frozen explanation are divided by: nothing, or their own max |R| or |sum of R| over all slices."""
 
 # More frozen clips at once need memory and gain no speed.
 _MOST_FROZEN_CLIPS = 4
@@ -70,8 +71,8 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         method: a Captum method whose ``attribute`` takes clips (N, C, T, H, W) and returns maps of that shape.
         readout: which slice of a frozen clip's explanation counts: ``"own"`` (slice t of frozen clip t, comparable with
             slice t of the total), ``"first"`` (slice 0, as in the paper's published scripts) or ``"mean"``.
-        normalize: ``"none"``, ``"max"`` (of the absolute value) or ``"sum"``: what total and each frozen explanation are
-            divided by, over all their slices, before they are subtracted.
+        normalize: ``"none"``, ``"max"`` (of the absolute value) or ``"sum"`` (its absolute value): what total and each frozen
+            explanation are divided by, over all their slices, before they are subtracted.
 
     Raises:
         TypeError: if ``method`` is not a Captum attribution method.
@@ -123,8 +124,8 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
             **kwargs: handed to the method's own ``attribute``.
 
         Returns:
-            `SpatioTemporalRelevance` of (N, T, H, W) maps (a tuple of them for a tuple), in the units of the score unless
-            normalised. A clip without motion has no temporal relevance with read-out "own". With
+            `SpatioTemporalRelevance` of (N, T, H, W) maps, itself a tuple (a tuple of them for several inputs), in the units
+            of the score unless normalised. A clip without motion has no temporal relevance with read-out "own". With
             ``return_convergence_delta`` a pair of that and the delta (N,).
 
         Raises:
@@ -133,6 +134,8 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         clips, extra = as_tuple(inputs), as_arguments(additional_forward_args)
         check_inputs(clips)
         check_clips(clips)
+        # Many methods set requires_grad on what they are given: let that be a view, not the caller's tensor.
+        clips = tuple(clip.detach() for clip in clips)
         check_batch_size(internal_batch_size)
         count, frames = clips[0].shape[0], clips[0].shape[2]
         if return_convergence_delta and not self.method.has_convergence_delta():
@@ -178,7 +181,7 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         results = tuple(
             SpatioTemporalRelevance(look, total - look, total) for look, total in zip(looks, totals, strict=True)
         )
-        result = results if isinstance(inputs, tuple) else results[0]
+        result = results if len(results) > 1 else results[0]
         return (result, delta) if return_convergence_delta else result
 
     def _batching(self, internal_batch_size: int | None) -> dict[str, Any]:
@@ -379,8 +382,7 @@ def check_clips(clips: tuple[Tensor, ...]) -> None:
     """Raise ValueError unless every input is a batch of clips (N, C, T, H, W), with as many frames as the first."""
     for clip in clips:
         if clip.ndim != 5:
-            missing = "; add the batch dimension with .unsqueeze(0)" if clip.ndim == 4 else ""
-            raise ValueError(f"inputs must be clips (N, C, T, H, W), got shape {tuple(clip.shape)}{missing}")
+            raise ValueError(f"inputs must be clips (N, C, T, H, W), got shape {tuple(clip.shape)}{order_hint(clip)}")
         if clip.shape[2] != clips[0].shape[2]:
             raise ValueError(
                 f"inputs have {clips[0].shape[2]} and {clip.shape[2]} frames; freezing a frame needs the same times in all inputs"
@@ -415,11 +417,11 @@ def read_out(explanation: Tensor, times: list[int], readout: Readout) -> Tensor:
 
 
 def normalised(relevance: Tensor, normalize: Normalize) -> Tensor:
-    """Maps (N, T, H, W), each divided by its own max |R| or sum of R over all slices; a map of zeros stays one."""
+    """Maps (N, T, H, W), each divided by its own max |R| or |sum of R| over all slices; zeros stay zeros, signs stay signs."""
     if normalize == "none":
         return relevance
     flat = relevance.flatten(1)
-    scale = flat.abs().amax(1) if normalize == "max" else flat.sum(1)
+    scale = flat.abs().amax(1) if normalize == "max" else flat.sum(1).abs()
     return relevance / torch.where(scale == 0, torch.ones_like(scale), scale).view(-1, 1, 1, 1)
 
 
@@ -430,4 +432,4 @@ def _first_alike(clip: tuple[Tensor, ...]) -> list[int]:
 
 
 def _over_channels(relevance: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(part.sum(1) for part in as_tuple(relevance))
+    return tuple(part.detach().sum(1) for part in as_tuple(relevance))

@@ -8,11 +8,13 @@ shares its parameters, because export itself would swap them under other threads
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,10 @@ _EXPORT_LOCK = threading.Lock()
 
 class UnsupportedOperationError(ValueError):
     """The model does something that no layer covers; the message lists every such operation and where it stands."""
+
+
+class InputMismatchError(ValueError):
+    """The model itself does not run on such inputs."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,27 @@ class TracedModel:
     constants: dict[fx.Node, Tensor]
     any_batch: bool
     batch: int
+
+
+@contextmanager
+def plain_modes() -> Iterator[None]:
+    """No gradients, no inference tensors, no autocast, no TF32: what is computed does not depend on the caller's modes."""
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.no_grad())
+        modes.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.cuda.is_available():
+            modes.enter_context(torch.autocast("cuda", enabled=False))
+            cudnn = torch.backends.cudnn
+            modes.enter_context(
+                cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
+            )
+        yield
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """The tensor without its history; an inference tensor, which may not take part in differentiation, is copied."""
+    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -91,9 +118,10 @@ def trace(model: nn.Module, arguments: Sequence[Any], batch: int) -> TracedModel
         The traced model; its batch dimension is free unless the model's own code fixes it.
 
     Raises:
-        ValueError: if the model does not run on such inputs, or torch.export cannot trace it.
+        InputMismatchError: if the model does not run on such inputs.
+        ValueError: if torch.export cannot trace it, or it does not return one tensor.
     """
-    with _EXPORT_LOCK, torch.inference_mode(False), torch.no_grad():
+    with _EXPORT_LOCK, plain_modes():
         double = _structural_copy(model)
         with_free_batch = _export(double, [_example(a, batch, 2) for a in arguments], 2)
         if with_free_batch.any_batch or batch == 2:
@@ -103,9 +131,10 @@ def trace(model: nn.Module, arguments: Sequence[Any], batch: int) -> TracedModel
 
 def _structural_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every tensor and carries none of the user's hooks."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
-        shared.update((id(value), value) for value in vars(module).values() if isinstance(value, Tensor))
+        tensors += [value for value in vars(module).values() if isinstance(value, Tensor)]
+    shared: dict[int, Any] = {id(tensor): _shareable(tensor) for tensor in tensors}
     try:
         double = copy.deepcopy(model, shared)
     except Exception as error:
@@ -123,6 +152,12 @@ def _structural_copy(model: nn.Module) -> nn.Module:
     return double
 
 
+def _shareable(tensor: Tensor) -> Tensor:
+    if not tensor.is_inference():
+        return tensor
+    return nn.Parameter(ordinary(tensor), requires_grad=False) if isinstance(tensor, nn.Parameter) else ordinary(tensor)
+
+
 def _example(argument: Any, batch: int, size: int) -> Any:
     """The argument with ``size`` examples: tracing needs shapes, not values."""
 
@@ -138,13 +173,24 @@ def _export(model: nn.Module, arguments: list[Any], batch: int) -> TracedModel:
     def dynamic(leaf: Any) -> Any:
         return {0: Dim.AUTO} if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch else None
 
+    shapes = tuple(pytree.tree_map(dynamic, argument) for argument in arguments)
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = sum(
+        parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD) for parameter in parameters
+    )
+    if len(shapes) > named:
+        # export binds arguments to the names of forward: those that fall to ``*args`` are one tuple.
+        shapes = (*shapes[:named], shapes[named:])
     try:
-        program = export(
-            model, tuple(arguments), dynamic_shapes=tuple(pytree.tree_map(dynamic, argument) for argument in arguments)
-        ).run_decompositions({})
+        program = export(model, tuple(arguments), dynamic_shapes=shapes).run_decompositions({})
     except Exception as error:
-        raise ValueError(_why_untraceable(model, arguments, error)) from error
+        raise _untraceable(model, arguments, error) from error
 
+    if not program.call_spec.out_spec.is_leaf():
+        raise ValueError(
+            f"{type(model).__name__} must return one tensor of scores, (N,) or (N, classes, ...), not a tuple, list or dict; "
+            "wrap it in a module that returns the one to explain"
+        )
     graph, signature = program.graph, program.graph_signature
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     tensors: dict[fx.Node, str] = {}
@@ -175,15 +221,15 @@ def _has_tensor(model: nn.Module, name: str) -> bool:
         return False
 
 
-def _why_untraceable(model: nn.Module, arguments: list[Any], error: Exception) -> str:
+def _untraceable(model: nn.Module, arguments: list[Any], error: Exception) -> ValueError:
     shapes = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else repr(a) for a in arguments)
     try:
         model(*arguments)
     except Exception as own_error:
         reason = str(own_error).strip().splitlines()[0] if str(own_error).strip() else type(own_error).__name__
-        return f"{type(model).__name__} does not run on inputs of shape {shapes}: {reason}"
+        return InputMismatchError(f"{type(model).__name__} does not run on such inputs: {reason}")
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return (
+    return ValueError(
         f"torch.export cannot trace {type(model).__name__} on inputs of shape {shapes}: {reason} "
         "(control flow that depends on values cannot be explained; see torch.export's documentation)"
     )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -14,13 +13,15 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from captum_dtd.bounds import Bound, broadcast_bound
-from captum_dtd.canonizers import canonize
+from captum_dtd.canonizers import canonize, only_output
 from captum_dtd.composites import Composite, Selector
 from captum_dtd.graph import (
     TracedModel,
     UnsupportedOperationError,
     module_path,
     operation_name,
+    ordinary,
+    plain_modes,
     source_line,
     tensor_of,
 )
@@ -90,15 +91,10 @@ class Network:
         self.any_batch = traced.any_batch
         self._traced = traced
         self._model_name = type(model).__name__
-        outputs = traced.graph.output_node().args[0]
-        if not (isinstance(outputs, (tuple, list)) and len(outputs) == 1 and isinstance(outputs[0], fx.Node)):
-            raise ValueError(
-                f"{self._model_name} must return one tensor of scores, (N,) or (N, classes, ...); "
-                "wrap it in a module that returns the one to explain"
-            )
-        self.output = outputs[0]
-        if not isinstance(self.output.meta.get("val"), Tensor):
-            raise ValueError(f"{self._model_name} must return one tensor of scores; wrap it in a module that does")
+        output = only_output(traced.graph)
+        if output is None or not isinstance(output.meta.get("val"), Tensor):
+            raise ValueError(f"{self._model_name} must return one tensor of scores, (N,) or (N, classes, ...)")
+        self.output = output
         self.inputs = tuple(node for node in traced.inputs[:explained] if node is not None)
         self._nodes = [node for node in traced.graph.nodes if node.op in ("placeholder", "call_function")]
         self._non_negative: set[fx.Node] = set()
@@ -193,10 +189,10 @@ class Network:
 
         Derived weights are made anew by every call, so they cannot be stale however the model was changed.
         """
-        with _quiet_mode():
+        with plain_modes():
             values: dict[fx.Node, Any] = dict(self._traced.constants)
             values.update((node, tensor_of(model, name).detach()) for node, name in self._traced.tensors.items())
-            values = {node: _ordinary(value) for node, value in values.items()}
+            values = {node: ordinary(value) for node, value in values.items()}
             for node in self._nodes:
                 sources = node.all_input_nodes
                 if node.op == "call_function" and all(source in values for source in sources):
@@ -205,11 +201,11 @@ class Network:
 
     def forward(self, weights: dict[fx.Node, Any], arguments: Sequence[Any]) -> Activations:
         """Run the network on ``arguments`` (tensors in order, explained ones first), keeping what the walk back needs."""
-        with _quiet_mode():
+        with plain_modes():
             values = dict(weights)
             for node, argument in zip(self._traced.inputs, arguments, strict=True):
                 if node is not None:
-                    values[node] = _ordinary(argument)
+                    values[node] = ordinary(argument) if isinstance(argument, Tensor) else argument
             kept = self.kept
             for node in self._nodes:
                 if node not in values:
@@ -241,7 +237,7 @@ class Network:
         """
         values = activations.values
         relevance: dict[fx.Node, Any] = {self.output: seed}
-        with _quiet_mode():
+        with plain_modes():
             box = self._bounds(values, seed, bounds)
             for step in reversed(self.steps):
                 arriving = relevance.pop(step.node, None)
@@ -323,22 +319,6 @@ class _WithoutNegativeParts(Rule):
         )
 
 
-@contextmanager
-def _quiet_mode() -> Iterator[None]:
-    """No gradients, no inference tensors, no autocast, no TF32: what is computed does not depend on the caller's modes."""
-    with ExitStack() as modes:
-        modes.enter_context(torch.inference_mode(False))
-        modes.enter_context(torch.no_grad())
-        modes.enter_context(torch.autocast("cpu", enabled=False))
-        if torch.cuda.is_available():
-            modes.enter_context(torch.autocast("cuda", enabled=False))
-            cudnn = torch.backends.cudnn
-            modes.enter_context(
-                cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
-            )
-        yield
-
-
 def _run(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
     args = fx.map_arg(node.args, value_of)
     kwargs = fx.map_arg(node.kwargs, value_of)
@@ -360,13 +340,6 @@ _SHAPE_READERS = frozenset(
     | {_aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default, _aten.new_empty.default}
 )
 """Operations that read a signal's shape and not its values."""
-
-
-def _ordinary(value: Any) -> Any:
-    """A tensor that may take part in differentiation: inference tensors are copied, everything else is as it was."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.clone() if value.is_inference() else value.detach()
 
 
 def _shape_only(tensor: Tensor) -> Tensor:
