@@ -1,0 +1,266 @@
+"""Every rule on every kind of linear layer against the oracle, on numbers by hand, and how composites choose rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from models import between, zoo
+from oracle import Node, Walk, assert_agrees, explain
+from torch import Tensor, nn
+
+from captum_dtd import Composite, DeepTaylor
+from captum_dtd.composites import DTD, EPSILON_GAMMA_BOX
+from captum_dtd.rules import AlphaBeta, Epsilon, Flat, Gamma, Proportional, WinnerTakesAll, WSquare, ZBeta, ZPlus
+
+LOW, HIGH = (-2.1, -2.0, -1.8), (2.2, 2.4, 2.6)
+
+RULES: dict[str, tuple[Any, oracle.Rule]] = {
+    "z+": (ZPlus(), oracle.z_plus),
+    "z+ bias absorbed": (ZPlus(bias="absorbed"), partial(oracle.z_plus, bias="absorbed")),
+    "z+ stabilized": (ZPlus(stabilizer=0.1), partial(oracle.z_plus, stabilizer=0.1)),
+    "epsilon": (Epsilon(), oracle.epsilon),
+    "epsilon 0.25": (Epsilon(stabilizer=0.25), partial(oracle.epsilon, stabilizer=0.25)),
+    "epsilon bias ignored": (Epsilon(bias="ignored"), partial(oracle.epsilon, bias="ignored")),
+    "gamma": (Gamma(), oracle.gamma),
+    "gamma 1": (Gamma(gamma=1.0, stabilizer=0.01), partial(oracle.gamma, gamma=1.0, stabilizer=0.01)),
+    "gamma bias ignored": (Gamma(bias="ignored"), partial(oracle.gamma, bias="ignored")),
+    "alpha-beta": (AlphaBeta(), oracle.alpha_beta),
+    "alpha-beta 1.5 0.5": (
+        AlphaBeta(alpha=1.5, beta=0.5, stabilizer=0.01),
+        partial(oracle.alpha_beta, alpha=1.5, beta=0.5, stabilizer=0.01),
+    ),
+    "alpha-beta bias absorbed": (AlphaBeta(bias="absorbed"), partial(oracle.alpha_beta, bias="absorbed")),
+    "w-squared": (WSquare(), oracle.w_square),
+    "flat": (Flat(), oracle.flat),
+}
+
+
+class Add(nn.Module):
+    """A layer of two inputs: each half of the channels, added."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, 1)
+        return left + right
+
+
+class Subtract(Add):
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, 1)
+        return left - right
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 4))
+
+
+LAYERS: dict[str, Any] = {
+    "conv": lambda: nn.Conv3d(4, 3, (2, 3, 3), stride=(1, 2, 1), padding=1),
+    "grouped conv": lambda: nn.Conv3d(4, 6, (2, 3, 1), padding=(1, 0, 0), groups=2, dilation=(1, 1, 2)),
+    "linear": lambda: nn.Linear(5, 3),
+    "average pool": lambda: nn.AvgPool3d(3, 2, 1),
+    "mean": Mean,
+    "add": Add,
+    "subtract": Subtract,
+}
+
+
+class Branches(nn.Module):
+    """For every rule a branch: pixel convolution, LeakyReLU (what follows sees both signs), layer, linear head.
+
+    Output k is that of branch k, so a target chooses the rule.
+    """
+
+    def __init__(self, layer: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.pixels = nn.ModuleList(nn.Conv3d(3, 4, 1) for _ in RULES)
+        self.activation = nn.LeakyReLU(0.5)
+        self.layers = nn.ModuleList(layer() for _ in RULES)
+        features = self.layers[0](torch.zeros(1, 4, 3, 4, 5)).numel()
+        self.heads = nn.ModuleList(nn.Linear(features, 1) for _ in RULES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = zip(self.pixels, self.layers, self.heads, strict=True)
+        return torch.cat([head(layer(self.activation(pixel(x))).flatten(1)) for pixel, layer, head in branches], 1)
+
+    def steps(self, w: Walk, x: Node, k: int) -> Node:
+        x = w.each(self.activation, w.pixel(self.pixels[k], x))
+        layer = self.layers[k]
+        if isinstance(layer, Add):
+            left, right = (w.move(lambda v, half=half: v.chunk(2, 1)[half], x) for half in (0, 1))
+            sign = -1 if isinstance(layer, Subtract) else 1
+            x = w.linear("layer", lambda a, b: a + sign * b, left, right)
+        else:
+            x = w.linear("layer", layer, x)
+        return w.dense(self.heads[k], w.move(lambda v: v.flatten(1), x))
+
+
+def check_every_rule(layer: Callable[[], nn.Module], where: str) -> None:
+    """Every rule at once on the modules `where` (layers or pixels), one branch each."""
+    model = Branches(layer).double().eval()
+    x = between(LOW, HIGH, (1, 3, 3, 4, 5), 1)
+    composite = {f"{where}.{k}": rule for k, (rule, _) in enumerate(RULES.values())}
+    method = DeepTaylor(model, LOW, HIGH, composite=composite)
+    found = method.attribute(x.expand(len(RULES), -1, -1, -1, -1), torch.arange(len(RULES)))
+    disagree = []
+    for k, (name, (_, form)) in enumerate(RULES.items()):
+        walk = partial(Walk, {where.rstrip("s"): form})
+        try:
+            assert_agrees(found[k : k + 1], explain(model, x, LOW, HIGH, 0, args=(k,), walk=walk))
+        except AssertionError as error:
+            disagree.append(f"{name}: {error}")
+    assert not disagree, "\n".join(disagree)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_rule_on_every_layer(layer: str) -> None:
+    check_every_rule(LAYERS[layer], "layers")
+
+
+def test_every_rule_on_pixels() -> None:
+    """An override reaches the pixel layer too."""
+    check_every_rule(lambda: nn.Conv3d(4, 3, 2), "pixels")
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "images", "slow-fast", "pools", "norms", "gated"])
+def test_epsilon_gamma_box(name: str) -> None:
+    case = zoo(name)
+    model, x = case.model(), case.inputs(2)
+    expected = explain(model, x, case.low, case.high, [0, 3], walk=oracle.egb)
+    method = DeepTaylor(model, case.low, case.high, composite="epsilon-gamma-box")
+    assert_agrees(method.attribute(x, torch.tensor([0, 3])), expected)
+
+
+def by_hand(weight: list[float], bias: float, x: list[float], rule: Any) -> list[float]:
+    """Relevance of two features that reach the only output by these weights, seed one, the first layer the identity."""
+    first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 1)
+    with torch.no_grad():
+        first.weight.copy_(torch.eye(2))
+        second.weight.copy_(torch.tensor([weight]))
+        second.bias.fill_(bias)
+    model = nn.Sequential(first, second).double().eval()
+    method = DeepTaylor(model, -10, 10, composite={"1": rule, "0": WSquare()}, seed="one")
+    return method.attribute(torch.tensor([x], dtype=torch.float64), 0)[0].tolist()
+
+
+def test_by_hand() -> None:
+    """Numbers anyone can check: weights (2, -1), bias 3, features (3, 2) or (3, -2)."""
+    assert by_hand([2, -1], 3, [3, 2], ZPlus()) == pytest.approx([1, 0], abs=1e-14)
+    assert by_hand([2, -1], 3, [3, -2], ZPlus()) == pytest.approx([6 / 8, 2 / 8])
+    assert by_hand([2, -1], 3, [3, -2], ZPlus(bias="absorbed")) == pytest.approx([6 / 11, 2 / 11])
+    assert by_hand([2, -1], 3, [3, 2], Epsilon(0.0)) == pytest.approx([6 / 7, -2 / 7])
+    assert by_hand([2, -1], 3, [3, 2], Epsilon(0.0, bias="ignored")) == pytest.approx([6 / 4, -2 / 4])
+    assert by_hand([2, -1], 3, [3, 2], Epsilon(1.0)) == pytest.approx([6 / 8, -2 / 8])
+    assert by_hand([2, -1], 3, [3, 2], Gamma(0.5, 0.0)) == pytest.approx([9 / 11.5, -2 / 11.5])
+    assert by_hand([2, -1], 3, [3, -2], Gamma(0.5, 0.0, "ignored")) == pytest.approx([9 / 12, 3 / 12])
+    assert by_hand([2, -1], 3, [3, 2], AlphaBeta(2, 1)) == pytest.approx([2, -1])
+    assert by_hand([2, -1], 3, [3, 2], AlphaBeta(2, 1, bias="absorbed")) == pytest.approx([12 / 9, -1])
+    assert by_hand([2, -1], 3, [3, 2], WSquare()) == pytest.approx([4 / 5, 1 / 5])
+    assert by_hand([2, -1], 3, [3, 2], Flat()) == pytest.approx([1 / 2, 1 / 2])
+    assert by_hand([2, 0], 3, [3, 2], Flat()) == pytest.approx([1 / 2, 1 / 2])
+    assert by_hand([2, -1], 3, [-3, 2], ZPlus()) == [0, 0]
+
+
+def test_z_beta_by_hand() -> None:
+    """x = (1, 2) between -1 and 3, weights (2, -1): z = 2 (1 + 1) + 1 (3 - 2) = 5, shares 4 and 1."""
+    model = nn.Sequential(nn.Linear(2, 1)).double().eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[2.0, -1.0]]))
+    relevance = DeepTaylor(model, -1, 3, seed="one").attribute(torch.tensor([[1.0, 2.0]], dtype=torch.float64), 0)
+    assert relevance[0].tolist() == pytest.approx([4 / 5, 1 / 5])
+
+
+def chosen(composite: Any) -> dict[str, str]:
+    """The rule of every module of the residual net."""
+    case = zoo("residual")
+    table = DeepTaylor(case.model(), case.low, case.high, composite=composite).rule_table(case.inputs(2))
+    return {row.module: str(row.rule) for row in table.rows}
+
+
+@pytest.mark.parametrize(
+    ("override", "module"),
+    [
+        ({"b": Epsilon()}, "b"),
+        ({"shortcut.*": Epsilon()}, "shortcut.0"),
+        ({"*": Epsilon()}, "head"),
+        ({"?": Epsilon()}, "a"),
+        ({nn.Linear: Epsilon()}, "head"),
+        ({nn.Conv3d: Epsilon()}, "stem"),
+        ({nn.AdaptiveAvgPool3d: Epsilon()}, "pool"),
+    ],
+)
+def test_overrides_by_name_glob_and_type(override: Any, module: str) -> None:
+    """What is named gets the rule; what is not keeps its own."""
+    rules, untouched = chosen(override), {"a": "shortcut.0", "head": "b"}.get(module, "head")
+    assert rules[module] == str(Epsilon())
+    if "*" not in override:
+        assert rules[untouched].startswith("ZPlus")
+
+
+def test_override_changes_what_it_names_as_the_oracle_says() -> None:
+    case = zoo("residual")
+    model, x = case.model(), case.inputs(2)
+    expected = explain(model, x, case.low, case.high, 1, walk=lambda: Walk({"dense": oracle.epsilon}))
+    for composite in (
+        {"head": Epsilon()},
+        {"he*": Epsilon()},
+        {nn.Linear: Epsilon()},
+        DTD.override({"head": Epsilon()}),
+    ):
+        assert_agrees(DeepTaylor(model, case.low, case.high, composite=composite).attribute(x, 1), expected)
+
+
+@pytest.mark.parametrize(
+    ("typo", "named"),
+    [({"haed": Epsilon()}, "haed"), ({"layer4.*": Epsilon()}, "layer4"), ({nn.Conv2d: Epsilon()}, "Conv2d")],
+)
+def test_an_override_that_names_nothing_is_an_error(typo: Any, named: str) -> None:
+    case = zoo("residual")
+    with pytest.raises(ValueError, match=named):
+        DeepTaylor(case.model(), case.low, case.high, composite=typo).attribute(case.inputs(2), 1)
+
+
+@pytest.mark.parametrize("wrong", ["dtb", {"head": "epsilon"}, 3, {3: Epsilon()}])
+def test_a_composite_that_is_none_is_an_error(wrong: Any) -> None:
+    case = zoo("residual")
+    with pytest.raises((ValueError, TypeError)):
+        DeepTaylor(case.model(), case.low, case.high, composite=wrong)
+
+
+def test_a_rule_that_does_not_fit_its_layer_is_an_error() -> None:
+    """Winner-takes-all is no rule of a convolution, nor z-beta of a hidden layer, whose inputs have no bounds."""
+    case = zoo("plain")
+    for composite in ({"second": WinnerTakesAll()}, {"second": ZBeta()}, {"pool": Gamma()}):
+        with pytest.raises((ValueError, TypeError)):
+            DeepTaylor(case.model(), case.low, case.high, composite=composite).attribute(case.inputs(2), 1)
+
+
+def test_rules_and_composites_are_records() -> None:
+    """Printable, comparable, frozen: a run can be written down and repeated."""
+    assert Epsilon(0.5) == Epsilon(stabilizer=0.5) != Epsilon()
+    assert Gamma() == Gamma(gamma=0.25, stabilizer=1e-6, bias="absorbed")
+    assert "0.5" in repr(Epsilon(0.5))
+    assert DTD != EPSILON_GAMMA_BOX
+    assert DTD.override({"head": Epsilon()}) == DTD.override({"head": Epsilon()}) != DTD
+    assert isinstance(DTD, Composite)
+    for record in (ZPlus(), Proportional(), DTD):
+        with pytest.raises(AttributeError):
+            record.stabilizer = 1.0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: ZPlus(bias="kept"),
+        lambda: ZPlus(stabilizer=-1.0),
+        lambda: Epsilon(stabilizer=float("nan")),
+    ],
+)
+def test_rules_refuse_parameters_without_a_meaning(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"bias|stabilizer"):
+        wrong()
