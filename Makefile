@@ -41,6 +41,7 @@ $(VENV)/.ready: pyproject.toml setup.py
 	@test -n "$(PYTHON)" || { echo "Python 3.10 or newer is needed; name it with make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --editable ".[test,lint,train]" $(TORCH)
+	@$(VENV)/bin/python -m pip install --quiet zennit || echo "zennit does not install here: the tests skip its cross-check"
 	touch $@
 
 clean:

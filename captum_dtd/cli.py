@@ -1,0 +1,389 @@
+"""The command line: ``captum-dtd explain VIDEO`` and ``captum-dtd doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save
+from torch import Tensor
+from tqdm import tqdm
+
+from captum_dtd import DiscriminativeDeepTaylor, __version__, doctor
+from captum_dtd.models import load_model
+from captum_dtd.video import (
+    Clip,
+    Preprocessing,
+    Video,
+    iter_clips,
+    iter_frames,
+    overlay_frames,
+    probe,
+    read_video,
+    sample_clip,
+    shared_scale,
+    write_contact_sheet,
+    write_video,
+)
+from captum_dtd.video.synthetic import ACTIONS, moving_figure
+
+__all__ = ["main"]
+
+RELEVANCE, OVERLAY, SHEET = "relevance.safetensors", "overlay.mp4", "contact_sheet.png"
+
+_GENERATED, _ACTION = "generated", "jack"
+_GENERATED_FRAMES, _GENERATED_FPS = 64, 25.0
+# Slow enough for the eye: a clip of 16 frames lasts two seconds.
+_OVERLAY_FPS = 8.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code: 0, 1 (doctor found a fault), 2 (an error, told in one line).
+
+    Args:
+        argv: the arguments after the program's name; None takes the process's own.
+
+    Example::
+
+        main(["explain", "generated:jack", "--model", "c3d_mini", "--weights", "weizmann", "-o", "out"])
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=UserWarning)
+        warnings.showwarning = _show_warning
+        try:
+            args = _parser().parse_args(argv)
+            code: int = args.run(args)
+            return code
+        except SystemExit as done:  # --help and --version
+            return int(done.code or 0)
+        except BrokenPipeError:  # the reader of our output has left, as in "| head -1"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except KeyboardInterrupt:
+            print("captum-dtd: interrupted, nothing was written", file=sys.stderr)
+            return 130
+        except Exception as error:  # whatever a user's model raises too: one line, no traceback
+            expected = isinstance(error, (ValueError, TypeError, ImportError, OSError))
+            text = " ".join(str(error).split()) or type(error).__name__
+            print("captum-dtd: error: " + (text if expected else f"{type(error).__name__}: {text}"), file=sys.stderr)
+            return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="captum-dtd", description="Explain video classifiers by deep Taylor decomposition.")
+    parser.add_argument("--version", action="version", version=f"captum-dtd {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="{explain,doctor}")
+
+    explain = commands.add_parser("explain", help="explain one clip: relevance, an overlay video, a contact sheet")
+    explain.set_defaults(run=_explain)
+    explain.add_argument("video", metavar="VIDEO", help=f"a file, or generated[:ACTION] ({', '.join(ACTIONS)})")
+    explain.add_argument("-m", "--model", required=True, help="c3d_mini, c3d, a torchvision name, module:function")
+    explain.add_argument("-w", "--weights", help="a checkpoint file, or a name (c3d_mini: ucf10, weizmann)")
+    explain.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder (default: captum_dtd_VIDEO)")
+    explain.add_argument("--target", metavar="NAME|INDEX", help="class to explain (default: the model's top class)")
+    explain.add_argument("--start", type=float, metavar="SECONDS", help="of the clip (default: in the middle)")
+    explain.add_argument("--preset", choices=["hiley2019"], help="all settings of the method's authors")
+    explain.add_argument("--readout", choices=["own", "first", "mean"], help="slice of a frozen clip (default: own)")
+    explain.add_argument("--normalize", choices=["none", "max", "sum"], help="before subtracting (default: none)")
+    explain.add_argument("--composite", choices=["dtd", "epsilon-gamma-box"], default="dtd", help="which rules")
+    explain.add_argument("--percentile", type=float, default=99.5, help="of |relevance| that gets full colour")
+    explain.add_argument("--internal-batch-size", type=int, metavar="N", help="frozen clips explained at once")
+    explain.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    explain.add_argument("--quiet", action="store_true", help="no progress bars")
+    own = explain.add_argument_group("models whose preprocessing is not known (or to change it)")
+    own.add_argument("--size", type=int, nargs="+", metavar="N", help="input HEIGHT WIDTH, or one number for a square")
+    own.add_argument("--mean", type=float, nargs="+", metavar="X", help="subtracted, one for each channel or for all")
+    own.add_argument("--std", type=float, nargs="+", metavar="X", help="divided by, one for each channel or for all")
+    own.add_argument("--scale", type=int, choices=[1, 255], help="white, before the mean is subtracted (default: 1)")
+    own.add_argument("--channels", type=int, choices=[1, 3], help="1 for grey, 3 for RGB (default: 3)")
+    own.add_argument("--frames", type=int, metavar="N", help="length of a clip")
+    own.add_argument("--stride", type=int, metavar="N", help="every so many frames of the video (default: 1)")
+    own.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
+    own.add_argument("--num-classes", type=int, metavar="N", help="number of the model's outputs")
+
+    check = commands.add_parser("doctor", help="versions, devices, kernels, and a self-check")
+    check.set_defaults(run=lambda args: doctor.run())
+    return parser
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A video file or a generated clip."""
+
+    name: str
+    generated: Video | None
+
+    @classmethod
+    def find(cls, name: str) -> _Source:
+        word, colon, action = name.partition(":")
+        if word != _GENERATED:
+            probe(name)
+            return cls(name, None)
+        frames = moving_figure(action if colon else _ACTION, _GENERATED_FRAMES).numpy()
+        return cls(name, Video(frames, np.arange(len(frames)) / _GENERATED_FPS, _GENERATED_FPS, name))
+
+    @property
+    def stem(self) -> str:
+        return self.name.replace(":", "_") if self.generated else Path(self.name).stem
+
+    def clip(self, prepare: Preprocessing, start: float | None) -> tuple[Video, Clip]:
+        """The clip at ``start``, or the one in the middle; only about its frames are held in memory."""
+        span = (prepare.frames - 1) * prepare.stride + 1
+        if self.generated:
+            return self.generated, sample_clip(self.generated, prepare.frames, prepare.stride, start)
+        if start is not None:
+            video = read_video(self.name, start, max_frames=span)
+            return video, sample_clip(video, prepare.frames, prepare.stride, frame=0)
+        info = probe(self.name)
+        if info.duration is not None and info.duration * info.fps > 4 * span:
+            with warnings.catch_warnings(), suppress(ValueError):
+                warnings.simplefilter("ignore")  # if this part is damaged, the whole is read below, with its warning
+                video = read_video(self.name, 0.5 * (info.duration - span / info.fps), max_frames=span)
+                if len(video) == span:
+                    return video, sample_clip(video, prepare.frames, prepare.stride, frame=0)
+        # short, or shorter than its header says: count the frames first
+        times = [time for time, _ in iter_frames(self.name)]
+        video = read_video(self.name, times[max(0, (len(times) - span) // 2)], max_frames=span)
+        return video, sample_clip(video, prepare.frames, prepare.stride, frame=0)
+
+    def frames(self) -> Iterator[NDArray[np.uint8]]:
+        """All frames, one at a time."""
+        return iter(self.generated.frames) if self.generated else (frame for _, frame in iter_frames(self.name))
+
+
+def _explain(args: argparse.Namespace) -> int:
+    source = _Source.find(args.video)
+    directory: Path = args.output or Path(f"captum_dtd_{source.stem}")
+    with _staging(directory) as staging:
+        classes = _read_classes(args.classes) if args.classes else None
+        loaded = load_model(args.model, args.weights, args.num_classes or (len(classes) if classes else None))
+        classes = classes or loaded.classes
+        prepare = _preprocessing(args, loaded.preprocessing)
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = loaded.model.to(device).eval()
+        low, high = prepare.bounds
+        settings = {name: getattr(args, name) for name in ("readout", "normalize", "preset") if getattr(args, name)}
+        explainer = DiscriminativeDeepTaylor(model, low, high, composite=args.composite, **settings)
+
+        video, clip = source.clip(prepare, args.start)
+        inputs = prepare(clip.frames)[None].to(device)
+        outputs = _outputs(model, inputs)
+        if classes and len(classes) != outputs.shape[1]:
+            raise ValueError(f"there are {len(classes)} class names, but {args.model} has {outputs.shape[1]} outputs")
+        if args.target is not None:
+            target = _target(args.target, classes, outputs.shape[1])
+        elif args.preset == "hiley2019":
+            target = int(_mean_outputs(model, prepare, source, device, args.quiet).argmax())
+        else:
+            target = int(outputs.argmax())
+        relevance, delta = explainer.attribute(
+            inputs,
+            target=target,
+            return_convergence_delta=True,
+            internal_batch_size=args.internal_batch_size,
+            show_progress=not args.quiet,
+        )
+
+        maps = {name: getattr(relevance, name)[0].float().cpu().numpy() for name in ("total", "spatial", "temporal")}
+        moves, looks = np.abs(maps["temporal"]).sum(), np.abs(maps["spatial"]).sum()
+        record = {
+            "version": __version__,
+            "torch": torch.__version__,
+            "source": Path(args.video).name,
+            "fps": video.fps,
+            "start": float(video.times[clip.indices[0]]),
+            "times": [round(float(video.times[index]), 6) for index in clip.indices],
+            "indices_from_start": (clip.indices - clip.indices[0]).tolist(),
+            "loop_padded": clip.looped,
+            "model": args.model,
+            "weights": loaded.weights,
+            "target": target,
+            "class": classes[target] if classes else f"class {target}",
+            "score": float(outputs[0, target]),
+            "probability": float(_probabilities(outputs)[0, target]),
+            "preset": args.preset or "none",
+            "readout": args.readout or ("first" if args.preset else "own"),
+            "normalize": args.normalize or ("max" if args.preset else "none"),
+            "seed": "one" if args.preset else "logit",
+            "composite": args.composite,
+            "low": low.tolist(),
+            "high": high.tolist(),
+            "preprocessing": prepare.to_dict(),
+            "delta": float(delta[0]),
+            "temporal_share": float(moves / max(moves + looks, np.finfo(np.float32).tiny)),
+            "percentile": args.percentile,
+            "colour_scale": shared_scale(maps.values(), args.percentile),
+            "device": str(device),
+        }
+        _write(staging, prepare.source_crop(clip.frames), maps, record, min(video.fps / prepare.stride, _OVERLAY_FPS))
+    _report(directory, maps["total"].shape, record)
+    return 0
+
+
+def _write(
+    folder: Path, frames: NDArray[np.uint8], maps: dict[str, NDArray[np.float32]], record: dict[str, Any], fps: float
+) -> None:
+    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in record.items()}
+    (folder / RELEVANCE).write_bytes(save({name: np.ascontiguousarray(maps[name]) for name in maps}, metadata))
+    scale, share = record["colour_scale"], f"temporal {record['temporal_share']:.0%}"
+    headline = f"{record['class']}   score {record['score']:.3g}   probability {record['probability']:.3f}"
+    legend = f"{share}   red: for the class, blue: against   frame {{frame}} of {len(frames)}"
+    titles = {"total": "total", "spatial": "spatial (looks)", "temporal": "temporal (moves)"}
+    panels = {titles[name]: values for name, values in maps.items()}
+    write_video(folder / OVERLAY, overlay_frames(frames, panels, scale, (headline, legend)), fps)
+    rows = {"DTD": maps["total"], "spatial": maps["spatial"], "temporal": maps["temporal"]}
+    write_contact_sheet(folder / SHEET, frames, rows, scale, f"{headline}   {share}")
+
+
+def _report(directory: Path, shape: tuple[int, ...], record: dict[str, Any]) -> None:
+    print(
+        f"class: {record['class']} (index {record['target']}), score {record['score']:.4g}, "
+        f"probability {record['probability']:.3f}"
+    )
+    print(f"temporal: {record['temporal_share']:.1%} of |relevance|, sum|temporal| / (sum|temporal| + sum|spatial|)")
+    for name, shows in (
+        (RELEVANCE, f"total, spatial and temporal relevance, {shape} each; every setting in its metadata"),
+        (OVERLAY, f"clip, total, spatial, temporal; full colour is |relevance| >= {record['colour_scale']:.3g}"),
+        (SHEET, "frames over their total (DTD), spatial and temporal relevance, on the same colour scale"),
+    ):
+        print(f"{directory / name}: {shows}")
+
+
+@contextmanager
+def _staging(directory: Path) -> Iterator[Path]:
+    """A folder to write into. Its files move to ``directory`` at the end; if anything fails, nothing is left."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"cannot write to {directory}: it is a file")
+    for name in (RELEVANCE, OVERLAY, SHEET):
+        if (directory / name).is_dir():
+            raise ValueError(f"cannot write {directory / name}: a folder of that name is in the way")
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    home = missing[-1].parent if missing else directory
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=".captum-dtd-", dir=home))
+    except OSError as error:
+        raise ValueError(f"cannot write to {directory}: {error.strerror}") from error
+    try:
+        yield staging
+        directory.mkdir(parents=True, exist_ok=True)
+        for file in sorted(staging.iterdir()):
+            os.replace(file, directory / file.name)
+    except BaseException:
+        for folder in missing:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _preprocessing(args: argparse.Namespace, known: dict[str, Any] | None) -> Preprocessing:
+    """What the model's weights come with, changed by what the user gave."""
+    names = ("size", "mean", "std", "scale", "channels", "frames", "stride")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings = Preprocessing.from_dict(known).to_dict() if known else {}
+    if "size" in given:
+        if len(given["size"]) > 2:
+            raise ValueError(f"--size takes HEIGHT WIDTH or one number, not {len(given['size'])} numbers")
+        settings.pop("resize", None)
+    elif "mean" in given and "channels" not in given and not known:
+        given["channels"] = len(given["mean"])
+    settings |= given
+    missing = [f"--{name}" for name in ("size", "mean", "std", "frames") if name not in settings]
+    if missing:
+        raise ValueError(
+            f"no preprocessing is known for {args.model}: give {' '.join(missing)} "
+            "(and --scale, --stride, --channels where they are not 1, 1, 3)"
+        )
+    return Preprocessing.from_dict(settings)
+
+
+def _read_classes(path: Path) -> tuple[str, ...]:
+    """One name per line; numbers in front, as in UCF-101's classInd.txt, are dropped."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--classes {path} is not a text file") from error
+    if not lines:
+        raise ValueError(f"--classes {path} has no names in it")
+    if all(re.match(r"\d+\s+\S", line) for line in lines):
+        lines = [line.split(maxsplit=1)[1] for line in lines]
+    return tuple(lines)
+
+
+def _target(text: str, classes: Sequence[str] | None, count: int) -> int:
+    folded = [name.casefold() for name in classes or ()]
+    if text.casefold() in folded:
+        return folded.index(text.casefold())
+    if re.fullmatch(r"-?\d+", text):
+        if not 0 <= int(text) < count:
+            raise ValueError(f"--target {text} is out of range: the model has classes 0 to {count - 1}")
+        return int(text)
+    if not classes:
+        raise ValueError(f"--target {text}: this model's class names are not known; give an index or --classes FILE")
+    close = difflib.get_close_matches(text.casefold(), folded, n=3, cutoff=0.5)
+    names = [classes[folded.index(name)] for name in close] or list(classes[:10])
+    raise ValueError(
+        f"--target {text} is no class of this model; {'did you mean' if close else 'classes are'}: "
+        f"{', '.join(names)}{'' if close or count <= 10 else ', ...'}"
+    )
+
+
+def _outputs(model: torch.nn.Module, inputs: Tensor) -> Tensor:
+    try:
+        with torch.no_grad():
+            outputs = model(inputs)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the model cannot run on a clip of shape {tuple(inputs.shape)}: {reason}") from error
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(f"the model must return a tensor (clips, classes), not {shape}")
+    return outputs
+
+
+def _mean_outputs(
+    model: torch.nn.Module, prepare: Preprocessing, source: _Source, device: torch.device, quiet: bool
+) -> Tensor:
+    """(1, classes): the mean over the video's clips, which follow each other without overlap."""
+    clips = iter_clips(source.frames(), prepare.frames, prepare.stride)
+    outputs = [
+        _outputs(model, prepare(clip)[None].to(device))
+        for clip in tqdm(clips, desc="classifying", unit="clip", disable=quiet, leave=False)
+    ]
+    return torch.stack(outputs).mean(0)
+
+
+def _probabilities(outputs: Tensor) -> Tensor:
+    """Softmax, unless the model has applied it already."""
+    done = bool((outputs >= 0).all()) and torch.allclose(outputs.sum(1), torch.ones_like(outputs[:, 0]), atol=1e-4)
+    return outputs if done else outputs.softmax(1)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print("captum-dtd: warning: " + " ".join(str(message).split()), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""Video in and out: decoding, clip sampling, preprocessing, and pictures of relevance."""
+
+from __future__ import annotations
+
+from captum_dtd.video.decode import Video, VideoError, VideoInfo, iter_frames, probe, read_video
+from captum_dtd.video.preprocess import Preprocessing
+from captum_dtd.video.render import overlay_frames, shared_scale, write_contact_sheet, write_video
+from captum_dtd.video.sampling import Clip, iter_clips, sample_clip
+
+__all__ = [
+    "Clip",
+    "Preprocessing",
+    "Video",
+    "VideoError",
+    "VideoInfo",
+    "iter_clips",
+    "iter_frames",
+    "overlay_frames",
+    "probe",
+    "read_video",
+    "sample_clip",
+    "shared_scale",
+    "write_contact_sheet",
+    "write_video",
+]

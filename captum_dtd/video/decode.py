@@ -1,0 +1,281 @@
+"""Video files in: frames with their times, decoded by PyAV (the ``video`` extra).
+
+Only what is asked for is converted and kept, so a clip out of a long film costs a clip's memory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import warnings
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import av
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+__all__ = ["Video", "VideoError", "VideoInfo", "iter_frames", "probe", "read_video"]
+
+Frames = NDArray[np.uint8]
+
+# Below this start a video is decoded from its beginning, which is exact in every container; above it the nearest key
+# frame is looked up first.
+_SEEK_FROM_SECONDS = 10.0
+
+
+class VideoError(ValueError):
+    """A video that cannot be read, or not as asked; the message is one sentence that names the file."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a file says about its video stream without decoding it.
+
+    Attributes:
+        duration: seconds, or None where the file does not say. A damaged file may be shorter.
+        fps: average frames per second.
+        width, height: stored size in pixels, before any rotation.
+    """
+
+    duration: float | None
+    fps: float
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Video:
+    """Decoded frames.
+
+    Attributes:
+        frames: uint8, (T, H, W, 3), RGB, upright.
+        times: float64, (T,), the time of each frame in seconds after the file's first.
+        fps: average frames per second of the file.
+        path: where they come from.
+    """
+
+    frames: Frames
+    times: NDArray[np.float64]
+    fps: float
+    path: str
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def end(self) -> float:
+        """Seconds at which the last of these frames has been shown."""
+        return float(self.times[-1]) + 1.0 / self.fps
+
+
+def probe(path: str | os.PathLike[str]) -> VideoInfo:
+    """Read a video's duration, frame rate and size without decoding it.
+
+    Raises:
+        VideoError: the file is missing, or no video that can be read.
+        ImportError: PyAV is not installed.
+    """
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        duration: float | None = None
+        if stream.duration is not None and stream.time_base is not None:
+            duration = float(stream.duration * stream.time_base)
+        elif container.duration is not None:
+            duration = container.duration / 1e6
+        return VideoInfo(duration, _fps(stream), stream.width, stream.height)
+
+
+def iter_frames(path: str | os.PathLike[str], start: float = 0.0) -> Generator[tuple[float, Frames], None, None]:
+    """Yield (seconds, frame as uint8 (H, W, 3)) one at a time, from the frame shown at ``start`` seconds on.
+
+    Frames are RGB, turned upright where the file carries a rotation (phones), and transparent pixels (GIF) are laid on
+    white. Where the data is damaged, the frames that can be decoded are yielded and a UserWarning says so.
+
+    Raises:
+        VideoError: the file is missing, is no video, has no frame that can be decoded, or ends before ``start``.
+        ImportError: PyAV is not installed.
+    """
+    if not (math.isfinite(start) and start >= 0):
+        raise VideoError(f"start must be a time in seconds from 0 on, not {start}, for {os.fspath(path)}")
+    seek = start > _SEEK_FROM_SECONDS
+    size: tuple[int, int] | None = None
+    last = -1.0
+    found = False
+    while not found:
+        for time, frame, fps in _decode(path, start if seek else None):
+            if seek and last < 0 and time > start + 0.5 / fps:
+                break  # the seek overshot (no index in the file): decode from the beginning instead
+            last = time + 1.0 / fps
+            if time >= start - 0.5 / fps:
+                found = True
+                image = _rgb(frame, size)
+                size = size or (frame.width, frame.height)
+                yield time, image
+        if not found and not seek:
+            if last < 0:
+                raise VideoError(f"{os.fspath(path)} has no frame that can be decoded")
+            raise VideoError(f"start {start:g} s is beyond the end of {os.fspath(path)}, which is {last:.2f} s long")
+        seek = False
+
+
+def read_video(
+    path: str | os.PathLike[str], start: float = 0.0, stop: float | None = None, *, max_frames: int | None = None
+) -> Video:
+    """Decode a video, or a part of it.
+
+    Args:
+        path: an avi, mp4, mkv, webm, mov or gif file, or whatever else FFmpeg reads.
+        start: seconds; the first frame is the one shown then.
+        stop: seconds; frames from here on are not read. None reads to the end.
+        max_frames: read at most so many frames.
+
+    Returns:
+        The frames as uint8 (T, H, W, 3), T >= 1, with their times. See :func:`iter_frames` for colours and rotation.
+
+    Raises:
+        VideoError: as :func:`iter_frames`; also an empty range.
+        ImportError: PyAV is not installed.
+
+    Example::
+
+        video = read_video("hammer.avi", start=1.5, max_frames=16)
+        video.frames.shape                                     # (16, 240, 320, 3)
+    """
+    if max_frames is not None and max_frames < 1:
+        raise VideoError(f"max_frames must be at least 1, not {max_frames}, for {os.fspath(path)}")
+    if stop is not None and not stop > start:
+        raise VideoError(f"stop ({stop:g} s) must come after start ({start:g} s) for {os.fspath(path)}")
+    times: list[float] = []
+    frames: list[Frames] = []
+    stream = iter_frames(path, start)
+    for time, frame in stream:
+        if frames and stop is not None and time >= stop:
+            break
+        times.append(time)
+        frames.append(frame)
+        if len(frames) == max_frames:
+            break
+    stream.close()
+    return Video(np.stack(frames), np.array(times), probe(path).fps, os.fspath(path))
+
+
+def require_av() -> Any:
+    """The ``av`` module, or an ImportError that says how to install it."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("reading and writing video needs PyAV: pip install 'captum_dtd[video]'") from error
+    return av
+
+
+def _open(path: str | os.PathLike[str]) -> InputContainer:
+    name = os.fspath(path)
+    try:
+        status = Path(name).stat()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise VideoError(f"cannot open the video {name}: {reason}") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise VideoError(f"{name} is a directory, not a video")
+    if not stat.S_ISREG(status.st_mode):
+        raise VideoError(f"{name} is not a regular file")
+    if status.st_size == 0:
+        raise VideoError(f"{name} is empty (0 bytes)")
+    av = require_av()
+    try:
+        # Metadata that is not UTF-8 is common in old AVI files and says nothing about the picture; PyAV 19 ignores it.
+        options = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+        container: InputContainer = av.open(name, **options)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise VideoError(f"{name} is not a video that can be read ({reason})") from error
+    if container.format.name == "tty":  # FFmpeg draws text files as terminal screens
+        container.close()
+        raise VideoError(f"{name} is a text file, not a video")
+    if not container.streams.video:
+        container.close()
+        raise VideoError(f"{name} has no video stream")
+    return container
+
+
+def _fps(stream: VideoStream) -> float:
+    for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate):
+        if rate:
+            return float(rate)
+    return 25.0
+
+
+def _decode(path: str | os.PathLike[str], seek: float | None) -> Iterator[tuple[float, av.VideoFrame, float]]:
+    """(seconds after the first frame, frame, fps), from the key frame before ``seek`` on."""
+    av = require_av()
+    damaged = count = 0
+    end = 0.0
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        fps = _fps(stream)
+        origin = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
+        first: float | None = None
+        # AVI stores no presentation times, and what is guessed for it jumps back and forth at B-frames
+        even = container.format.name == "avi"
+        if seek is not None:
+            try:
+                container.seek(int((seek + origin) * 1_000_000))
+            except av.error.FFmpegError:
+                return
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets)
+            except StopIteration:
+                break
+            except (av.error.FFmpegError, OSError):
+                damaged += 1
+                break
+            damaged += packet.is_corrupt
+            try:
+                frames = packet.decode()
+            except av.error.FFmpegError:
+                damaged += 1
+                continue
+            for frame in frames:
+                if frame.time is None and first is None and seek is not None:
+                    return  # without a time stamp the place in the file is unknown
+                if first is None:
+                    origin = origin if seek is not None or frame.time is None else frame.time
+                    first = 0.0 if frame.time is None else frame.time - origin
+                time = first + count / fps if even or frame.time is None else frame.time - origin
+                count += 1
+                ticks = getattr(frame, "duration", None)  # not in PyAV 14
+                shown = float(ticks * frame.time_base) if ticks and frame.time_base else 1.0 / fps
+                end = max(end, time + shown)
+                yield time, frame, fps
+        promised = stream.frames
+        # Matroska counts no frames, but tells how long it is
+        length = container.duration / 1e6 if not promised and stream.duration is None and container.duration else 0.0
+    if damaged or (seek is None and count < 0.9 * promised) or end < 0.9 * length:
+        of = f" of {promised}" if promised else ""
+        warnings.warn(
+            f"{os.fspath(path)} is damaged or cut short: {count}{of} frames could be decoded", UserWarning, stacklevel=2
+        )
+
+
+def _rgb(frame: av.VideoFrame, size: tuple[int, int] | None) -> Frames:
+    """Upright uint8 (H, W, 3); ``size`` (width, height) is that of the first frame, as streams may change theirs."""
+    width, height = size or (frame.width, frame.height)
+    if any(component.is_alpha for component in frame.format.components):
+        rgba = frame.to_ndarray(format="rgba", width=width, height=height).astype(np.float32)
+        alpha = rgba[..., 3:] / 255.0
+        image: Frames = np.rint(rgba[..., :3] * alpha + 255.0 * (1.0 - alpha)).astype(np.uint8)
+    else:
+        image = np.asarray(frame.to_ndarray(format="rgb24", width=width, height=height), dtype=np.uint8)
+    turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4
+    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image

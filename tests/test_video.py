@@ -1,0 +1,487 @@
+"""Videos in and out: what is decoded, sampled, fed to a model and drawn, checked against known pixels."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from captum_dtd.video import (
+    Preprocessing,
+    Video,
+    VideoError,
+    iter_clips,
+    iter_frames,
+    overlay_frames,
+    probe,
+    read_video,
+    sample_clip,
+    shared_scale,
+    write_contact_sheet,
+    write_video,
+)
+
+av = pytest.importorskip("av", reason="PyAV is not installed")
+
+Frames = NDArray[np.uint8]
+
+
+def numbered(count: int, height: int = 48, width: int = 64) -> Frames:
+    """Frames that tell their number by their brightness, with a red left and a blue right half at the bottom."""
+    frames = np.empty((count, height, width, 3), dtype=np.uint8)
+    for index in range(count):
+        frames[index] = 20 + 200 * index // max(1, count - 1)
+    frames[:, height // 2 :, : width // 2] = (220, 30, 30)
+    frames[:, height // 2 :, width // 2 :] = (30, 30, 220)
+    return frames
+
+
+def encode(
+    path: Path,
+    frames: Frames,
+    codec: str,
+    pix_fmt: str = "yuv420p",
+    fps: int = 25,
+    pts: list[int] | None = None,
+    container_options: dict[str, str] | None = None,
+) -> Path:
+    """Write frames to a file; with pts (in hundredths of a second) at a variable frame rate."""
+    with av.open(str(path), "w", options=container_options or {}) as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pix_fmt
+        if codec == "libx264":
+            stream.options = {"crf": "4"}
+        elif codec == "mpeg4":
+            stream.options = {"qmin": "2", "qmax": "2"}
+        elif codec.startswith("libvpx"):
+            stream.options = {"crf": "4", "b": "2M", "deadline": "realtime", "cpu-used": "8"}
+        if pts is not None:
+            stream.codec_context.time_base = Fraction(1, 100)
+        for index, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if pts is not None:
+                frame.pts, frame.time_base = pts[index], Fraction(1, 100)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def brightness(frames: Frames) -> NDArray[np.float64]:
+    """Of the upper half, where the number is."""
+    return frames[:, 4 : frames.shape[1] // 2 - 4].mean(axis=(1, 2, 3), dtype=np.float64)
+
+
+CONTAINERS = [
+    ("clip.avi", "mpeg4", "yuv420p"),
+    ("clip.mp4", "libx264", "yuv420p"),
+    ("clip.mkv", "libx264", "yuv420p"),
+    ("ten_bit.mkv", "libx264", "yuv420p10le"),
+    ("full_colour.mp4", "libx264", "yuv444p"),
+    ("clip.webm", "libvpx", "yuv420p"),
+    ("clip9.webm", "libvpx-vp9", "yuv420p"),
+    ("lossless.mkv", "ffv1", "bgr0"),
+    ("clip.gif", "gif", "rgb8"),
+]
+
+
+@pytest.mark.parametrize(("name", "codec", "pix_fmt"), CONTAINERS)
+def test_every_container_gives_the_frames_that_went_in(tmp_path: Path, name: str, codec: str, pix_fmt: str) -> None:
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    frames = numbered(12)
+    video = read_video(encode(tmp_path / name, frames, codec, pix_fmt))
+    tolerance = 12 if name.endswith("gif") else 6  # GIF: 256 colours, dithered
+    assert video.frames.shape == frames.shape
+    assert video.frames.dtype == np.uint8
+    assert np.abs(brightness(video.frames) - brightness(frames)).max() < tolerance
+    assert np.abs(video.frames[:, 28:44, 4:28].mean(axis=(1, 2)) - (220, 30, 30)).max() < tolerance
+    assert np.abs(video.frames[:, 28:44, 36:60].mean(axis=(1, 2)) - (30, 30, 220)).max() < tolerance
+    assert video.times == pytest.approx(np.arange(12) / 25, abs=2e-3)
+    assert video.fps == pytest.approx(25, rel=0.01)
+
+
+def test_grey_video_and_odd_sizes(tmp_path: Path) -> None:
+    frames = np.repeat(numbered(4, 33, 47).mean(axis=3, keepdims=True), 3, axis=3).astype(np.uint8)
+    video = read_video(encode(tmp_path / "grey.mkv", frames, "ffv1", "gray"))
+    assert video.frames.shape == (4, 33, 47, 3)
+    assert np.abs(video.frames.astype(int) - frames).max() <= 2
+
+
+def test_variable_frame_rate_keeps_the_times(tmp_path: Path) -> None:
+    pts = [0, 4, 8, 30, 34, 60]
+    video = read_video(encode(tmp_path / "vfr.mkv", numbered(6), "libx264", pts=pts))
+    assert video.times == pytest.approx(np.array(pts) / 100, abs=2e-3)
+    clip = sample_clip(video, frames=2, start=0.31)
+    assert clip.indices.tolist() == [3, 4]
+
+
+def test_transparent_pixels_lie_on_white(tmp_path: Path) -> None:
+    from PIL import Image
+
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    image.paste((200, 0, 0, 255), (0, 0, 8, 16))
+    other = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    image.save(tmp_path / "a.gif", save_all=True, append_images=[other], duration=[100, 400], disposal=2)
+    video = read_video(tmp_path / "a.gif")
+    assert video.frames[0, 8, 2].tolist() == [200, 0, 0]
+    assert video.frames[0, 8, 13].tolist() == [255, 255, 255]
+    assert video.frames[1, 8, 2].tolist() == [255, 255, 255]
+    assert video.frames[1, 8, 13].tolist() == [200, 0, 0]
+    assert video.times == pytest.approx([0.0, 0.1])
+
+
+def test_a_phones_rotation_is_undone(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        if not hasattr(stream, "set_display_rotation"):
+            pytest.skip("this PyAV cannot write a rotation")
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        stream.set_display_rotation(90)
+        image = np.zeros((32, 48, 3), dtype=np.uint8)
+        image[:16, :24] = 255
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    with av.open(str(tmp_path / "phone.mp4")) as container:
+        turns = next(container.decode(video=0)).rotation // 90
+    frame = read_video(tmp_path / "phone.mp4").frames[0]
+    assert turns in (-1, 1)
+    assert frame.shape == (48, 32, 3)
+    assert np.abs(frame.astype(int) - np.rot90(image, turns)).mean() < 8
+
+
+def test_metadata_that_is_not_utf8(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.avi", numbered(5), "mpeg4")
+    data = path.read_bytes()
+    assert data.count(b"Lavf") >= 1
+    path.write_bytes(data.replace(b"Lavf", b"\xff\xfe\xe9\x80", 1))
+    assert len(read_video(path)) == 5
+
+
+def test_only_what_is_asked_for_is_kept(tmp_path: Path) -> None:
+    frames = numbered(50)
+    path = encode(tmp_path / "a.mp4", frames, "libx264")
+    video = read_video(path, start=1.0, stop=1.4)
+    assert video.times == pytest.approx(np.arange(25, 35) / 25, abs=1e-3)
+    assert np.abs(brightness(video.frames) - brightness(frames[25:35])).max() < 6
+    assert read_video(path, start=1.0, max_frames=3).times == pytest.approx([1.0, 1.04, 1.08], abs=1e-3)
+    assert probe(path).duration == pytest.approx(2.0, abs=0.05)
+    assert (probe(path).width, probe(path).height) == (64, 48)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.avi", "mpeg4"), ("a.mkv", "libx264")])
+def test_a_late_start_is_found_exactly(tmp_path: Path, name: str, codec: str) -> None:
+    frames = numbered(200, 32, 32)
+    path = encode(tmp_path / name, frames, codec, fps=10)
+    video = read_video(path, start=15.0, max_frames=4)
+    assert video.times == pytest.approx([15.0, 15.1, 15.2, 15.3], abs=2e-3)
+    assert np.array_equal(video.frames, read_video(path).frames[150:154])
+
+
+def test_a_cut_off_file_gives_what_can_be_decoded_and_says_so(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (20, 48, 64, 3), dtype=np.uint8)
+    path = encode(tmp_path / "a.mp4", frames, "libx264", container_options={"movflags": "+faststart"})
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    with pytest.warns(UserWarning, match=r"a\.mp4 is damaged or cut short"):
+        video = read_video(path)
+    assert 5 < len(video) < 20
+    path = encode(tmp_path / "a.avi", frames, "mpeg4")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.warns(UserWarning, match=r"a\.avi is damaged or cut short"):
+        video = read_video(path)
+    assert 5 < len(video) < 20
+
+
+def test_an_intact_file_gives_no_warning(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_video(encode(tmp_path / "a.avi", numbered(20), "mpeg4"))
+        read_video(encode(tmp_path / "a.mp4", numbered(20), "libx264"))
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "noise", "no_index", "sound", "ansi_text"])
+def test_what_is_no_video_is_one_sentence_with_its_name(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("note.nfo" if kind == "ansi_text" else "clip.mp4")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "empty":
+        path.touch()
+    elif kind in ("text", "ansi_text"):
+        path.write_text("This is not a video.\n" * 50)
+    elif kind == "noise":
+        path.write_bytes(np.random.default_rng(0).bytes(5000))
+    elif kind == "no_index":
+        encode(path, numbered(20), "libx264")
+        path.write_bytes(path.read_bytes()[:1500])
+    elif kind == "sound":
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("aac", rate=8000)
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+            frame.rate = 8000
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    with pytest.raises(VideoError) as caught:
+        read_video(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+
+
+def test_a_start_beyond_the_end_tells_the_duration(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mp4", numbered(50), "libx264")
+    for start in (3.0, 60.0):
+        with pytest.raises(VideoError, match=r"start .* beyond the end .*2\.00 s"):
+            read_video(path, start=start)
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(VideoError, match="start"):
+            read_video(path, start=wrong)
+    with pytest.raises(VideoError, match="stop"):
+        read_video(path, start=1.0, stop=0.5)
+
+
+def ramp(count: int, path: str = "ramp") -> Video:
+    frames = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 6, 3), dtype=np.uint8)
+    return Video(frames, np.arange(count) / 10, 10.0, path)
+
+
+def test_sampling_is_centred_or_starts_where_told() -> None:
+    video = ramp(40)
+    clip = sample_clip(video, frames=8, stride=2)
+    assert clip.indices.tolist() == list(range(12, 28, 2))
+    assert not clip.looped
+    assert clip.frames[:, 0, 0, 0].tolist() == clip.indices.tolist()
+    assert sample_clip(video, 4, start=1.04).indices.tolist() == [10, 11, 12, 13]
+    assert sample_clip(video, 4, 3, frame=5).indices.tolist() == [5, 8, 11, 14]
+    with pytest.raises(VideoError, match=r"4\.00 s"):
+        sample_clip(video, 4, start=4.5)
+    with pytest.raises(VideoError, match="frames 0 to 39"):
+        sample_clip(video, 4, frame=40)
+    with pytest.raises(ValueError, match="not both"):
+        sample_clip(video, 4, start=1.0, frame=3)
+    with pytest.raises(ValueError, match="stride"):
+        sample_clip(video, 4, 0)
+
+
+def test_a_short_video_is_looped_and_says_so() -> None:
+    with pytest.warns(UserWarning, match=r"ramp has 3 frames .* repeated in a loop"):
+        clip = sample_clip(ramp(3), frames=8)
+    assert clip.looped
+    assert clip.indices.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    with pytest.warns(UserWarning, match="loop"):
+        clip = sample_clip(ramp(10), frames=4, frame=8)
+    assert clip.looped
+    assert clip.indices.tolist() == [8, 9, 8, 9]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not sample_clip(ramp(8), frames=8).looped
+
+
+def test_clips_follow_each_other() -> None:
+    def firsts(count: int, length: int, stride: int = 1) -> list[list[int]]:
+        return [clip[:, 0, 0, 0].tolist() for clip in iter_clips(ramp(count).frames, length, stride)]
+
+    assert firsts(11, 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert firsts(12, 3, 2) == [[0, 2, 4], [6, 8, 10]]
+    assert firsts(3, 4) == [[0, 1, 2, 0]]
+    assert list(iter_clips(iter([]), 4)) == []
+
+
+def test_a_stream_of_frames_equals_the_video(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.avi", numbered(9), "mpeg4")
+    streamed = list(iter_frames(path))
+    video = read_video(path)
+    assert np.array_equal(np.stack([frame for _, frame in streamed]), video.frames)
+    assert [time for time, _ in streamed] == video.times.tolist()
+
+
+@pytest.mark.parametrize("model", ["R3D_18", "S3D", "MViT_V2_S"])
+@pytest.mark.parametrize("size", [(240, 320), (61, 53), (300, 171)])
+def test_torchvisions_own_preprocessing_is_reproduced(model: str, size: tuple[int, int]) -> None:
+    video_models = pytest.importorskip("torchvision", reason="torchvision is not installed").models.video
+    transform = getattr(video_models, f"{model}_Weights").DEFAULT.transforms()
+    frames = torch.randint(0, 256, (3, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    prepare = Preprocessing.from_torchvision(transform, frames=3)
+    torch.testing.assert_close(prepare(frames), transform(frames.permute(0, 3, 1, 2)), rtol=0, atol=1e-6)
+    assert Preprocessing.from_dict({"transform": transform, "frames": 3}) == prepare
+    with pytest.raises(TypeError, match="torchvision"):
+        Preprocessing.from_torchvision(torch.nn.Identity(), frames=3)
+
+
+def test_bounds_are_black_and_white() -> None:
+    prepare = Preprocessing(frames=2, crop=(8, 8), mean=(90, 98, 102), std=(1, 2, 4), scale=255)
+    low, high = prepare.bounds
+    for value, bound in ((0, low), (255, high)):
+        x = prepare(np.full((2, 8, 8, 3), value, dtype=np.uint8))
+        assert x.shape == (3, 2, 8, 8)
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(x.amax((1, 2, 3)), bound.float())
+        torch.testing.assert_close(x.amin((1, 2, 3)), bound.float())
+    assert low.tolist() == [-90, -49, -25.5]
+    assert high.tolist() == [165, 78.5, 38.25]
+
+
+def test_luma() -> None:
+    prepare = Preprocessing(frames=1, crop=(1, 3), mean=(0,), std=(1,), scale=255, channels=1)
+    x = prepare(np.array([[[[255, 0, 0], [0, 255, 0], [0, 0, 255]]]], dtype=np.uint8))
+    torch.testing.assert_close(x, 255 * torch.tensor([[[[0.299, 0.587, 0.114]]]]))
+
+
+def test_without_a_resize_the_frame_just_covers_the_crop() -> None:
+    prepare = Preprocessing(frames=1, crop=(4, 4), mean=(0, 0, 0), std=(1, 1, 1), scale=255)
+    frame = np.zeros((1, 8, 16, 3), dtype=np.uint8)
+    frame[:, :, 2:14] = 200
+    assert prepare(frame).unique().tolist() == [200.0]
+    assert prepare.source_crop(frame).shape == (1, 8, 8, 3)
+    assert np.unique(prepare.source_crop(frame)).tolist() == [200]
+
+
+def test_the_source_crop_is_what_the_model_sees() -> None:
+    prepare = Preprocessing(frames=1, crop=(112, 112), resize=(128, 171), mean=(0, 0, 0), std=(1, 1, 1), scale=255)
+    ramp_down = np.linspace(0, 255, 240)[:, None] * np.ones((1, 320))
+    ramp_right = np.ones((240, 1)) * np.linspace(0, 255, 320)
+    frame = np.stack([ramp_down, ramp_right, 0 * ramp_down], axis=-1).round().astype(np.uint8)[None]
+    seen, model = prepare.source_crop(frame)[0], prepare(frame)[:, 0]
+    assert seen.shape == (210, 210, 3)
+    for channel in (0, 1):
+        assert abs(seen[..., channel].min() - model[channel].min().item()) < 3
+        assert abs(seen[..., channel].max() - model[channel].max().item()) < 3
+
+
+def test_preprocessing_survives_a_dict() -> None:
+    settings = {"frames": 8, "stride": 2, "size": [48, 60], "resize": [50, 70], "mean": 0.5, "std": [0.2]}
+    settings["channels"] = 1
+    prepare = Preprocessing.from_dict(settings)
+    assert prepare.crop == (48, 60)
+    assert prepare.mean == (0.5,)
+    assert prepare.scale == 1
+    assert Preprocessing.from_dict(prepare.to_dict()) == prepare
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mean": (0.5, 0.5)}, "mean needs one value for each of 3 channels"),
+        ({"std": (0.5, 0, 0.5)}, "std positive"),
+        ({"scale": 2}, "scale"),
+        ({"channels": 2}, "channels"),
+        ({"frames": 0}, "frames"),
+        ({"crop": (0, 4)}, "sizes"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:
+    good = {"frames": 8, "crop": (4, 4), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    with pytest.raises(ValueError, match=message):
+        Preprocessing(**{**good, **settings})
+
+
+def test_frames_of_another_layout_are_refused() -> None:
+    prepare = Preprocessing(frames=2, crop=(4, 4), mean=(0, 0, 0), std=(1, 1, 1))
+    with pytest.raises(TypeError, match="uint8"):
+        prepare(torch.rand(2, 8, 8, 3))
+    with pytest.raises(ValueError, match=r"\(T, H, W, 3\)"):
+        prepare(np.zeros((2, 3, 8, 8), dtype=np.uint8))
+    with pytest.raises(ValueError, match="less than the crop"):
+        Preprocessing(frames=2, crop=(9, 9), resize=8, mean=(0, 0, 0), std=(1, 1, 1))(np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="missing"):
+        Preprocessing.from_dict({"frames": 2, "size": 4})
+    with pytest.raises(ValueError, match="colour"):
+        Preprocessing.from_dict({**prepare.to_dict(), "colour": 1})
+
+
+def test_the_shared_scale_is_a_percentile_of_all_maps() -> None:
+    first, second = np.zeros((2, 4, 4)), np.linspace(-10, -1, 32).reshape(2, 4, 4)
+    assert shared_scale([first, second], 100) == 10
+    assert shared_scale([first, second], 50) == pytest.approx(5.5)
+    assert shared_scale([first], 99) == 1
+    with pytest.raises(ValueError, match="percentile"):
+        shared_scale([first], 0)
+
+
+def panels(picture: Frames, count: int) -> list[Frames]:
+    """The panels of one overlay frame, found by their columns: titles above, caption below."""
+    width = (picture.shape[1] - 4 * (count - 1)) // count
+    return [picture[:, i * (width + 4) : i * (width + 4) + width].astype(int) for i in range(count)]
+
+
+def test_overlay_is_red_for_and_blue_against_on_one_scale() -> None:
+    frames = np.full((2, 64, 80, 3), 120, dtype=np.uint8)
+    strong, weak = np.zeros((2, 8, 10)), np.zeros((2, 8, 10))
+    strong[0, 2, 2], strong[0, 5, 7] = 1.0, -1.0
+    weak[0] = strong[0] / 4
+    drawn = overlay_frames(frames, {"strong": strong, "weak": weak}, 1.0, ("class 3", "frame {frame} of 2"))
+    assert drawn.shape[0] == 2
+    assert drawn.shape[1] % 2 == 0
+    assert drawn.shape[2] % 2 == 0
+    line = round(1.5 * max(12, min(80 * 3 // 11, 40)))
+    clip, left, right = (panel[line : line + 192] for panel in panels(drawn[0], 3))
+    assert np.abs(clip - 120).max() <= 1
+    for_it, against = (60, 60), (132, 180)  # centres of the two cells, 24 pixels each
+    assert left[for_it][0] > 200
+    assert left[for_it][2] < 60
+    assert left[against][2] > 200
+    assert left[against][0] < 80
+    assert left[20, 200].tolist() == [54, 54, 54]
+    rise = left[for_it][0] - 54, right[for_it][0] - 54
+    assert rise[1] == pytest.approx(rise[0] / 4, abs=4)
+    assert not np.array_equal(drawn[0][line + 192 :], drawn[1][line + 192 :])  # the frame's number
+
+
+def test_a_large_source_keeps_its_size_and_a_huge_one_fits_players() -> None:
+    maps = {name: np.zeros((1, 4, 4)) for name in "abc"}
+    assert overlay_frames(np.zeros((1, 210, 211, 3), np.uint8), maps, 1.0, ())[0].shape[1] == 4 * 211 + 3 * 4
+    assert overlay_frames(np.zeros((1, 1900, 1900, 3), np.uint8), maps, 1.0, ())[0].shape[1] <= 4096
+
+
+def test_written_video_reads_back(tmp_path: Path) -> None:
+    frames = numbered(6)
+    assert write_video(tmp_path / "a.mp4", frames, 8) in ("libx264", "mpeg4")
+    video = read_video(tmp_path / "a.mp4")
+    assert video.frames.shape == frames.shape
+    assert video.fps == pytest.approx(8)
+    assert np.abs(brightness(video.frames) - brightness(frames)).max() < 4
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
+
+
+def test_without_h264_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(av, "codecs_available", set(av.codecs_available) - {"libx264"})
+    with pytest.warns(UserWarning, match="libx264"):
+        assert write_video(tmp_path / "a.mp4", numbered(3), 8) == "mpeg4"
+    assert len(read_video(tmp_path / "a.mp4")) == 3
+
+
+def test_contact_sheet_colours(tmp_path: Path) -> None:
+    from PIL import Image
+
+    frames = np.full((4, 32, 32, 3), (0, 160, 0), dtype=np.uint8)
+    positive, negative = np.full((4, 8, 8), 2.0), np.full((4, 8, 8), -2.0)
+    write_contact_sheet(tmp_path / "a.png", frames, {"DTD": positive, "temporal": negative}, 2.0, "jack")
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).reshape(-1, 3).astype(int)
+    for colour in ((0, 160, 0), (128, 0, 0), (0, 0, 76)):  # the frame, and the ends of seismic
+        assert (np.abs(pixels - colour).max(axis=1) <= 1).mean() > 0.1
+
+
+@pytest.mark.skipif("CAPTUM_DTD_DATA" not in os.environ, reason="CAPTUM_DTD_DATA is not set")
+def test_real_recordings() -> None:
+    folder = Path(os.environ["CAPTUM_DTD_DATA"]) / "clips"
+    counts = {
+        "ucf101/v_ApplyEyeMakeup_g01_c01.avi": 164,
+        "ucf101/v_CricketShot_g04_c01_rgb.gif": 79,
+        "hmdb51/TrumanShow_wave_f_nm_np1_fr_med_26.avi": 48,
+        "weizmann_rgb/lyova_walk.mkv": 50,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, count in counts.items():
+            video = read_video(folder / name)
+            assert len(video) == count
+            assert (np.diff(video.times) > 0).all()
+            assert video.times[0] == 0
+            assert video.frames.std() > 10
