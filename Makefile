@@ -18,16 +18,13 @@ MODEL ?= c3d_mini
 # One thread per test process: the processes share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -q
 
-.PHONY: demo test test-slow test-oldest lint clean
+.PHONY: demo test test-oldest lint clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/captum-dtd explain "$(CLIP)" --model $(MODEL) --weights $(WEIGHTS) -o $(DEMO)
 
 test: $(VENV)/.ready
-	$(PYTEST) -m "not slow"
-
-test-slow: $(VENV)/.ready
-	$(PYTEST) -m slow
+	$(PYTEST)
 
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest TORCH="torch==2.11.* torchvision==0.26.*"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -227,11 +228,11 @@ def test_safetensors_load_into_the_models_own_precision(tmp_path: Path) -> None:
 def _refused(model: nn.Module, path: Path, *words: str) -> str:
     """The message; the model is as it was."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         load_checkpoint(model, path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     message = str(caught.value)
-    assert "\n" not in message and str(path) in message
+    assert "\n" not in message
     for word in words:
         assert word in message
     return message
@@ -350,8 +351,9 @@ def test_c3d_without_weights_warns_and_says_how_to_prepare() -> None:
 @pytest.mark.parametrize("name", ["r3d_18", "mc3_18", "r2plus1d_18", "s3d"])
 def test_torchvision_models_come_with_their_own_transform_and_classes(name: str) -> None:
     pytest.importorskip("torchvision")
-    with pytest.warns(UserWarning, match="random weights"), torch.device("meta"):
-        loaded = load_model(name)
+    with torch.device("meta"):
+        with pytest.warns(UserWarning, match="random weights"):
+            loaded = load_model(name)
         assert loaded.preprocessing is not None
         outputs = loaded.model(torch.empty(1, 3, loaded.preprocessing["frames"], *loaded.preprocessing["size"]))
     assert outputs.shape == (1, 400) and loaded.classes is not None

@@ -76,7 +76,7 @@ def fit(
             logits = model(clips.contiguous(memory_format=torch.channels_last_3d))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         running += (loss.item() - running) / min(step, 100)
