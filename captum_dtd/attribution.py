@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import operator
 import os
 import threading
 import warnings
@@ -108,6 +110,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         self.__dict__.update(state, _lock=threading.Lock(), _networks=OrderedDict())
 
     @log_usage()  # type: ignore[untyped-decorator]
+    @torch.inference_mode(False)
     def attribute(
         self,
         inputs: Tensor | tuple[Tensor, ...],
@@ -157,7 +160,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         Raises:
             ValueError: as `attribute` does for inputs that the model does not take.
         """
-        network = self._network(as_tuple(inputs), as_arguments(additional_forward_args))
+        network = self._network(checked_inputs(inputs), as_arguments(additional_forward_args))
         return RuleTable(
             self.composite.name,
             tuple(
@@ -167,6 +170,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             network.notes,
         )
 
+    @torch.inference_mode(False)
     def ledger(
         self, inputs: Tensor | tuple[Tensor, ...], target: Target = None, additional_forward_args: Any = None
     ) -> Ledger:
@@ -180,14 +184,16 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         Raises:
             ValueError: as `attribute`.
         """
-        tensors, extra = as_tuple(inputs), as_arguments(additional_forward_args)
-        network = self._network(tensors, extra)
+        tensors, extra = checked_inputs(inputs), as_arguments(additional_forward_args)
+        count = len(tensors[0])
+        first = slice(0, min(1, count))
+        network = self._network(take(tensors, first), take_arguments(extra, first, count))
         weights = network.weights(unwrap(self.model))
         bounds = self._bounds(tensors)
         columns: list[list[tuple[Step, Tensor, Tensor]]] = []
         seeds, sums = [], []
         # Example by example: inside a network the batch dimension may be merged with others, so sums per example need this.
-        for i in range(len(tensors[0])):
+        for i in range(count):
             column: list[tuple[Step, Tensor, Tensor]] = []
 
             def observe(step: Step, arriving: Any, leaving: Sequence[Tensor | None], column: Any = column) -> None:
@@ -208,6 +214,8 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             )
             for same_step in zip(*columns, strict=True)
         )
+        if not count:
+            return Ledger((), bounds[0][0].new_zeros(0), bounds[0][0].new_zeros(0))
         return Ledger(rows, torch.stack(seeds), torch.stack(sums))
 
     def has_convergence_delta(self) -> bool:
@@ -231,7 +239,9 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
 
     def affordable_batch(self, inputs: tuple[Tensor, ...], additional_forward_args: Any = None) -> int:
         """How many such examples can be explained at once in half of the memory that is free now; at least 1."""
-        network = self._network(inputs, as_arguments(additional_forward_args))
+        return self._affordable(self._network(inputs, as_arguments(additional_forward_args)), inputs)
+
+    def _affordable(self, network: Network, inputs: tuple[Tensor, ...]) -> int:
         return max(1, free_memory(inputs[0].device) // 2 // max(1, network.bytes_per_example))
 
     def _explain(
@@ -242,28 +252,33 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         internal_batch_size: int | None,
         show_progress: bool,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        tensors, extra = as_tuple(inputs), as_arguments(additional_forward_args)
+        tensors, extra = checked_inputs(inputs), as_arguments(additional_forward_args)
         check_batch_size(internal_batch_size)
         count = len(tensors[0])
         with tqdm(total=count, desc=self.get_name(), unit="clip", disable=not show_progress) as progress:
             progress.set_postfix_str("tracing the model")
-            network = self._network(tensors, extra)
+            first = slice(0, min(internal_batch_size or count, count))
+            network = self._network(take(tensors, first), take_arguments(extra, first, count))
             progress.set_postfix_str("")
             bounds = self._bounds(tensors)
             if count == 0:
                 return tuple(torch.zeros_like(tensor) for tensor in tensors), bounds[0][0].new_zeros(0)
-            self._warn_about(network, tensors, bounds)
+            self._warn_about(self._findings(network, tensors, bounds))
             weights = network.weights(unwrap(self.model))
-            size = internal_batch_size or self.affordable_batch(tensors, extra)
-            if not network.any_batch:
-                size = count
+            size = internal_batch_size or (self._affordable(network, tensors) if network.any_batch else count)
             chunks: list[tuple[Tensor, ...]] = []
             deltas: list[Tensor] = []
             for start in range(0, count, size):
                 rows = slice(start, min(start + size, count))
+                if not network.any_batch:
+                    network = self._network(take(tensors, rows), take_arguments(extra, rows, count))
+                    weights = network.weights(unwrap(self.model))
                 relevance, seed = self._walk(network, weights, tensors, extra, target, bounds, rows)
                 chunks.append(relevance)
-                deltas.append(self.compute_convergence_delta(relevance, seed.reshape(len(seed), -1).sum(1)))
+                sums = seed.reshape(len(seed), -1).sum(1)
+                deltas.append(self.compute_convergence_delta(relevance, sums))
+                if bool((deltas[-1].abs() > 0.5 * sums.abs()).any()):
+                    self._warn_about([_MOSTLY_LOST])
                 progress.update(rows.stop - rows.start)
         return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True)), torch.cat(deltas)
 
@@ -282,13 +297,18 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         count = len(inputs[0])
         arguments = pytree.tree_leaves((*take(inputs, rows), *take_arguments(extra, rows, count)))
         activations = network.forward(weights, arguments)
+        shape, given = tuple(activations.output.shape), rows.stop - rows.start
+        if not shape or shape[0] != given:
+            raise ValueError(
+                f"the model returns scores of shape {shape} for {given} examples; their first dimension must be the examples "
+                "(does a squeeze or view in the model merge or drop it?)"
+            )
         seed = self._seed(activations.output, take_target(target, range(rows.start, rows.stop), count))
         box = [(low[rows], high[rows]) for low, high in bounds]
         return network.backward(activations, seed, box, observe), seed
 
     def _network(self, inputs: tuple[Tensor, ...], extra: tuple[Any, ...]) -> Network:
         """The traced network for inputs of this shape, from memory where the model still has the same structure."""
-        check_inputs(inputs)
         model = unwrap(self.model)
         check_evaluation_mode(model)
         count = len(inputs[0])
@@ -310,20 +330,12 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             return network
 
     def _bounds(self, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
+        lows, highs = (_per_input(name, bound, len(inputs)) for name, bound in (("low", self.low), ("high", self.high)))
         pairs: list[tuple[Tensor, Tensor]] = []
-        for name, bound in (("low", self.low), ("high", self.high)):
-            if len(inputs) > 1 and isinstance(bound, tuple) and len(bound) != len(inputs):
-                raise ValueError(f"{name} has {len(bound)} entries for {len(inputs)} inputs; give one for each")
-        for i, tensor in enumerate(inputs):
-            like = (
-                tensor
-                if tensor.dtype == torch.float64
-                else tensor.new_zeros((), dtype=torch.float32).expand(tensor.shape)
-            )
-            low, high = (
-                broadcast_bound(name, bound[i] if len(inputs) > 1 and isinstance(bound, tuple) else bound, like)  # type: ignore[arg-type]
-                for name, bound in (("low", self.low), ("high", self.high))
-            )
+        for tensor, lower, upper in zip(inputs, lows, highs, strict=True):
+            walked = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+            like = tensor.new_zeros((), dtype=walked).expand(tensor.shape)
+            low, high = broadcast_bound("low", lower, like), broadcast_bound("high", upper, like)
             if bool((low > high).any()):
                 raise ValueError(f"low must not exceed high, got low={self.low} and high={self.high}")
             pairs.append((low, high))
@@ -336,20 +348,58 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         values = scores if self.seed == "logit" else torch.ones_like(scores)
         return torch.where(chosen, values, torch.zeros_like(values))
 
-    def _warn_about(self, network: Network, inputs: tuple[Tensor, ...], bounds: list[tuple[Tensor, Tensor]]) -> None:
-        messages = list(network.notes)
+    def _findings(self, network: Network, inputs: tuple[Tensor, ...], bounds: list[tuple[Tensor, Tensor]]) -> list[str]:
+        """What a user should know before relying on the relevance."""
+        findings = list(network.notes)
+        hooked = [name or "the model" for name, module in unwrap(self.model).named_modules() if module._forward_hooks]
+        if hooked:
+            findings.append(
+                f"forward hooks ({', '.join(hooked[:3])}) are not run while explaining: if they change what the model computes, "
+                "the model without them is explained"
+            )
         for tensor, (low, high) in zip(inputs, bounds, strict=True):
-            # Half a rounding step of slack: normalising a black or a white pixel may land just outside its bound.
+            # Some rounding steps of slack: normalising a black or a white pixel may land just outside its bound.
             slack = 4 * torch.finfo(tensor.dtype).eps * (high - low)
             if bool(((tensor < low - slack) | (tensor > high + slack)).any()):
-                messages.append(
+                findings.append(
                     "pixel values lie outside [low, high]; they are explained by the z-beta formula as it stands, but low and "
                     "high should be the darkest and brightest possible pixel after normalisation (see pixel_bounds)"
                 )
-        for message in dict.fromkeys(messages):
+        return findings
+
+    def _warn_about(self, findings: Sequence[str]) -> None:
+        """Warn of each finding once in the life of this object, at the line that called into the package."""
+        for message in dict.fromkeys(findings):
             if message not in self._warned:
                 self._warned.add(message)
-                warnings.warn(message, UserWarning, stacklevel=5)
+                warnings.warn(message, UserWarning, stacklevel=_level_of_caller())
+
+
+_MOSTLY_LOST = (
+    "more than half of the relevance was lost on the way to the input (see the convergence delta); "
+    "DeepTaylor.ledger(inputs, target) shows where"
+)
+
+
+def _level_of_caller() -> int:
+    """How many calls up the first frame is that is neither of this package nor of the libraries that wrap its methods."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "captum_dtd",
+        "captum",
+        "torch",
+    ):
+        frame, level = frame.f_back, level + 1
+    return max(1, level - 1)
+
+
+def _per_input(name: str, bound: Bound | tuple[Bound, ...], count: int) -> tuple[Bound, ...]:
+    """One bound for each of ``count`` inputs: a tuple of numbers for a single input is one value per channel."""
+    if not isinstance(bound, tuple) or (count == 1 and all(isinstance(value, (int, float)) for value in bound)):
+        return (bound,) * count  # type: ignore[return-value]
+    if len(bound) != count:
+        raise ValueError(f"{name} has {len(bound)} entries for {count} inputs; give one for each")
+    return bound
 
 
 def check_option(name: str, value: object, choices: Sequence[object]) -> None:
@@ -389,9 +439,15 @@ def as_arguments(additional_forward_args: Any) -> tuple[Any, ...]:
     return additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
 
 
-def check_inputs(inputs: tuple[Tensor, ...]) -> None:
-    """Raise ValueError unless all inputs are finite floating-point tensors with the same number of examples."""
-    for tensor in inputs:
+def checked_inputs(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs as a tuple of finite floating-point tensors with the same number of examples.
+
+    Raises:
+        TypeError: if they are not tensors.
+        ValueError: if they are anything else than that.
+    """
+    tensors = as_tuple(inputs)
+    for tensor in tensors:
         if not tensor.is_floating_point():
             raise ValueError(
                 f"inputs must be floating point, got {tensor.dtype} of shape {tuple(tensor.shape)}; convert with .float(), "
@@ -399,10 +455,11 @@ def check_inputs(inputs: tuple[Tensor, ...]) -> None:
             )
         if tensor.ndim < 2:
             raise ValueError(f"inputs must have a batch dimension, (N, C, ...), got shape {tuple(tensor.shape)}")
-        if len(tensor) != len(inputs[0]):
-            raise ValueError(f"inputs have different numbers of examples: {[len(tensor) for tensor in inputs]}")
+        if len(tensor) != len(tensors[0]):
+            raise ValueError(f"inputs have different numbers of examples: {[len(tensor) for tensor in tensors]}")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"inputs of shape {tuple(tensor.shape)} contain NaN or infinity; nothing can be explained")
+    return tensors
 
 
 def check_evaluation_mode(model: nn.Module) -> None:
@@ -514,10 +571,13 @@ def _chosen(scores: Tensor, target: Target) -> Tensor:
         torch.uint8,
     ):
         raise ValueError(f"target must hold integers, got a tensor of {target.dtype}")
-    if target is not None and not isinstance(target, (int, tuple, list, Tensor)):
-        raise TypeError(
-            f"target must be an index, one index per example, or tuples of indices, got {type(target).__name__}"
-        )
+    if target is not None and not isinstance(target, (tuple, list, Tensor)):
+        try:
+            target = int(operator.index(target))
+        except TypeError:
+            raise TypeError(
+                f"target must be an index, one index per example, or tuples of indices, got {type(target).__name__}"
+            ) from None
     try:
         picked = _select_targets(positions, target.long() if isinstance(target, Tensor) else target)
     except (AssertionError, IndexError, RuntimeError, TypeError) as error:

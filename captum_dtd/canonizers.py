@@ -15,26 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from captum_dtd.graph import operation_name
+from captum_dtd.operations import (
+    ADAPTIVE_AVERAGES,
+    ADAPTIVE_MAXIMA,
+    AVERAGE_POOLS,
+    CONVOLUTIONS,
+    MAX_POOLS,
+    REDUCTIONS,
+    SHAPE_ONLY,
+    SOFTMAX,
+    batch_norm,
+    maximum_over,
+)
 
 aten = torch.ops.aten
-
-CONVOLUTIONS = frozenset(
-    getattr(aten, f"conv{n}d").__getattr__(overload) for n in (1, 2, 3) for overload in ("default", "padding")
-)
-SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default})
-AVERAGE_POOLS = frozenset({aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default})
-ADAPTIVE_AVERAGES = frozenset(
-    {aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default}
-)
-ADAPTIVE_MAXIMA = frozenset({F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d})
-MAX_POOLS = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
-REDUCTIONS = frozenset({aten.mean.dim, aten.sum.dim_IntList})
-SHAPE_ONLY = frozenset(
-    {aten.reshape.default, aten.clone.default, aten.contiguous.default}
-    | {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.flatten.using_ints}
-    | {aten.permute.default, aten.transpose.int, aten.dropout.default, aten.alias.default, aten.detach.default}
-)
-"""Operations that only rename or reorder values, so that a softmax before them is still the end of the network."""
 
 
 def canonize(graph: fx.Graph) -> tuple[str, ...]:
@@ -45,6 +39,9 @@ def canonize(graph: fx.Graph) -> tuple[str, ...]:
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             # A view was legal for the strides of the traced example; reshape is for any, and is a view where it can be.
             node.target = aten.reshape.default
+        elif node.target is aten.copy.default:
+            # Writing into a tensor in place: what was there before is gone, only its shape matters.
+            node.target, node.args = aten.expand_as.default, (node.args[1], node.args[0])
     single_outputs(graph)
     notes = step_over_softmax(graph)
     fold_batch_norm(graph)
@@ -105,32 +102,25 @@ def single_outputs(graph: fx.Graph) -> None:
             _replace(graph, node, _insert(graph, node, maximum_over, node.args, like=node))
 
 
-def maximum_over(x: Tensor, dims: list[int], keepdim: bool = False) -> Tensor:
-    """Maximum over dimensions, as ``amax``, but routing to one maximum where several are equal (amax's gradient splits)."""
-    moved = x.movedim(dims, tuple(range(-len(dims), 0))).flatten(-len(dims)).max(-1).values
-    for dim in sorted(dim % x.ndim for dim in dims) if keepdim else ():
-        moved = moved.unsqueeze(dim)
-    return moved
-
-
-def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    """Batch norm in evaluation mode: an affine map of every channel."""
-    return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
-
-
 def folded_weight(weight: Tensor, gamma: Tensor | None, var: Tensor, eps: float) -> Tensor:
     """``v gamma / sqrt(var + eps)`` for every output channel (dimension 0 of the weight)."""
     scale = torch.rsqrt(var + eps) if gamma is None else gamma * torch.rsqrt(var + eps)
-    return weight * scale.view(-1, *[1] * (weight.ndim - 1))
+    return (weight * scale.view(-1, *[1] * (weight.ndim - 1))).to(weight.dtype)
 
 
 def folded_bias(
-    bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
 ) -> Tensor:
     """``(b - mean) gamma / sqrt(var + eps) + beta``."""
     scale = torch.rsqrt(var + eps) if gamma is None else gamma * torch.rsqrt(var + eps)
     shifted = (-mean if bias is None else bias - mean) * scale
-    return shifted if beta is None else shifted + beta
+    return (shifted if beta is None else shifted + beta).to(weight.dtype)
 
 
 def fold_batch_norm(graph: fx.Graph) -> None:
@@ -152,7 +142,7 @@ def fold_batch_norm(graph: fx.Graph) -> None:
         x, weight, *rest = source.args
         bias = rest[0] if rest else None
         new_weight = _insert(graph, source, folded_weight, (weight, gamma, var, eps), like=weight)
-        new_bias = _insert(graph, source, folded_bias, (bias, gamma, beta, mean, var, eps), like=mean)
+        new_bias = _insert(graph, source, folded_bias, (weight, bias, gamma, beta, mean, var, eps), like=mean)
         layer = _insert(graph, source, source.target, (x, new_weight, new_bias, *rest[1:]), like=source)
         layer.kwargs = source.kwargs
         _replace(graph, node, layer)
@@ -160,15 +150,19 @@ def fold_batch_norm(graph: fx.Graph) -> None:
 
 
 def step_over_softmax(graph: fx.Graph) -> tuple[str, ...]:
-    """Remove a softmax between the network and its output, so that the logits are explained."""
+    """Remove a softmax or sigmoid between the network and its output, so that the logits are explained."""
     notes: list[str] = []
+    averaged: set[Any] = set()
     node: Any = only_output(graph)
     while isinstance(node, fx.Node) and node.op == "call_function":
         source: Any = node.args[0]
-        if node.target in SOFTMAX:
+        if node.target is aten.sigmoid.default or (node.target in SOFTMAX and node.args[1] not in averaged):
             notes.append(f"the model ends in {operation_name(node)}: its logits are explained, not its probabilities")
             _replace(graph, node, source)
-        elif node.target not in SHAPE_ONLY | AVERAGE_POOLS | ADAPTIVE_AVERAGES | REDUCTIONS:
+        elif node.target in REDUCTIONS:
+            # A softmax over what is then averaged is not over classes.
+            averaged |= set(_integers(node.args[1]))
+        elif node.target not in SHAPE_ONLY | AVERAGE_POOLS | ADAPTIVE_AVERAGES:
             break
         node = source
     return tuple(notes)
@@ -186,7 +180,8 @@ def drop_identity_windows(graph: fx.Graph) -> None:
         elif node.target in AVERAGE_POOLS | MAX_POOLS | ADAPTIVE_AVERAGES | ADAPTIVE_MAXIMA:
             source, window = node.args[:2]
             adaptive = node.target in ADAPTIVE_AVERAGES | ADAPTIVE_MAXIMA
-            if (adaptive or _all_are(window, 1)) and shape_of(node)[1:] == shape_of(source)[1:]:
+            divided = node.target in AVERAGE_POOLS and len(node.args) > 6 and node.args[6] is not None
+            if (adaptive or (_all_are(window, 1) and not divided)) and shape_of(node)[1:] == shape_of(source)[1:]:
                 _replace(graph, node, source)
 
 
@@ -246,6 +241,8 @@ def _average_first(graph: fx.Graph, average: fx.Node) -> bool:
         return _swap_mean(graph, average, head, dims)
     if head.target is aten.reshape.default and rank - 1 not in dims:
         return _swap_view(graph, average, head)
+    if head.target in (aten.squeeze.dim, aten.squeeze.dims):
+        return _swap_squeeze(graph, average, head, dims)
     return False
 
 
@@ -309,4 +306,19 @@ def _swap_view(graph: fx.Graph, average: fx.Node, view: fx.Node) -> bool:
     _replace(graph, average, moved)
     graph.erase_node(view)
     graph.erase_node(linear)
+    return True
+
+
+def _swap_squeeze(graph: fx.Graph, average: fx.Node, squeeze: fx.Node, dims: list[int]) -> bool:
+    """``mean(squeeze(x), dims)`` becomes ``squeeze(mean(x, dims, keepdim))``, so that the mean can move on."""
+    x: Any = squeeze.args[0]
+    shape = shape_of(x)
+    squeezed = {int(dim) % len(shape) for dim in _integers(squeeze.args[1])}
+    squeezed = {dim for dim in squeezed if shape[dim] == 1}
+    left = [dim for dim in range(len(shape)) if dim not in squeezed]
+    averaged = [left[dim] for dim in dims]
+    pooled = _traced(_insert(graph, average, aten.mean.dim, (x, averaged, True), like=average))
+    gone = sorted(squeezed if average.args[2:3] == (True,) else squeezed.union(averaged))
+    _replace(graph, average, _insert(graph, average, aten.squeeze.dims, (pooled, gone), like=average))
+    graph.erase_node(squeeze)
     return True

@@ -67,15 +67,23 @@ class Composite:
         return replace(self, overrides=(*self.overrides, *rules.items()))
 
     def rule_for(
-        self, layer: Layer, is_pixel_layer: bool, path: str, module: nn.Module | None
+        self, layer: Layer, is_pixel_layer: bool, joins_logits: bool, path: str, module: nn.Module | None
     ) -> tuple[Rule | MaxPoolRule | None, set[Selector]]:
-        """The rule of one layer (None: relevance just passes), and the selectors that chose among its rules."""
+        """The rule of one layer (None: relevance just passes), and the selectors that chose among its rules.
+
+        Args:
+            layer: the layer.
+            is_pixel_layer: whether it is a first linear layer.
+            joins_logits: whether it combines logits, which may be negative, on their way to the output.
+            path: of its module.
+            module: its module, if it stands in one.
+        """
         wanted: type | tuple[type, ...]
         rule: Rule | MaxPoolRule
         if isinstance(layer, MaxPool):
-            rule, wanted = self.max_pool, (Proportional, WinnerTakesAll)
+            rule, wanted = WinnerTakesAll() if joins_logits else self.max_pool, (Proportional, WinnerTakesAll)
         elif isinstance(layer, LinearMap):
-            rule, wanted = self._linear_rule(layer, is_pixel_layer), Rule
+            rule, wanted = JOINED_LOGITS if joins_logits else self._linear_rule(layer, is_pixel_layer), Rule
         else:
             return None, set()
         used: set[Selector] = set()
@@ -107,6 +115,9 @@ def _selects(selector: Selector, path: str, module: nn.Module | None) -> bool:
         return fnmatchcase(path, selector)
     return isinstance(module, selector)
 
+
+JOINED_LOGITS = Epsilon(stabilizer=0.0, bias="ignored")
+"""Sums and averages of logits, behind the last linear layers: each logit keeps its own share, of whatever sign."""
 
 DTD = Composite(
     name="dtd",

@@ -32,13 +32,14 @@ from captum_dtd.attribution import (
     as_arguments,
     as_tuple,
     check_batch_size,
-    check_inputs,
     check_option,
+    checked_inputs,
     order_hint,
     take_arguments,
     take_target,
 )
 from captum_dtd.bounds import Bound
+from captum_dtd.graph import ordinary
 
 Readout: TypeAlias = Literal["own", "first", "mean"]
 """Which slice of a frozen clip's explanation is frame t's spatial relevance: slice t, slice 0, or the mean over slices."""
@@ -100,6 +101,7 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         self.normalize = normalize
 
     @log_usage()  # type: ignore[untyped-decorator]
+    @torch.inference_mode(False)
     def attribute(
         self,
         inputs: Tensor | tuple[Tensor, ...],
@@ -131,11 +133,10 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         Raises:
             TypeError, ValueError: as the method's ``attribute``, and if the inputs are not clips (N, C, T, H, W).
         """
-        clips, extra = as_tuple(inputs), as_arguments(additional_forward_args)
-        check_inputs(clips)
+        clips, extra = checked_inputs(inputs), as_arguments(additional_forward_args)
         check_clips(clips)
         # Many methods set requires_grad on what they are given: let that be a view, not the caller's tensor.
-        clips = tuple(clip.detach() for clip in clips)
+        clips = tuple(ordinary(clip) for clip in clips)
         check_batch_size(internal_batch_size)
         count, frames = clips[0].shape[0], clips[0].shape[2]
         if return_convergence_delta and not self.method.has_convergence_delta():
@@ -227,7 +228,7 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
 
     Args:
         model: as for `DeepTaylor`.
-        low: darkest possible pixel after normalisation, as for `DeepTaylor`.
+        low: darkest possible pixel after normalisation, as for `DeepTaylor`, the same for all examples.
         high: brightest possible pixel.
         readout: ``"own"``, ``"first"`` or ``"mean"``, as for `DiscriminativeRelevance`.
         normalize: ``"none"``, ``"max"`` or ``"sum"``, as for `DiscriminativeRelevance`.

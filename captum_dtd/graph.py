@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import os
 import re
 import threading
+import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
-from torch.export.graph_signature import InputKind, TensorArgument
+from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 # torch.export patches process-wide state while it runs, so two traces never overlap.
 _EXPORT_LOCK = threading.Lock()
+
+# torch.export treats sizes 0 and 1 as special.
+_FREE_BATCH = 2
 
 
 class UnsupportedOperationError(ValueError):
@@ -91,8 +96,28 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def structure_of(model: nn.Module) -> tuple[object, ...]:
-    """A value that changes when modules are replaced or reconfigured, and does not when only weights change."""
-    return tuple((name, id(module), module.extra_repr()) for name, module in model.named_modules())
+    """A value that changes when modules are replaced or reconfigured, and does not when only weights change.
+
+    It covers what a trace depends on: the modules, their settings and other plain attributes (by value; objects by
+    identity), which parameters they have, and hooks that run before their forward.
+    """
+    return tuple(
+        (
+            name,
+            id(module),
+            module.extra_repr(),
+            tuple(module._parameters),
+            tuple(map(id, module._forward_pre_hooks.values())),
+            tuple((key, _value(value)) for key, value in vars(module).items() if not key.startswith("_")),
+        )
+        for name, module in model.named_modules()
+    )
+
+
+def _value(value: Any) -> object:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_value, value))
+    return value if value is None or isinstance(value, (bool, int, float, str)) else id(value)
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:
@@ -123,17 +148,22 @@ def trace(model: nn.Module, arguments: Sequence[Any], batch: int) -> TracedModel
     """
     with _EXPORT_LOCK, plain_modes():
         double = _structural_copy(model)
-        with_free_batch = _export(double, [_example(a, batch, 2) for a in arguments], 2)
-        if with_free_batch.any_batch or batch == 2:
-            return with_free_batch
-        return _export(double, [_example(a, batch, batch) for a in arguments], batch)
+        try:
+            with_free_batch = _export(double, [_example(a, batch) for a in arguments], _FREE_BATCH)
+            if with_free_batch.any_batch or batch == _FREE_BATCH:
+                return with_free_batch
+        except InputMismatchError:
+            # It may run on this number of examples only, or an argument may only look as if it had one row for each.
+            if batch == _FREE_BATCH:
+                raise
+        return _export(double, list(arguments), None)
 
 
 def _structural_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every tensor and carries none of the user's hooks."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
-        tensors += [value for value in vars(module).values() if isinstance(value, Tensor)]
+        tensors += [leaf for leaf in pytree.tree_leaves(list(vars(module).values())) if isinstance(leaf, Tensor)]
     shared: dict[int, Any] = {id(tensor): _shareable(tensor) for tensor in tensors}
     try:
         double = copy.deepcopy(model, shared)
@@ -158,20 +188,25 @@ def _shareable(tensor: Tensor) -> Tensor:
     return nn.Parameter(ordinary(tensor), requires_grad=False) if isinstance(tensor, nn.Parameter) else ordinary(tensor)
 
 
-def _example(argument: Any, batch: int, size: int) -> Any:
-    """The argument with ``size`` examples: tracing needs shapes, not values."""
+def _example(argument: Any, batch: int) -> Any:
+    """The argument with two examples: tracing needs shapes, not values, and two stand for any number where one does not."""
 
     def resized(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch:
-            return leaf.new_zeros((size, *leaf.shape[1:]))
+            return leaf.new_zeros((_FREE_BATCH, *leaf.shape[1:]))
         return leaf
 
     return pytree.tree_map(resized, argument)
 
 
-def _export(model: nn.Module, arguments: list[Any], batch: int) -> TracedModel:
+def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> TracedModel:
+    """Trace with a free batch dimension wherever a tensor has ``batch`` rows, or with all sizes fixed (None)."""
+
+    def has_free_batch(leaf: Any) -> bool:
+        return batch is not None and isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == batch
+
     def dynamic(leaf: Any) -> Any:
-        return {0: Dim.AUTO} if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch else None
+        return {0: Dim.AUTO} if has_free_batch(leaf) else None
 
     shapes = tuple(pytree.tree_map(dynamic, argument) for argument in arguments)
     parameters = inspect.signature(model.forward).parameters.values()
@@ -182,7 +217,9 @@ def _export(model: nn.Module, arguments: list[Any], batch: int) -> TracedModel:
         # export binds arguments to the names of forward: those that fall to ``*args`` are one tuple.
         shapes = (*shapes[:named], shapes[named:])
     try:
-        program = export(model, tuple(arguments), dynamic_shapes=shapes).run_decompositions({})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of export's own doings, which no user can act on
+            program = export(model, tuple(arguments), dynamic_shapes=shapes).run_decompositions({})
     except Exception as error:
         raise _untraceable(model, arguments, error) from error
 
@@ -192,6 +229,10 @@ def _export(model: nn.Module, arguments: list[Any], batch: int) -> TracedModel:
             "wrap it in a module that returns the one to explain"
         )
     graph, signature = program.graph, program.graph_signature
+    # Inputs and buffers that forward changes in place come back as further outputs: nobody asked for them.
+    own = [spec.kind == OutputKind.USER_OUTPUT for spec in signature.output_specs]
+    returned: Any = graph.output_node().args[0]
+    graph.output_node().args = (tuple(itertools.compress(returned, own)),)
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     tensors: dict[fx.Node, str] = {}
     constants: dict[fx.Node, Tensor] = {}
@@ -206,12 +247,22 @@ def _export(model: nn.Module, arguments: list[Any], batch: int) -> TracedModel:
     inputs = tuple(
         placeholders.get(spec.arg.name) for spec in signature.input_specs if spec.kind == InputKind.USER_INPUT
     )
-    free = all(
-        isinstance(node.meta["val"].shape[0], torch.SymInt)
-        for node, leaf in zip(inputs, pytree.tree_leaves(tuple(arguments)), strict=True)
-        if node is not None and isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
+    leaves = pytree.tree_leaves(tuple(arguments))
+    free = batch is not None and all(
+        _is_free(node.meta["val"].shape[0], program.range_constraints)
+        for node, leaf in zip(inputs, leaves, strict=True)
+        if node is not None and has_free_batch(leaf)
     )
-    return TracedModel(graph, inputs, tensors, constants, free, batch)
+    return TracedModel(graph, inputs, tensors, constants, free, len(leaves[0]))
+
+
+def _is_free(size: int | torch.SymInt, constraints: Mapping[Any, Any]) -> bool:
+    """Whether a traced size may be any number, and not the traced one or a limited range only."""
+    if not isinstance(size, torch.SymInt) or size.node.expr.is_number:
+        return False
+    limits = constraints.get(size.node.expr)
+    # export writes infinity in its own way: no batch is that large.
+    return limits is None or bool(limits.lower <= _FREE_BATCH and limits.upper >= 2**31)
 
 
 def _has_tensor(model: nn.Module, name: str) -> bool:
@@ -241,7 +292,7 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = str(list(stack.values())[-1][0])
-    return re.sub(r"@\d+", "", path)
+    return re.sub(r"@\d+|\._orig_mod|^_orig_mod\.?", "", path)
 
 
 def source_line(node: fx.Node) -> str:

@@ -24,7 +24,7 @@ A layer for a further operation is registered in one place::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from captum_dtd.canonizers import (
+from captum_dtd.graph import operation_name
+from captum_dtd.operations import (
     ADAPTIVE_AVERAGES,
     ADAPTIVE_MAXIMA,
     AVERAGE_POOLS,
@@ -46,7 +47,6 @@ from captum_dtd.canonizers import (
     batch_norm,
     maximum_over,
 )
-from captum_dtd.graph import operation_name
 from captum_dtd.rules import MaxPoolRule, Rule, WeightPart, WinnerTakesAll
 
 aten = torch.ops.aten
@@ -219,7 +219,8 @@ class Weighted(LinearMap):
             return 0.0
         assert self.bias_position is not None
         bias = weight_part(call.arguments[self.bias_position], part)
-        return bias.view(-1, *[1] * (output.ndim - 2)) if self.channel_dim == 1 else bias
+        spatial = call.arguments[self.weight].ndim - 2 if self.channel_dim == 1 else 0
+        return bias.view(-1, *[1] * spatial)
 
     def _has_bias(self, call: Call) -> bool:
         position = self.bias_position
@@ -322,6 +323,10 @@ def _pool_sums(call: Call, x: Tensor, output: torch.Size) -> Tensor:
 
     kernel = each(1, [])
     stride, padding, dilation = each(2, kernel), each(3, [0] * dims), each(4, [1] * dims)
+    if set(dilation) == {1} and dims > 1:
+        pool = F.avg_pool2d if dims == 2 else F.avg_pool3d
+        return pool(x, kernel, stride, padding, ceil_mode=bool(call.args[5:] and call.args[5]), divisor_override=1)
+    # No average pool is dilated: add up by a convolution with ones, plane by plane.
     sizes = zip(output[-dims:], stride, padding, dilation, kernel, x.shape[-dims:], strict=True)
     after = [max(0, (o - 1) * s + d * (k - 1) + 1 - p - n) for o, s, p, d, k, n in sizes]
     sides = [side for pair in reversed(list(zip(padding, after, strict=True))) for side in pair]
@@ -387,14 +392,14 @@ NON_NEGATIVE_ACTIVATIONS = frozenset(
 )
 SIGN_PRESERVING_ACTIVATIONS = frozenset(
     {aten.leaky_relu.default, aten.silu.default, aten.gelu.default, aten.elu.default, aten.celu.default}
-    | {aten.hardswish.default, aten.tanh.default, aten.mish.default, aten.selu.default, aten._to_copy.default}
-    | {aten.to.dtype, aten.dropout.default}
+    | {aten.hardswish.default, aten.tanh.default, aten.mish.default, aten.selu.default, aten.dropout.default}
 )
 CLAMPS = frozenset({aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default})
-GATES = frozenset({aten.sigmoid.default, aten.hardsigmoid.default, aten.tanh.default, *SOFTMAX})
+CASTS = frozenset({aten._to_copy.default, aten.to.dtype})
+GATES = frozenset({aten.sigmoid.default, aten.hardsigmoid.default, *SOFTMAX})
 
 covers(*NON_NEGATIVE_ACTIVATIONS, *SIGN_PRESERVING_ACTIVATIONS, *CLAMPS, aten.prelu.default)(_only_first(Elementwise()))
-covers(batch_norm, aten.neg.default, aten.rsub.Scalar, aten.div.Tensor)(_only_first(Elementwise(affine=True)))
+covers(*CASTS, batch_norm, aten.neg.default, aten.rsub.Scalar, aten.div.Tensor)(_only_first(Elementwise(affine=True)))
 
 
 @covers(
@@ -405,6 +410,9 @@ covers(batch_norm, aten.neg.default, aten.rsub.Scalar, aten.div.Tensor)(_only_fi
     *(aten.index_select.default, aten.index.Tensor, aten.roll.default, aten.flip.default, aten.movedim.int),
     *(aten.unfold.default, aten.tile.default, aten.numpy_T.default, aten.unflatten.int, aten.expand_as.default),
     *(aten.view_as.default, aten.pixel_shuffle.default, aten.channel_shuffle.default),
+    *(aten.slice_scatter.default, aten.select_scatter.default, aten.fill.Scalar, aten.fill.Tensor),
+    *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
+    *(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec),
 )
 def _rearrangement(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     return Rearrangement()
@@ -421,8 +429,12 @@ def _addition(node: fx.Node, signals: Sequence[int]) -> Layer | None:
 def _multiplication(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     if len(signals) == 1:
         return Elementwise(affine=True)
-    gates = [position for position in signals if _comes_from_gate(node.args[position])]
-    return Gate(gates[0]) if len(gates) == 1 else None
+    # A tanh is a gate beside a plain signal, and a signal beside a sigmoid (as in gated convolutions).
+    for kinds in (GATES, {aten.tanh.default}):
+        gates = [position for position in signals if _comes_from(node.args[position], kinds)]
+        if gates:
+            return Gate(gates[0]) if len(gates) == 1 else None
+    return None
 
 
 @covers(aten.matmul.default, aten.mm.default, aten.addmm.default)
@@ -433,16 +445,21 @@ def _matrix_product(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     return Weighted(weight=first + 1, bias_position=0 if first else None, channel_dim=-1)
 
 
-def _comes_from_gate(node: Any) -> bool:
-    while isinstance(node, fx.Node) and node.target in SHAPE_ONLY | {aten.expand.default}:
+def _comes_from(node: Any, targets: Collection[Any]) -> bool:
+    """Whether a value is the result of one of these operations, reshaped, broadcast, scaled or shifted by a number."""
+    scalar = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.rsub.Scalar}
+    while isinstance(node, fx.Node) and (
+        node.target in SHAPE_ONLY | {aten.expand.default}
+        or (node.target in scalar and isinstance(node.args[1], (int, float)))
+    ):
         node = node.args[0]
-    return isinstance(node, fx.Node) and node.target in GATES
+    return isinstance(node, fx.Node) and node.target in targets
 
 
 def holds_numbers(node: fx.Node) -> bool:
-    """Whether a node's value is a floating-point tensor, or several: not an index, a size or a mask."""
+    """Whether a node's value is a tensor of real or complex numbers, or several: not an index, a size or a mask."""
     leaves = pytree.tree_leaves(node.meta.get("val"))
-    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+    return any(isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()) for leaf in leaves)
 
 
 def is_non_negative(node: fx.Node, layer: Layer, of: Callable[[fx.Node], bool]) -> bool:
@@ -458,7 +475,7 @@ def is_non_negative(node: fx.Node, layer: Layer, of: Callable[[fx.Node], bool]) 
         return of(inputs[0]) and all(value >= 0 for value in values)
     if isinstance(layer, Rearrangement):
         return all(of(source) for source in inputs if holds_numbers(source))
-    if isinstance(layer, (Average, MaxPool)) or node.target in SIGN_PRESERVING_ACTIVATIONS:
+    if isinstance(layer, (Average, MaxPool)) or node.target in SIGN_PRESERVING_ACTIVATIONS | CASTS:
         return of(inputs[0])
     if isinstance(layer, Gate) or (isinstance(layer, Sum) and layer.sign > 0):
         return all(of(source) for source in inputs) and float(node.kwargs.get("alpha", 1)) >= 0  # type: ignore[arg-type]

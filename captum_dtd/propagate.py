@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -31,7 +32,9 @@ from captum_dtd.layers import (
     Gate,
     Layer,
     LinearMap,
+    MaxPool,
     Rearrangement,
+    Weighted,
     holds_numbers,
     is_non_negative,
     layer_for,
@@ -101,12 +104,15 @@ class Network:
         self._pixels: set[fx.Node] = set(self.inputs)
         self.steps = self._plan(model, composite)
         self._last_uses = self._find_last_uses()
+        self._kept = self._find_kept()
+        self.bytes_per_example = self._estimate_bytes()
 
     def _plan(self, model: nn.Module, composite: Composite) -> tuple[Step, ...]:
         crossed = self._crossed()
         uncovered = [node for node, layer, _ in crossed if layer is None]
         if uncovered:
             raise UnsupportedOperationError(_uncovered(self._model_name, uncovered))
+        joining = _after_the_last_linear_layers(self.output, crossed)
         steps: list[Step] = []
         used: set[Selector] = set()
         for node, layer, positions in crossed:
@@ -114,7 +120,8 @@ class Network:
             sources = _arguments(node, positions)
             is_pixel_layer = isinstance(layer, LinearMap) and self._pixels.issuperset(sources)
             path = module_path(node) or node.name
-            rule, chosen = composite.rule_for(layer, is_pixel_layer, path, _module_at(model, path))
+            module = _module_at(model, module_path(node))
+            rule, chosen = composite.rule_for(layer, is_pixel_layer, node in joining, path, module)
             if isinstance(rule, ZBeta) and not is_pixel_layer:
                 raise ValueError(
                     f"composite: z-beta needs pixel bounds, and {path} ({operation_name(node)}) is a hidden layer"
@@ -171,18 +178,17 @@ class Network:
             uses.setdefault(user, []).append(source)
         return uses
 
-    @property
-    def kept(self) -> frozenset[fx.Node]:
-        """Nodes whose values the walk back needs."""
-        return frozenset(source for step in self.steps if step.layer.needs_activations for source in step.sources)
+    def _find_kept(self) -> frozenset[fx.Node]:
+        """Nodes whose values the walk back needs: where rules read activations, and what layers have besides signals."""
+        kept = {source for step in self.steps if step.layer.needs_activations for source in step.sources}
+        for step in self.steps:
+            kept.update(node for node in step.node.all_input_nodes if node not in step.sources)
+        return frozenset(kept)
 
-    @property
-    def bytes_per_example(self) -> int:
+    def _estimate_bytes(self) -> int:
         """About how much memory one example takes: every value that is kept, and some of the largest for the layer at work."""
         sizes = {node: _bytes(node) for node in self._nodes}
-        return (
-            sum(sizes[node] for node in self.kept) // self._traced.batch + 6 * max(sizes.values()) // self._traced.batch
-        )
+        return (sum(sizes[node] for node in self._kept) + 6 * max(sizes.values())) // max(1, self._traced.batch)
 
     def weights(self, model: nn.Module) -> dict[fx.Node, Any]:
         """The model's tensors as they are now, and everything the graph derives from them alone (folded weights).
@@ -206,12 +212,11 @@ class Network:
             for node, argument in zip(self._traced.inputs, arguments, strict=True):
                 if node is not None:
                     values[node] = ordinary(argument) if isinstance(argument, Tensor) else argument
-            kept = self.kept
             for node in self._nodes:
                 if node not in values:
                     values[node] = _run(node, values.__getitem__)
                 for source in self._last_uses.get(node, ()):
-                    if source not in weights and source not in kept and source is not self.output:
+                    if source not in weights and source not in self._kept and source is not self.output:
                         values[source] = pytree.tree_map_only(Tensor, _shape_only, values[source])
             output = values[self.output]
             assert isinstance(output, Tensor)
@@ -328,10 +333,11 @@ def _run(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
 
 def _add(relevance: dict[fx.Node, Any], step: Step, source: fx.Node, part: Tensor) -> None:
     """Add relevance to a node's; a node with several outputs (a split) collects it per output."""
+    into: dict[Any, Any] = relevance
+    key: Any = source
     if step.node.target is operator.getitem:
-        relevance.setdefault(source, {})[step.node.args[1]] = part
-    else:
-        relevance[source] = relevance[source] + part if source in relevance else part
+        into, key = relevance.setdefault(source, {}), step.node.args[1]
+    into[key] = into[key] + part if key in into else part
 
 
 _aten = torch.ops.aten
@@ -366,20 +372,39 @@ def _arguments(node: fx.Node, positions: Sequence[int]) -> tuple[fx.Node, ...]:
     return tuple(leaves[position] for position in positions)
 
 
+def _after_the_last_linear_layers(
+    output: fx.Node, crossed: Sequence[tuple[fx.Node, Layer | None, tuple[int, ...]]]
+) -> set[fx.Node]:
+    """Operations on logits: between the output and the last linear layers, with no activation in between."""
+    joining = {output}
+    for node, layer, positions in reversed(crossed):
+        if node not in joining:
+            continue
+        affine = isinstance(layer, Elementwise) and layer.affine
+        combines = isinstance(layer, (LinearMap, MaxPool, Rearrangement)) and not isinstance(layer, Weighted)
+        if affine or combines:
+            joining.update(_arguments(node, positions))
+        else:
+            joining.discard(node)
+    return joining
+
+
 def _module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module that an operation stands in; None for the model's own forward."""
     try:
-        return model.get_submodule(path)
+        return model.get_submodule(path) if path else None
     except AttributeError:
         return None
 
 
 def _uncovered(model: str, nodes: Sequence[fx.Node]) -> str:
-    lines = [
+    lines = Counter(
         f"  {operation_name(node):20} in {module_path(node) or 'forward'}  ({source_line(node) or 'no source line'})"
+        + ("  neither factor, or both, comes from a sigmoid, tanh or softmax" if operation_name(node) == "mul" else "")
         for node in nodes
-    ]
+    )
     return (
         f"{model} has {len(nodes)} operation(s) that no relevance rule covers:\n"
-        + "\n".join(lines)
+        + "\n".join(line if count == 1 else f"{line}  x{count}" for line, count in lines.items())
         + "\nReplace them by covered ones, or register a layer for each with @captum_dtd.layers.covers(operation)."
     )
