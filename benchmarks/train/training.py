@@ -39,6 +39,7 @@ class Recipe:
     learning_rate: float = 4e-3
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
+    mixup: float = 0.0  # parameter of the beta distribution that clips and labels are mixed by; 0: not mixed
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -54,9 +55,7 @@ def arguments(description: str) -> argparse.Namespace:
     return given
 
 
-def fit(
-    model: nn.Module, batches: Callable[[torch.Generator], tuple[Tensor, Tensor]], recipe: Recipe, seed: int
-) -> None:
+def fit(model: C3DMini, batches: Callable[[torch.Generator], tuple[Tensor, Tensor]], recipe: Recipe, seed: int) -> None:
     """Train in place. ``batches`` draws one batch (clips, labels) from a generator that the seed determines."""
     generator = torch.Generator().manual_seed(seed)
     model.train().to(memory_format=torch.channels_last_3d)
@@ -71,6 +70,8 @@ def fit(
     begun, running = time.monotonic(), 0.0
     for step in range(1, recipe.steps + 1):
         clips, labels = batches(generator)
+        if recipe.mixup:
+            clips, labels = _mixed(clips, F.one_hot(labels, model.num_classes).float(), recipe.mixup)
         # bfloat16 and channels last together halve the time of a step
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(clips.contiguous(memory_format=torch.channels_last_3d))
@@ -85,28 +86,43 @@ def fit(
     model.eval().to(memory_format=torch.contiguous_format)
 
 
-def accuracies(model: nn.Module, videos: list[Tensor], labels: list[int], frames: int, stride: int) -> dict[str, float]:
-    """Fraction of videos (C, T, H, W) classified rightly, with their motion as recorded and altered.
+def _mixed(clips: Tensor, targets: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
+    """Mixup (Zhang et al. 2018): the batch and the same batch in another order, in random proportion."""
+    share = torch.distributions.Beta(concentration, concentration).sample()
+    other = torch.randperm(len(clips))
+    return torch.lerp(clips[other], clips, share), torch.lerp(targets[other], targets, share)
 
-    A video's class is that of the mean probability over its first, middle and last clip, each also mirrored.
-    ``one clip`` is the middle clip alone.
+
+def accuracies(model: nn.Module, videos: list[Tensor], labels: list[int], info: dict[str, Any]) -> dict[str, float]:
+    """Fraction of videos (C, T, H, W), not yet cropped, classified rightly, with their motion as recorded and altered.
+
+    A video's class is that of the mean probability over its first, middle and last clip, each cropped in the middle and
+    at the corners, and mirrored. ``one view`` is the middle of the middle clip alone, which is what the command line
+    explains.
     """
-    right = dict.fromkeys([*ALTERATIONS, "one clip"], 0)
+    right = dict.fromkeys([*ALTERATIONS, "one view"], 0)
     for video, label in zip(videos, labels, strict=True):
-        spare = max(0, video.shape[1] - (frames - 1) * stride - 1)
+        spare = max(0, video.shape[1] - (info["frames"] - 1) * info["stride"] - 1)
         for name, alter in ALTERATIONS.items():
             generator = torch.Generator().manual_seed(0)
-            clips = []
-            for start in (0, spare // 2, spare):
-                indices = start + torch.arange(frames) * stride % (video.shape[1] - start)
-                clips.append(alter(video[:, indices], generator))
-            batch = torch.stack(clips)
+            views = []
+            for start in dict.fromkeys((spare // 2, 0, spare)):
+                indices = start + torch.arange(info["frames"]) * info["stride"] % (video.shape[1] - start)
+                views += _crops(alter(video[:, indices], generator), info["size"])
+            batch = torch.stack(views)
             with torch.no_grad():
                 probability = model(torch.cat([batch, batch.flip(-1)])).softmax(1)
             right[name] += int(probability.mean(0).argmax() == label)
             if name == "as recorded":
-                right["one clip"] += int(probability[1].argmax() == label)
+                right["one view"] += int(probability[0].argmax() == label)
     return {name: count / len(videos) for name, count in right.items()}
+
+
+def _crops(clip: Tensor, size: list[int]) -> list[Tensor]:
+    """The middle first, then the four corners, unless they are the same."""
+    spare_y, spare_x = clip.shape[-2] - size[0], clip.shape[-1] - size[1]
+    places = [(spare_y // 2, spare_x // 2), (0, 0), (0, spare_x), (spare_y, 0), (spare_y, spare_x)]
+    return [clip[..., y : y + size[0], x : x + size[1]] for y, x in dict.fromkeys(places)]
 
 
 def run(
@@ -125,7 +141,7 @@ def run(
     seconds = time.monotonic() - begun
     given.out.mkdir(parents=True, exist_ok=True)
     _save(model, info, given.out / f"{name}_seed{given.seed}.safetensors")
-    result = accuracies(model, *held_out, info["frames"], info["stride"])
+    result = accuracies(model, *held_out, info)
     print(json.dumps(result))
     record = {"accuracy": result, "seconds": round(seconds), "threads": torch.get_num_threads()}
     _record(given.out / f"train_{name}.json", given.seed, record, recipe, len(held_out[0]))
@@ -177,6 +193,6 @@ def chance(n: int, generator: torch.Generator) -> int:
 
 
 def prepared(frames: Any, info: dict[str, Any]) -> Tensor:
-    """All frames (T, H, W, 3) of a video as the package itself prepares them, (C, T, h, w)."""
-    keys = ("frames", "stride", "resize", "size", "mean", "std", "scale", "channels")
-    return Preprocessing.from_dict({key: info[key] for key in keys})(frames)
+    """All frames (T, H, W, 3) of a video as the package itself prepares them, but not cropped: (C, T, h, w)."""
+    keys = ("frames", "stride", "resize", "mean", "std", "scale", "channels")
+    return Preprocessing.from_dict({"size": info["resize"], **{key: info[key] for key in keys}})(frames)

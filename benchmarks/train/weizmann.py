@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from training import Recipe, arguments, between, chance, prepared, run
 
 HELD_OUT = ("lyova", "moshe", "shahar")
-RECIPE = Recipe(steps=2400)
+RECIPE = Recipe(steps=2000)
 INFO: dict[str, Any] = {
     "model": "c3d_mini",
     "num_classes": 10,
