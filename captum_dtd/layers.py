@@ -323,10 +323,11 @@ def _pool_sums(call: Call, x: Tensor, output: torch.Size) -> Tensor:
 
     kernel = each(1, [])
     stride, padding, dilation = each(2, kernel), each(3, [0] * dims), each(4, [1] * dims)
-    if set(dilation) == {1} and dims > 1:
+    wide_enough = all(n >= k for n, k in zip(x.shape[-dims:], kernel, strict=True))
+    if set(dilation) == {1} and dims > 1 and wide_enough:
         pool = F.avg_pool2d if dims == 2 else F.avg_pool3d
         return pool(x, kernel, stride, padding, ceil_mode=bool(call.args[5:] and call.args[5]), divisor_override=1)
-    # No average pool is dilated: add up by a convolution with ones, plane by plane.
+    # No average pool is dilated, or takes an input narrower than its kernel: add up by a convolution with ones.
     sizes = zip(output[-dims:], stride, padding, dilation, kernel, x.shape[-dims:], strict=True)
     after = [max(0, (o - 1) * s + d * (k - 1) + 1 - p - n) for o, s, p, d, k, n in sizes]
     sides = [side for pair in reversed(list(zip(padding, after, strict=True))) for side in pair]

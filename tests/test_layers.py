@@ -104,6 +104,7 @@ POOL_CORNERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "max 3d dilated": (nn.MaxPool3d((1, 2, 3), 1, dilation=(1, 2, 2)), (2, 4, 6)),
     "max 3d dilated, padded, ceil mode": (nn.MaxPool3d(2, 2, 1, (1, 2, 3), ceil_mode=True), (3, 5, 6)),
     "max 3d one frame": (nn.MaxPool3d((1, 2, 2)), (1, 4, 4)),
+    "max 3d padded, narrower than its kernel": (nn.MaxPool3d(3, 1, 1), (2, 2, 5)),
     "average 1d": (nn.AvgPool1d(3, 2, 1), (7,)),
     "average 2d": (nn.AvgPool2d(3, 2, 1, ceil_mode=True), (6, 6)),
     "average 3d": (nn.AvgPool3d((2, 3, 2), 1), (3, 4, 4)),
