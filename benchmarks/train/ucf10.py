@@ -18,7 +18,7 @@ from training import Recipe, arguments, between, chance, prepared, run
 
 from captum_dtd.video import read_video
 
-RECIPE = Recipe(steps=2400, weight_decay=0.2, mixup=0.2)
+RECIPE = Recipe(steps=4200, weight_decay=0.2, mixup=0.4)
 
 
 def listed(folder: Path, name: str) -> tuple[list[Tensor], list[int]]:
@@ -32,17 +32,17 @@ def augmented(video: Tensor, generator: torch.Generator) -> Tensor:
     stride = INFO["stride"] if between(0, 1, generator) < 0.6 else 1
     start = chance(len(video) - (INFO["frames"] - 1) * stride, generator)
     clip = video[start::stride][: INFO["frames"]].permute(3, 0, 1, 2)
-    zoom = between(0.7, 1, generator)
+    zoom = between(0.6, 1, generator)
     height, width = (round(64 * zoom * between(0.9, 1, generator)) for _ in range(2))
     top, left = chance(65 - height, generator), chance(65 - width, generator)
     clip = clip[:, :, top : top + height, left : left + width].float() / 255
     clip = F.interpolate(clip, INFO["size"], mode="bilinear", align_corners=False)
     if chance(2, generator):
         clip = clip.flip(-1)
-    if between(0, 1, generator) < 0.1:
+    if between(0, 1, generator) < 0.2:
         clip = clip.mean(0, keepdim=True).expand_as(clip)
-    tint = torch.rand(3, 1, 1, 1, generator=generator) / 15 - 1 / 30
-    clip = (clip - 0.4) * between(0.8, 1.2, generator) + 0.4 + between(-0.1, 0.1, generator) + tint
+    tint = torch.rand(3, 1, 1, 1, generator=generator) / 10 - 1 / 20
+    clip = (clip - 0.4) * between(0.7, 1.3, generator) + 0.4 + between(-0.15, 0.15, generator) + tint
     mean, std = (torch.tensor(INFO[name]).view(3, 1, 1, 1) for name in ("mean", "std"))
     return (clip.clamp(0, 1) - mean) / std
 
