@@ -23,13 +23,13 @@ from tqdm.auto import tqdm
 from captum_dtd.bounds import Bound, broadcast_bound
 from captum_dtd.composites import Composite, Selector, as_composite
 from captum_dtd.graph import InputMismatchError, operation_name, source_line, structure_of, trace, unwrap
+from captum_dtd.kernels import Precision
 from captum_dtd.propagate import Network, Observer, Step
 from captum_dtd.rules import MaxPoolRule, Rule
 from captum_dtd.tables import Ledger, LedgerRow, RuleRow, RuleTable
 
 Seed: TypeAlias = Literal["logit", "one"]
 Backend: TypeAlias = Literal["auto", "reference"]
-Precision: TypeAlias = Literal["float32"]
 Target: TypeAlias = int | tuple[int, ...] | Tensor | list[int] | list[tuple[int, ...]] | None
 """What is explained, in Captum's forms: an index for all examples, one per example, or tuples of indices."""
 
@@ -56,7 +56,9 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         seed: ``"logit"``: relevance starts as the target's score; ``"one"``: as 1.
         backend: ``"auto"``: the fastest kernels at hand; ``"reference"``: plain ATen in IEEE arithmetic. The rule table
             names the kernel that serves each layer.
-        precision: ``"float32"``: the input's own precision; half-precision models keep relevance in float32.
+        precision: how much the kernels may round: ``"float32"``: within 1e-4 of the input's own precision; ``"ieee"``: no more
+            than that precision itself; ``"mixed"``: bfloat16 products on the walk back, with relevance in two halves;
+            ``"bfloat16"``: bfloat16 products. Sums and relevance are float32, or float64 for a float64 model.
 
     Raises:
         TypeError: if the model is not a module, or the composite is not one.
@@ -90,6 +92,8 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         check_option("seed", seed, get_args(Seed))
         check_option("backend", backend, get_args(Backend))
         check_option("precision", precision, get_args(Precision))
+        if backend == "reference" and precision in ("mixed", "bfloat16"):
+            raise ValueError(f"backend='reference' is IEEE arithmetic: precision={precision!r} needs backend='auto'")
         super().__init__(model)
         self.model = model
         self.low = low
@@ -164,7 +168,9 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         return RuleTable(
             self.composite.name,
             tuple(
-                RuleRow(s.node.name, operation_name(s.node), s.path, s.rule_text, "reference", source_line(s.node))
+                RuleRow(
+                    s.node.name, operation_name(s.node), s.path, s.rule_text, network.kernel_of(s), source_line(s.node)
+                )
                 for s in network.steps
             ),
             network.notes,
@@ -280,7 +286,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
                 if bool((deltas[-1].abs() > 0.5 * sums.abs()).any()):
                     self._warn_about([_MOSTLY_LOST])
                 progress.update(rows.stop - rows.start)
-        return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True)), torch.cat(deltas)
+        return tuple(torch.cat(parts).contiguous() for parts in zip(*chunks, strict=True)), torch.cat(deltas)
 
     def _walk(
         self,
@@ -312,7 +318,8 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         model = unwrap(self.model)
         check_evaluation_mode(model)
         count = len(inputs[0])
-        key = (structure_of(model), self.composite, len(inputs), _signature((*inputs, *extra), count))
+        options = (self.composite, self.backend, self.precision)
+        key = (structure_of(model), options, len(inputs), _signature((*inputs, *extra), count))
         with self._lock:
             for known in (key, (key, count)):
                 if known in self._networks:
@@ -323,7 +330,8 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             except InputMismatchError as error:
                 shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
                 raise ValueError(f"inputs of shape {shapes}: {error}{layout_hint(model, inputs)}") from error
-            network = Network(model, traced, len(inputs), self.composite)
+            precision = None if self.backend == "reference" else self.precision
+            network = Network(model, traced, len(inputs), self.composite, precision)
             self._networks[key if network.any_batch else (key, count)] = network
             while len(self._networks) > _MOST_TRACES:
                 self._networks.popitem(last=False)

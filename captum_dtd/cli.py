@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from captum_dtd import DiscriminativeDeepTaylor, __version__, doctor
+from captum_dtd.kernels import Precision
 from captum_dtd.models import load_model
 from captum_dtd.video import (
     Clip,
@@ -50,6 +51,7 @@ _GENERATED, _ACTION = "generated", "jack"
 _GENERATED_FRAMES, _GENERATED_FPS = 64, 25.0
 # Slow enough for the eye: a clip of 16 frames lasts two seconds.
 _OVERLAY_FPS = 8.0
+_SETTINGS = ("readout", "normalize", "preset", "precision")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--readout", choices=["own", "first", "mean"], help="slice of a frozen clip (default: own)")
     explain.add_argument("--normalize", choices=["none", "max", "sum"], help="before subtracting (default: none)")
     explain.add_argument("--composite", choices=["dtd", "epsilon-gamma-box"], default="dtd", help="which rules")
+    explain.add_argument("--precision", choices=get_args(Precision), help="what kernels may round (default: float32)")
     explain.add_argument("--percentile", type=float, default=99.5, help="of |relevance| that gets full colour")
     explain.add_argument("--internal-batch-size", type=int, metavar="N", help="frozen clips explained at once")
     explain.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -183,7 +186,7 @@ def _explain(args: argparse.Namespace) -> int:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = loaded.model.to(device).eval()
         low, high = prepare.bounds
-        settings = {name: getattr(args, name) for name in ("readout", "normalize", "preset") if getattr(args, name)}
+        settings = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name)}
         explainer = DiscriminativeDeepTaylor(model, low, high, composite=args.composite, **settings)
 
         video, clip = source.clip(prepare, args.start)

@@ -26,7 +26,6 @@ from captum_dtd.attribution import (
     Backend,
     CompositeLike,
     DeepTaylor,
-    Precision,
     Seed,
     Target,
     as_arguments,
@@ -40,6 +39,7 @@ from captum_dtd.attribution import (
 )
 from captum_dtd.bounds import Bound
 from captum_dtd.graph import ordinary
+from captum_dtd.kernels import Precision
 
 Readout: TypeAlias = Literal["own", "first", "mean"]
 """Which slice of a frozen clip's explanation is frame t's spatial relevance: slice t, slice 0, or the mean over slices."""

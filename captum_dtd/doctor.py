@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, __version__
+from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, __version__, native
+from captum_dtd.kernels import available
 
 __all__ = ["run", "self_check"]
 
@@ -42,7 +43,8 @@ def run() -> int:
     if not torch.cuda.is_available():
         print("  cuda: none")
     print("kernels")
-    print("  cpu and cuda: reference (ATen)")
+    for device in native.MODULES:
+        print(f"  {device}: {_kernels(device)}")
     print("self-check")
     try:
         findings = self_check()
@@ -89,6 +91,12 @@ def _version(name: str) -> str | None:
         return str(getattr(importlib.import_module(name), "__version__", "(version unknown)"))
     except ImportError:
         return None
+
+
+def _kernels(device: str) -> str:
+    if device in native.missing:
+        return f"reference (plain ATen), because compiled kernels are not at hand: {native.missing[device]}"
+    return ", ".join(available("z_plus_conv3d", device, torch.float32))
 
 
 def _cpu_features() -> list[str]:

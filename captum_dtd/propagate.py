@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from captum_dtd import fused
 from captum_dtd.bounds import Bound, broadcast_bound
 from captum_dtd.canonizers import canonize, only_output
 from captum_dtd.composites import Composite, Selector
@@ -26,6 +27,7 @@ from captum_dtd.graph import (
     source_line,
     tensor_of,
 )
+from captum_dtd.kernels import Precision
 from captum_dtd.layers import (
     Call,
     Elementwise,
@@ -83,13 +85,22 @@ class Network:
         traced: its graph, changed in place.
         explained: how many of the graph's inputs, from the first, are explained.
         composite: which rule is used where.
+        precision: how much kernels may round; None: everything is evaluated by its definition, and forward by torch.
 
     Raises:
         UnsupportedOperationError: if an operation that relevance has to cross is not covered.
         ValueError: if no linear layer is reached from the input, or the composite names a layer that does not exist.
     """
 
-    def __init__(self, model: nn.Module, traced: TracedModel, explained: int, composite: Composite) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        traced: TracedModel,
+        explained: int,
+        composite: Composite,
+        precision: Precision | None = None,
+    ) -> None:
+        self.precision = precision
         self.notes = canonize(traced.graph)
         self.any_batch = traced.any_batch
         self._traced = traced
@@ -212,15 +223,33 @@ class Network:
             for node, argument in zip(self._traced.inputs, arguments, strict=True):
                 if node is not None:
                     values[node] = ordinary(argument) if isinstance(argument, Tensor) else argument
+            if self.precision is not None:
+                values.update((node, _channels_last(values[node])) for node in self.inputs)
             for node in self._nodes:
                 if node not in values:
-                    values[node] = _run(node, values.__getitem__)
+                    values[node] = self._run_forward(node, values)
                 for source in self._last_uses.get(node, ()):
                     if source not in weights and source not in self._kept and source is not self.output:
                         values[source] = pytree.tree_map_only(Tensor, _shape_only, values[source])
             output = values[self.output]
             assert isinstance(output, Tensor)
             return Activations(values, output)
+
+    def _run_forward(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        if self.precision is not None and fused.kind_of(node) in ("convolution", "linear"):
+            call = Call(node, (0,), values.__getitem__)
+            kernel = fused.forward_kernel_for(call, node.meta["val"].shape, self.precision)
+            if kernel != "reference":
+                return fused.forward(call, kernel)
+        return _run(node, values.__getitem__)
+
+    def kernel_of(self, step: Step, values: Mapping[fx.Node, Any] | None = None) -> str:
+        """Name of the kernel that shares a step's relevance, for these values or for any like the traced ones."""
+        if self.precision is None or step.rule is None:
+            return "reference"
+        value_of = (lambda node: node.meta["val"]) if values is None else values.__getitem__
+        call = Call(step.node, step.positions, value_of)
+        return fused.kernel_for(call, step.node.meta["val"].shape, step.rule, self.precision)
 
     def backward(
         self,
@@ -264,13 +293,18 @@ class Network:
     def _step(self, step: Step, values: dict[fx.Node, Any], box: _Box, arriving: Any) -> tuple[Tensor | None, ...]:
         if step.node.target is operator.getitem:
             return (arriving,)
-        dtype = (next(iter(arriving.values())) if isinstance(arriving, dict) else arriving).dtype
-        call = Call(step.node, step.positions, lambda node: pytree.tree_map_only(Tensor, _to(dtype), values[node]))
         limits = None
         if step.is_pixel_layer and isinstance(step.rule, ZBeta):
             limits = ([box.low[source] for source in step.sources], [box.high[source] for source in step.sources])
+        non_negative = all(source in self._non_negative for source in step.sources)
+        kernel = self.kernel_of(step, values)
+        if kernel != "reference" and step.rule is not None:
+            call = Call(step.node, step.positions, values.__getitem__)
+            return fused.redistribute(call, arriving, step.rule, limits, non_negative, kernel)
+        dtype = (next(iter(arriving.values())) if isinstance(arriving, dict) else arriving).dtype
+        call = Call(step.node, step.positions, lambda node: pytree.tree_map_only(Tensor, _to(dtype), values[node]))
         rule: Any = step.rule
-        if isinstance(rule, Rule) and all(source in self._non_negative for source in step.sources):
+        if isinstance(rule, Rule) and non_negative:
             rule = _WithoutNegativeParts(rule)
         return step.layer.redistribute(call, arriving, rule, limits)
 
@@ -329,6 +363,12 @@ def _run(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
     kwargs = fx.map_arg(node.kwargs, value_of)
     target: Any = node.target
     return target(*args, **kwargs)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """Channels innermost, as the kernels read them; whatever follows keeps the layout."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return tensor.contiguous(memory_format=formats[tensor.ndim]) if tensor.ndim in formats else tensor
 
 
 def _add(relevance: dict[fx.Node, Any], step: Step, source: fx.Node, part: Tensor) -> None:

@@ -132,14 +132,15 @@ def check(model: nn.Module, x: Tensor, low: Any = LOW, high: Any = HIGH, **optio
     model = model.double().eval()
     targets = [(n + 1) % 3 for n in range(len(x))]
     expected = explain(model, x, low, high, targets)
-    method = DeepTaylor(model, low, high, **options)
-    actual, delta = method.attribute(x, torch.tensor(targets), return_convergence_delta=True)
-    assert actual.dtype == torch.float64
-    assert_agrees(actual, expected)
     logits = model(x).detach()[range(len(x)), targets]
     lost = logits - expected.flatten(1).sum(1)
-    assert delta.shape == (len(x),)
-    assert (delta - lost).abs().max() <= 1e-10 * logits.abs().max()
+    for backend in ("auto", "reference"):
+        method = DeepTaylor(model, low, high, backend=backend, **options)
+        actual, delta = method.attribute(x, torch.tensor(targets), return_convergence_delta=True)
+        assert actual.dtype == torch.float64
+        assert_agrees(actual, expected)
+        assert delta.shape == (len(x),)
+        assert (delta - lost).abs().max() <= 1e-10 * logits.abs().max()
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -188,8 +189,9 @@ def test_winner_takes_all(corner: str) -> None:
         model.pixel.bias.fill_(1)
     x = between(-2, 2, (2, 3, *shape), 6).round()
     expected = explain(model, x, -2, 2, 1, walk=lambda: Walk(winner=True))
-    method = DeepTaylor(model, -2, 2, composite={type(layer): WinnerTakesAll()})
-    assert_agrees(method.attribute(x, 1), expected)
+    for backend in ("auto", "reference"):
+        method = DeepTaylor(model, -2, 2, composite={type(layer): WinnerTakesAll()}, backend=backend)
+        assert_agrees(method.attribute(x, 1), expected)
 
 
 def test_ties_share_alike() -> None:

@@ -105,15 +105,21 @@ def check_every_rule(layer: Callable[[], nn.Module], where: str) -> None:
     model = Branches(layer).double().eval()
     x = between(LOW, HIGH, (1, 3, 3, 4, 5), 1)
     composite = {f"{where}.{k}": rule for k, (rule, _) in enumerate(RULES.values())}
-    method = DeepTaylor(model, LOW, HIGH, composite=composite)
-    found = method.attribute(x.expand(len(RULES), -1, -1, -1, -1), torch.arange(len(RULES)))
+    found = {
+        backend: DeepTaylor(model, LOW, HIGH, composite=composite, backend=backend).attribute(
+            x.expand(len(RULES), -1, -1, -1, -1), torch.arange(len(RULES))
+        )
+        for backend in ("auto", "reference")
+    }
     disagree = []
     for k, (name, (_, form)) in enumerate(RULES.items()):
         walk = partial(Walk, {where.rstrip("s"): form})
-        try:
-            assert_agrees(found[k : k + 1], explain(model, x, LOW, HIGH, 0, args=(k,), walk=walk))
-        except AssertionError as error:
-            disagree.append(f"{name}: {error}")
+        expected = explain(model, x, LOW, HIGH, 0, args=(k,), walk=walk)
+        for backend, relevance in found.items():
+            try:
+                assert_agrees(relevance[k : k + 1], expected)
+            except AssertionError as error:
+                disagree.append(f"{name}, backend {backend}: {error}")
     assert not disagree, "\n".join(disagree)
 
 

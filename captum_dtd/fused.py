@@ -1,0 +1,213 @@
+"""The walk's fast lane: which rule on which operation one fused operation serves, and how it is called.
+
+What is not in the table here, or has no compiled kernel, is evaluated by `captum_dtd.layers`, the definition of everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, fx
+
+from captum_dtd import kernels, native, ops
+from captum_dtd.graph import operation_name
+from captum_dtd.kernels import Precision
+from captum_dtd.layers import Call
+from captum_dtd.operations import AVERAGE_POOLS, CONVOLUTIONS, MAX_POOLS, aten
+from captum_dtd.rules import MaxPoolRule, Proportional, Rule, WinnerTakesAll, ZBeta, ZPlus
+
+Kind: TypeAlias = Literal["convolution", "linear", "max pool", "average pool"]
+
+FUSED: dict[tuple[type, Kind], str] = {
+    (ZPlus, "convolution"): "z_plus_conv3d",
+    (ZPlus, "linear"): "z_plus_conv3d",
+    (ZBeta, "convolution"): "z_beta_conv3d",
+    (ZBeta, "linear"): "z_beta_conv3d",
+    (Proportional, "max pool"): "max_pool3d_relevance",
+    (WinnerTakesAll, "max pool"): "max_pool3d_relevance",
+    (ZPlus, "average pool"): "max_pool3d_relevance",
+}
+"""Which fused operation serves a rule on a kind of operation. z+ on an average pooling is the proportional rule: its equal
+weights cancel."""
+
+
+def kind_of(node: fx.Node) -> Kind | None:
+    """What kind of operation a node is to the table."""
+    if node.target in CONVOLUTIONS:
+        return "convolution"
+    if node.target is aten.linear.default:
+        return "linear"
+    if node.target in MAX_POOLS:
+        return "max pool"
+    return "average pool" if node.target in AVERAGE_POOLS else None
+
+
+def kernel_for(call: Call, output: Sequence[int], rule: Rule | MaxPoolRule | None, precision: Precision) -> str:
+    """Name of the kernel that shares relevance at an operation; "reference" where only the definition does.
+
+    Args:
+        call: the operation with its arguments; shapes and types matter, values do not.
+        output: shape of its output.
+        rule: how relevance is shared.
+        precision: how much may be rounded.
+    """
+    kind = kind_of(call.node)
+    op = None if kind is None or rule is None else FUSED.get((type(rule), kind))
+    if op is None:
+        return "reference"
+    if kind == "average pool" and rule.stabilizer:  # type: ignore[union-attr]
+        return "reference"  # it is added to a window's average there, not to its sum
+    return _choose(op, call, output, precision)
+
+
+def forward_kernel_for(call: Call, output: Sequence[int], precision: Precision) -> str:
+    """Name of the kernel that computes an operation on the way forward; "reference" for torch's own.
+
+    Precision "mixed" is about the walk back only; forward it is "float32".
+    """
+    if kind_of(call.node) not in ("convolution", "linear"):
+        return "reference"
+    return _choose("conv3d", call, output, "float32" if precision == "mixed" else precision)
+
+
+def redistribute(
+    call: Call,
+    relevance: Tensor,
+    rule: Rule | MaxPoolRule,
+    bounds: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    non_negative: bool,
+    kernel: str,
+) -> tuple[Tensor]:
+    """Relevance of the signal that entered an operation, by the kernel that `kernel_for` named."""
+    (x,) = call.signals
+    if kind_of(call.node) in ("max pool", "average pool"):
+        pool = _Pool.of(call)
+        shared = ops.max_pool3d_relevance(
+            _to_3d(x, pool.dims),
+            _to_3d(relevance, pool.dims),
+            pool.kernel_size,
+            stride=pool.stride,
+            padding=pool.padding,
+            dilation=pool.dilation,
+            ceil_mode=pool.ceil_mode,
+            winner_takes_all=isinstance(rule, WinnerTakesAll),
+            stabilizer=rule.stabilizer if isinstance(rule, Proportional) else 0.0,
+            kernel=kernel,
+        )
+        return (_from_3d(shared, x, pool.dims),)
+    assert isinstance(rule, (ZPlus, ZBeta))
+    conv = _Convolution.of(call)
+    options: dict[str, Any] = {
+        **conv.geometry,
+        "bias": conv.bias if rule.bias == "absorbed" else None,
+        "stabilizer": rule.stabilizer,
+        "kernel": kernel,
+    }
+    u, r = _to_3d(x, conv.dims), _to_3d(relevance, conv.dims)
+    if isinstance(rule, ZPlus):
+        shared = ops.z_plus_conv3d(u, conv.weight, r, non_negative=non_negative, **options)
+    else:
+        assert bounds is not None
+        low, high = (_to_3d(bound, conv.dims) for (bound,) in bounds)
+        shared = ops.z_beta_conv3d(u, low, high, conv.weight, r, **options)
+    return (_from_3d(shared, x, conv.dims),)
+
+
+def forward(call: Call, kernel: str) -> Tensor:
+    """The output of a convolution or linear layer, by the kernel that `forward_kernel_for` named."""
+    (x,) = call.signals
+    conv = _Convolution.of(call)
+    output = ops.conv3d(_to_3d(x, conv.dims), conv.weight, conv.bias, **conv.geometry, kernel=kernel)
+    return _from_3d(output, x, conv.dims)
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """A convolution or linear layer (``dims`` 0) as a 3D convolution."""
+
+    dims: int
+    weight: Any
+    bias: Any
+    geometry: dict[str, Any]
+
+    @staticmethod
+    def of(call: Call) -> _Convolution:
+        given = call.args[1:]
+        weight, bias, stride, padding, dilation, groups = given + (None, None, 1, 0, 1, 1)[len(given) :]
+        dims = weight.ndim - 2
+        geometry = {
+            "stride": _three(stride, dims, 1),
+            "padding": padding if padding == "same" else _three(0 if padding == "valid" else padding, dims, 0),
+            "dilation": _three(dilation, dims, 1),
+            "groups": groups,
+        }
+        while weight.ndim < 5:
+            weight = weight.unsqueeze(2)
+        return _Convolution(dims, weight, bias, geometry)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """A max or average pooling as one over 3D windows."""
+
+    dims: int
+    kernel_size: list[int]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    ceil_mode: bool
+
+    @staticmethod
+    def of(call: Call) -> _Pool:
+        dims = int(operation_name(call.node)[-2])
+        given = call.args[1:]
+        if call.node.target in AVERAGE_POOLS:  # an average pooling has no dilation, and divisors that cancel
+            given = (*given[:3], 1, given[3]) if len(given) > 3 else given
+        kernel_size, stride, padding, dilation, ceil_mode = given + ([], [], 0, 1, False)[len(given) :]
+        return _Pool(
+            dims,
+            _three(kernel_size, dims, 1),
+            _three(stride or kernel_size, dims, 1),
+            _three(padding, dims, 0),
+            _three(dilation, dims, 1),
+            bool(ceil_mode),
+        )
+
+
+def _three(value: Any, dims: int, neutral: int) -> list[int]:
+    """Numbers for T, H, W; the dimensions that a layer lacks come first, and are neutral."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    values = values * dims if len(values) == 1 else values
+    return [neutral] * (3 - dims) + values[:dims]
+
+
+def _to_3d(tensor: Any, dims: int) -> Any:
+    """A view (N, C, T, H, W) of a layer's input or output; for a linear layer N is everything but the features."""
+    if dims == 0:
+        return tensor.reshape(-1, tensor.shape[-1], 1, 1, 1)
+    for _ in range(3 - dims):
+        tensor = tensor.unsqueeze(2)
+    return tensor
+
+
+def _from_3d(tensor: Tensor, x: Tensor, dims: int) -> Tensor:
+    if dims == 0:
+        return tensor.reshape(*x.shape[:-1], tensor.shape[1])
+    return tensor.squeeze(tuple(range(2, 5 - dims))) if dims < 3 else tensor
+
+
+def _choose(op: str, call: Call, output: Sequence[int], precision: Precision) -> str:
+    x = call.signals[0]
+    if len(call.signals) != 1 or x.device.type not in native.loaded:
+        return "reference"
+    if kind_of(call.node) in ("max pool", "average pool"):
+        batched = x.ndim == _Pool.of(call).dims + 2
+        return kernels.choose(op, x.device.type, x.dtype, precision) if batched else "reference"
+    conv = _Convolution.of(call)
+    if conv.weight.dtype != x.dtype or (conv.dims and x.ndim != conv.dims + 2):
+        return "reference"
+    size = output[2:] if conv.dims else ()
+    shape = kernels.shape_class(size, conv.weight.shape, conv.geometry["stride"])
+    return kernels.choose(op, x.device.type, x.dtype, precision, shape)

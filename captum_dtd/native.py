@@ -1,0 +1,39 @@
+"""The compiled modules: loaded where they are there, and the reason kept where they are not."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+
+__all__ = ["MODULES", "load", "loaded", "missing"]
+
+MODULES = {"cpu": "captum_dtd._C", "cuda": "captum_dtd._C_cuda"}
+"""Which module holds a device's kernels; importing it registers them with torch's dispatcher."""
+
+loaded: dict[str, ModuleType] = {}
+"""The compiled module of every device whose kernels are at hand."""
+
+missing: dict[str, str] = {}
+"""Why the others are not."""
+
+
+def load() -> None:
+    """Load the compiled modules; ``CAPTUM_DTD_DISABLE_NATIVE=1`` leaves everything to the definitions in plain ATen."""
+    unbuilt = _unbuilt()
+    for device, name in MODULES.items():
+        if os.environ.get("CAPTUM_DTD_DISABLE_NATIVE", "") not in ("", "0"):
+            missing[device] = "turned off by CAPTUM_DTD_DISABLE_NATIVE"
+            continue
+        try:
+            loaded[device] = importlib.import_module(name)
+        except ImportError as error:
+            missing[device] = unbuilt.get(device, str(error))
+
+
+def _unbuilt() -> dict[str, str]:
+    """What the build wrote down about modules that it could not, or should not, make."""
+    record = Path(__file__).with_name("_build.json")
+    return dict(json.loads(record.read_text())) if record.exists() else {}

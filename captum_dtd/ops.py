@@ -1,0 +1,510 @@
+"""The fused operations: how relevance crosses a convolution or a pooling, in one operation each.
+
+Every operation is a torch operator (``torch.ops.captum_dtd.*``) with a schema, a fake kernel and a definition in plain
+ATen (`captum_dtd.reference`), which serves wherever no compiled kernel does; the compiled modules add CPU and CUDA
+kernels (`captum_dtd.kernels` says which there are). The functions here call them with the defaults of
+``torch.nn.functional``.
+
+Shapes and types: ``x`` (N, C, T, H, W), ``weight`` (C_out, C / groups, kT, kH, kW), ``bias`` (C_out,), ``relevance`` as the
+layer's output. ``x``, ``weight`` and ``bias`` have one type: float32, bfloat16, float16 or float64. Relevance, pixel bounds,
+every sum and the result are float32, or float64 for float64. Strides are free; the result is laid out channels_last_3d
+where ``x`` is, else contiguous. A 2D layer is a 3D one with T = 1; a linear layer a 1x1x1 convolution of one position.
+Nothing here is differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from captum_dtd import native, reference
+from captum_dtd.reference import accumulator
+
+__all__ = ["SCHEMAS", "conv3d", "max_pool3d_relevance", "z_beta_conv3d", "z_plus_conv3d"]
+
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation"
+
+SCHEMAS = {
+    "z_plus_conv3d": f"(Tensor x, Tensor weight, Tensor? bias, Tensor relevance, {_GEOMETRY}, int groups, "
+    "bool non_negative, float stabilizer, str kernel) -> Tensor",
+    "z_beta_conv3d": "(Tensor x, Tensor low, Tensor high, Tensor weight, Tensor? bias, Tensor relevance, "
+    f"{_GEOMETRY}, int groups, float stabilizer, str kernel) -> Tensor",
+    "max_pool3d_relevance": f"(Tensor x, Tensor relevance, int[] kernel_size, {_GEOMETRY}, bool ceil_mode, "
+    "bool winner_takes_all, float stabilizer, str kernel) -> Tensor",
+    "conv3d": f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, int groups, str kernel) -> Tensor",
+}
+"""Every operation. A convolution's ``padding`` is (front, back) of T, then of H, then of W; ``kernel`` names the kernel that
+shall serve, ``"auto"`` leaves it to the device."""
+
+Triple = int | Sequence[int]
+
+
+def z_plus_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    relevance: Tensor,
+    *,
+    bias: Tensor | None = None,
+    stride: Triple = 1,
+    padding: Triple | Literal["same"] = 0,
+    dilation: Triple = 1,
+    groups: int = 1,
+    non_negative: bool = False,
+    stabilizer: float = 0.0,
+    kernel: str = "auto",
+) -> Tensor:
+    """Relevance of a convolution's input by z+: ``R_in = x+ adj_v+(s) + x- adj_v-(s)``.
+
+    ``s = R / (conv_v+(x+) + conv_v-(x-) + bias+)``; a zero denominator passes nothing (Montavon et al. 2017).
+
+    Args:
+        x: the input (N, C, T, H, W).
+        weight: (C_out, C / groups, kT, kH, kW), of the type of ``x``.
+        relevance: of the output, (N, C_out, T', H', W').
+        bias: its positive part joins the denominator and keeps its share; None: ignored.
+        stride: of the convolution, one number or one per dimension.
+        padding: zeros around the input: one number, one per dimension, six (front and back of T, of H, of W), or "same".
+        dilation: of the convolution.
+        groups: of the convolution.
+        non_negative: a promise that ``x`` has no negative element; then it is read as it is, and x- is not looked at.
+        stabilizer: added to the denominator, away from zero.
+        kernel: which kernel shall serve, one of `captum_dtd.kernels.available`, or "auto".
+
+    Returns:
+        Relevance of the input, shaped like ``x``; it sums to that of the output but for what the bias, the stabilizer and
+        zero denominators kept.
+
+    Raises:
+        RuntimeError: if shapes, types or devices do not fit, or there is no such kernel; the message names the argument.
+
+    Example:
+        >>> x, weight = torch.rand(1, 3, 4, 8, 8), torch.randn(5, 3, 3, 3, 3)
+        >>> relevance = torch.rand(1, 5, 4, 8, 8)
+        >>> shared = z_plus_conv3d(x, weight, relevance, padding=1)
+        >>> bool((shared.sum() / relevance.sum() - 1).abs() < 1e-4)
+        True
+    """
+    geometry = _geometry(stride, padding, dilation, weight)
+    if kernel == "reference":
+        _check_conv3d(x, weight, bias, relevance, *geometry, groups, stabilizer)
+        return reference.z_plus_conv3d(x, weight, bias, relevance, *geometry, groups, non_negative, stabilizer)
+    return _call("z_plus_conv3d", x, weight, bias, relevance, *geometry, groups, non_negative, stabilizer, kernel)
+
+
+def z_beta_conv3d(
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+    weight: Tensor,
+    relevance: Tensor,
+    *,
+    bias: Tensor | None = None,
+    stride: Triple = 1,
+    padding: Triple | Literal["same"] = 0,
+    dilation: Triple = 1,
+    groups: int = 1,
+    stabilizer: float = 0.0,
+    kernel: str = "auto",
+) -> Tensor:
+    """Relevance of pixels in a box by z-beta: ``R_in = x adj_v(s) - low adj_v+(s) - high adj_v-(s)``.
+
+    ``s = R / (conv_v(x) - conv_v+(low) - conv_v-(high) + bias+)`` (Montavon et al. 2017). It is computed as z+ of the two
+    distances ``x - low`` (with v+) and ``high - x`` (with -v-), which is the same sum without its cancellation.
+
+    Args:
+        x: pixels (N, C, T, H, W).
+        low: the darkest possible pixel, of the type of ``relevance``; any shape that broadcasts to that of ``x``.
+        high: the brightest possible pixel, likewise.
+        weight: as in `z_plus_conv3d`, and so are all further arguments, the result and the errors.
+
+    Example:
+        >>> x, weight = torch.rand(1, 3, 4, 8, 8), torch.randn(5, 3, 3, 3, 3)
+        >>> low, high = torch.zeros(1), torch.ones(3, 1, 1, 1)
+        >>> z_beta_conv3d(x, low, high, weight, torch.rand(1, 5, 4, 8, 8), padding="same").shape
+        torch.Size([1, 3, 4, 8, 8])
+    """
+    geometry = _geometry(stride, padding, dilation, weight)
+    if kernel == "reference":
+        _check_conv3d(x, weight, bias, relevance, *geometry, groups, stabilizer)
+        _check_bounds(x, low, high, relevance)
+        return reference.z_beta_conv3d(x, low, high, weight, bias, relevance, *geometry, groups, stabilizer)
+    return _call("z_beta_conv3d", x, low, high, weight, bias, relevance, *geometry, groups, stabilizer, kernel)
+
+
+def max_pool3d_relevance(
+    x: Tensor,
+    relevance: Tensor,
+    kernel_size: Triple,
+    *,
+    stride: Triple | None = None,
+    padding: Triple = 0,
+    dilation: Triple = 1,
+    ceil_mode: bool = False,
+    winner_takes_all: bool = False,
+    stabilizer: float = 0.0,
+    kernel: str = "auto",
+) -> Tensor:
+    """Relevance of a max pooling's input: ``R_in = sum over windows of x+ / (sum of x+ in the window) R``.
+
+    This is the proportional rule of Hiley et al. 2019, and also what z+ does on an average pooling, whose equal weights
+    cancel. Windows without a positive element pass nothing.
+
+    Args:
+        x: the pooling's input (N, C, T, H, W).
+        relevance: of its output.
+        kernel_size: of the windows, one number or one per dimension.
+        stride: between windows; None: ``kernel_size``.
+        padding: around the input; padded elements take no share.
+        dilation: between the elements of a window.
+        ceil_mode: whether a last window may reach over the input's end, as in ``torch.nn.functional.max_pool3d``.
+        winner_takes_all: give each window's relevance to its maximum (of equals the first, as torch's indices) instead.
+        stabilizer: added to each window's sum; of no use with ``winner_takes_all``.
+        kernel: which kernel shall serve, one of `captum_dtd.kernels.available`, or "auto".
+
+    Returns:
+        Relevance of the input, shaped like ``x``.
+
+    Raises:
+        RuntimeError: if shapes, types or devices do not fit, or there is no such kernel; the message names the argument.
+
+    Example:
+        >>> x = torch.tensor([1.0, 3.0, 0.0, -2.0]).view(1, 1, 1, 1, 4)
+        >>> max_pool3d_relevance(x, torch.tensor([8.0, 5.0]).view(1, 1, 1, 1, 2), (1, 1, 2)).flatten()
+        tensor([2., 6., 0., 0.])
+    """
+    kernel_size = _triple("kernel_size", kernel_size)
+    stride = kernel_size if stride is None else _triple("stride", stride)
+    geometry = (kernel_size, stride, _triple("padding", padding), _triple("dilation", dilation), ceil_mode)
+    if kernel == "reference":
+        _check_max_pool3d(x, relevance, *geometry, stabilizer)
+        return reference.max_pool3d_relevance(x, relevance, *geometry, winner_takes_all, stabilizer)
+    return _call("max_pool3d_relevance", x, relevance, *geometry, winner_takes_all, stabilizer, kernel)
+
+
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: Triple = 1,
+    padding: Triple | Literal["same"] = 0,
+    dilation: Triple = 1,
+    groups: int = 1,
+    kernel: str = "auto",
+) -> Tensor:
+    """The convolution itself, by the same kernels, for the way forward; the result has the type of ``x``.
+
+    Args:
+        x: the input (N, C, T, H, W).
+        weight: as in `z_plus_conv3d`, and so are all further arguments and the errors.
+        bias: (C_out,), added to the result.
+
+    Example:
+        >>> conv3d(torch.ones(1, 1, 1, 1, 4), torch.ones(1, 1, 1, 1, 2)).flatten()
+        tensor([2., 2., 2.])
+    """
+    geometry = _geometry(stride, padding, dilation, weight)
+    if kernel == "reference":
+        _check_conv3d(x, weight, bias, None, *geometry, groups, 0.0)
+        return reference.conv3d(x, weight, bias, *geometry, groups)
+    return _call("conv3d", x, weight, bias, *geometry, groups, kernel)
+
+
+def output_shape(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...]:
+    """Shape of a convolution's output; a dimension that no window fits into is not positive."""
+    sizes = [
+        (n + padding[2 * a] + padding[2 * a + 1] - dilation[a] * (k - 1) - 1) // stride[a] + 1
+        for a, (n, k) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True))
+    ]
+    return (x.shape[0], weight.shape[0], *sizes)
+
+
+def _call(name: str, *arguments: Any) -> Tensor:
+    result = getattr(torch.ops.captum_dtd, name).default(*arguments)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _triple(name: str, value: Triple) -> list[int]:
+    values = [value] * 3 if isinstance(value, int) else list(value)
+    torch._check(len(values) == 3, lambda: f"{name} must be one number or three (T, H, W), got {value!r}")
+    return values
+
+
+def _geometry(
+    stride: Triple, padding: Triple | Literal["same"], dilation: Triple, weight: Tensor
+) -> tuple[list[int], list[int], list[int]]:
+    stride, dilation = _triple("stride", stride), _triple("dilation", dilation)
+    if isinstance(padding, str):
+        torch._check(padding == "same", lambda: f"padding must be numbers or 'same', got {padding!r}")
+        torch._check(stride == [1, 1, 1], lambda: f"padding='same' needs stride 1, got {stride}")
+        around = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        return stride, [side for total in around for side in (total // 2, total - total // 2)], dilation
+    if isinstance(padding, int) or len(padding) == 3:
+        return stride, [side for side in _triple("padding", padding) for _ in range(2)], dilation
+    torch._check(len(padding) == 6, lambda: f"padding must be one, three or six numbers or 'same', got {padding!r}")
+    return stride, list(padding), dilation
+
+
+# What follows is one place for refusals: the definitions and fake kernels check here, compiled kernels in csrc/checks.h,
+# and one table of tests holds both to the same answers.
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+def _check_tensor(name: str, tensor: Tensor, dims: int, dtype: torch.dtype, device: torch.device) -> None:
+    shape = tuple(tensor.shape)
+    _check(tensor.dim() == dims, f"{name} must have {dims} dimensions, got shape {shape}")
+    _check(tensor.dtype == dtype, f"{name} must be {dtype}, got {tensor.dtype} of shape {shape}")
+    _check(tensor.device == device, f"{name} must be on {device} as x is, got {tensor.device}")
+
+
+def _check_numbers(name: str, values: Sequence[int], count: int, least: int) -> None:
+    _check(len(values) == count, f"{name} must have {count} numbers, got {list(values)}")
+    _check(all(value >= least for value in values), f"{name} must be at least {least}, got {list(values)}")
+
+
+def _check_x(x: Tensor) -> None:
+    _check(x.dim() == 5, f"x must have 5 dimensions (N, C, T, H, W), got shape {tuple(x.shape)}")
+    _check(x.dtype in _DTYPES, f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
+
+
+def _check_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    relevance: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    stabilizer: float,
+) -> None:
+    _check_x(x)
+    _check_tensor("weight", weight, 5, x.dtype, x.device)
+    _check_numbers("weight's kernel", weight.shape[2:], 3, 1)
+    _check_numbers("stride", stride, 3, 1)
+    _check_numbers("padding", padding, 6, 0)
+    _check_numbers("dilation", dilation, 3, 1)
+    _check(groups >= 1, f"groups must be at least 1, got {groups}")
+    _check(
+        x.shape[1] == weight.shape[1] * groups and weight.shape[0] % groups == 0,
+        f"weight of shape {tuple(weight.shape)} does not fit x of shape {tuple(x.shape)} with groups={groups}",
+    )
+    if bias is not None:
+        _check_tensor("bias", bias, 1, x.dtype, x.device)
+        _check(
+            bias.shape[0] == weight.shape[0],
+            f"bias must have {weight.shape[0]} elements as weight has output channels, got {bias.shape[0]}",
+        )
+    _check(stabilizer >= 0, f"stabilizer must be zero or positive, got {stabilizer}")
+    expected = output_shape(x, weight, stride, padding, dilation)
+    _check(
+        all(size > 0 for size in expected[2:]),
+        f"weight's kernel {tuple(weight.shape[2:])} with dilation {list(dilation)} does not fit into x of shape "
+        f"{tuple(x.shape)} with padding {list(padding)}",
+    )
+    if relevance is not None:
+        _check_tensor("relevance", relevance, 5, accumulator(x.dtype), x.device)
+        _check(
+            tuple(relevance.shape) == expected,
+            f"relevance must have the shape {expected} of the convolution's output, got {tuple(relevance.shape)}",
+        )
+
+
+def _check_bounds(x: Tensor, low: Tensor, high: Tensor, relevance: Tensor) -> None:
+    for name, bound in (("low", low), ("high", high)):
+        _check_tensor(name, bound, bound.dim(), relevance.dtype, x.device)
+        fits = bound.dim() <= 5 and all(
+            b in (1, n) for b, n in zip(reversed(bound.shape), reversed(x.shape), strict=False)
+        )
+        _check(fits, f"{name} of shape {tuple(bound.shape)} does not broadcast to x of shape {tuple(x.shape)}")
+
+
+def _check_max_pool3d(
+    x: Tensor,
+    relevance: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    stabilizer: float,
+) -> None:
+    _check_x(x)
+    _check_numbers("kernel_size", kernel_size, 3, 1)
+    _check_numbers("stride", stride, 3, 1)
+    _check_numbers("padding", padding, 3, 0)
+    _check_numbers("dilation", dilation, 3, 1)
+    _check(
+        all(p <= k // 2 for p, k in zip(padding, kernel_size, strict=True)),
+        f"padding must be at most half of kernel_size {list(kernel_size)}, got {list(padding)}",
+    )
+    _check(stabilizer >= 0, f"stabilizer must be zero or positive, got {stabilizer}")
+    _check_tensor("relevance", relevance, 5, accumulator(x.dtype), x.device)
+    expected = (*x.shape[:2], *map(_pooled, x.shape[2:], kernel_size, stride, padding, dilation, [ceil_mode] * 3))
+    _check(
+        all(size > 0 for size in expected[2:]),
+        f"kernel_size {list(kernel_size)} with dilation {list(dilation)} does not fit into x of shape {tuple(x.shape)} "
+        f"with padding {list(padding)}",
+    )
+    _check(
+        tuple(relevance.shape) == expected,
+        f"relevance must have the shape {expected} of the pooling's output, got {tuple(relevance.shape)}",
+    )
+
+
+def _pooled(n: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
+    """Number of windows; with ``ceil_mode`` the last must begin inside the input or its front padding, as torch has it."""
+    free = n + 2 * padding - dilation * (kernel - 1) - 1
+    count = (free + (stride - 1 if ceil_mode else 0)) // stride + 1
+    return count - 1 if ceil_mode and (count - 1) * stride >= n + padding else count
+
+
+def _like_x(x: Tensor, dtype: torch.dtype, shape: Sequence[int] | None = None) -> Tensor:
+    """An empty result: channels_last_3d where x is (and is not contiguous as well), else contiguous."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+    return torch.empty(
+        x.shape if shape is None else shape,
+        dtype=dtype,
+        device=x.device,
+        memory_format=torch.channels_last_3d if channels_last else torch.contiguous_format,
+    )
+
+
+def _only_definition(kernel: str) -> None:
+    _check(
+        kernel in ("auto", "reference"),
+        f"kernel {kernel!r} does not exist here: there is 'reference'"
+        + "".join(f"; the compiled {device} kernels are not loaded ({why})" for device, why in native.missing.items()),
+    )
+
+
+def _define_z_plus(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    relevance: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    non_negative: bool,
+    stabilizer: float,
+    kernel: str,
+) -> Tensor:
+    _only_definition(kernel)
+    arguments = (x, weight, bias, relevance, stride, padding, dilation, groups)
+    _check_conv3d(*arguments, stabilizer)
+    return _like_x(x, relevance.dtype).copy_(reference.z_plus_conv3d(*arguments, non_negative, stabilizer))
+
+
+def _define_z_beta(
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    relevance: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    stabilizer: float,
+    kernel: str,
+) -> Tensor:
+    _only_definition(kernel)
+    arguments = (weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
+    _check_conv3d(x, *arguments)
+    _check_bounds(x, low, high, relevance)
+    return _like_x(x, relevance.dtype).copy_(reference.z_beta_conv3d(x, low, high, *arguments))
+
+
+def _define_max_pool3d(
+    x: Tensor,
+    relevance: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    winner_takes_all: bool,
+    stabilizer: float,
+    kernel: str,
+) -> Tensor:
+    _only_definition(kernel)
+    arguments = (x, relevance, kernel_size, stride, padding, dilation, ceil_mode)
+    _check_max_pool3d(*arguments, stabilizer)
+    shared = reference.max_pool3d_relevance(*arguments, winner_takes_all, stabilizer)
+    return _like_x(x, relevance.dtype).copy_(shared)
+
+
+def _define_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    kernel: str,
+) -> Tensor:
+    _only_definition(kernel)
+    _check_conv3d(x, weight, bias, None, stride, padding, dilation, groups, 0.0)
+    result = reference.conv3d(x, weight, bias, stride, padding, dilation, groups)
+    return _like_x(x, x.dtype, result.shape).copy_(result)
+
+
+def _fake_z_plus(x: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any) -> Tensor:
+    stride, padding, dilation, groups, _, stabilizer, _ = options
+    _check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
+    return _like_x(x, relevance.dtype)
+
+
+def _fake_z_beta(
+    x: Tensor, low: Tensor, high: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any
+) -> Tensor:
+    stride, padding, dilation, groups, stabilizer, _ = options
+    _check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
+    _check_bounds(x, low, high, relevance)
+    return _like_x(x, relevance.dtype)
+
+
+def _fake_max_pool3d(x: Tensor, relevance: Tensor, *options: Any) -> Tensor:
+    kernel_size, stride, padding, dilation, ceil_mode, _, stabilizer, _ = options
+    _check_max_pool3d(x, relevance, kernel_size, stride, padding, dilation, ceil_mode, stabilizer)
+    return _like_x(x, relevance.dtype)
+
+
+def _fake_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    stride, padding, dilation, groups, _ = options
+    _check_conv3d(x, weight, bias, None, stride, padding, dilation, groups, 0.0)
+    return _like_x(x, x.dtype, output_shape(x, weight, stride, padding, dilation))
+
+
+_DEFINITIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "z_plus_conv3d": (_define_z_plus, _fake_z_plus),
+    "z_beta_conv3d": (_define_z_beta, _fake_z_beta),
+    "max_pool3d_relevance": (_define_max_pool3d, _fake_max_pool3d),
+    "conv3d": (_define_conv3d, _fake_conv3d),
+}
+
+_Library: Any = torch.library.Library
+_library = _Library("captum_dtd", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _define, _fake = _DEFINITIONS[_name]
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    _library.impl(_name, _define, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"captum_dtd::{_name}", _fake, lib=_library)
+
+native.load()

@@ -1,0 +1,154 @@
+"""What the fused operations compute, in plain ATen: the definition that every kernel is held to, on any device.
+
+Arithmetic is IEEE in the accumulator's precision: float64 for float64, float32 for everything narrower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type in which relevance is kept and sums are taken for tensors of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def divide(relevance: Tensor, denominator: Tensor, stabilizer: float) -> Tensor:
+    """``R / (z + stabilizer sign(z))`` with sign(0) = 1; without a stabilizer a zero (or subnormal) z passes nothing.
+
+    A subnormal denominator counts as zero because ``R / z`` would overflow. NaN is passed on, not hidden.
+    """
+    if stabilizer:
+        return relevance / torch.where(denominator < 0, denominator - stabilizer, denominator + stabilizer)
+    vanishing = denominator.abs() < torch.finfo(denominator.dtype).tiny
+    return (relevance / denominator).masked_fill_(vanishing, 0)
+
+
+def z_plus_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    relevance: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    non_negative: bool,
+    stabilizer: float,
+) -> Tensor:
+    """z+ on a convolution: ``R_in = x+ adj_v+(s) + x- adj_v-(s)``, ``s = R / (conv_v+(x+) + conv_v-(x-) + bias+)``.
+
+    ``non_negative`` promises that x has no negative element: x- is then not looked at.
+    """
+    x = x.to(relevance.dtype)
+    parts = [(x, "v+")] if non_negative else [(x.clamp(min=0), "v+"), (x.clamp(max=0), "v-")]
+    return _share(parts, weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
+
+
+def z_beta_conv3d(
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    relevance: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    stabilizer: float,
+) -> Tensor:
+    """z-beta on a convolution: z+ of the distances to the box, ``x - low`` with v+ and ``x - high`` with v-."""
+    x = x.to(relevance.dtype)
+    parts = [(x - low, "v+"), (x - high, "v-")]
+    return _share(parts, weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
+
+
+def max_pool3d_relevance(
+    x: Tensor,
+    relevance: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    winner_takes_all: bool,
+    stabilizer: float,
+) -> Tensor:
+    """Max pooling, ``sum over windows of x+ / (sum of x+ in the window) R``, or each window's R to its first maximum.
+
+    A window without a positive element passes nothing; a NaN wins its window, as in torch.
+    """
+    x = x.to(relevance.dtype)
+    if winner_takes_all:
+        _, indices = aten.max_pool3d_with_indices(x, kernel_size, stride, padding, dilation, ceil_mode)
+        given = x.new_zeros(x.shape).flatten(2)
+        return given.scatter_add_(2, indices.flatten(2), relevance.flatten(2)).view(x.shape)
+    u = x.clamp(min=0)
+    after = [
+        max(0, (o - 1) * s + d * (k - 1) + 1 - p - n)
+        for n, o, k, s, p, d in zip(
+            x.shape[2:], relevance.shape[2:], kernel_size, stride, padding, dilation, strict=True
+        )
+    ]
+    sides = [side for pair in zip(padding, after, strict=True) for side in pair]
+    ones = x.new_ones(1, 1, *kernel_size)
+    planes, given = u.flatten(0, 1).unsqueeze(1), relevance.flatten(0, 1).unsqueeze(1)
+    shared = _share([(planes, "v+")], ones, None, given, stride, sides, dilation, 1, stabilizer)
+    return shared.view(x.shape)
+
+
+def conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The convolution itself, zero-padded by (front, back) of T, of H, of W, in the type of ``x``."""
+    dtype = accumulator(x.dtype)
+    padded = F.pad(x.to(dtype), [padding[4], padding[5], padding[2], padding[3], padding[0], padding[1]])
+    wide = None if bias is None else bias.to(dtype)
+    return F.conv3d(padded, weight.to(dtype), wide, stride, 0, dilation, groups).to(x.dtype)
+
+
+def _share(
+    parts: Sequence[tuple[Tensor, str]],
+    weight: Tensor,
+    bias: Tensor | None,
+    relevance: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    stabilizer: float,
+) -> Tensor:
+    if not relevance.numel():
+        return torch.zeros_like(parts[0][0])
+    v = weight.to(relevance.dtype)
+    front = [padding[0], padding[2], padding[4]]
+    sides = [padding[4], padding[5], padding[2], padding[3], padding[0], padding[1]]
+    terms = [(F.pad(u, sides), u, v.clamp(min=0) if part == "v+" else v.clamp(max=0)) for u, part in parts]
+    z = terms[0][0].new_zeros(())
+    for padded, _, w in terms:
+        z = z + aten.convolution(padded, w, None, stride, [0] * 3, dilation, False, [0] * 3, groups)
+    if bias is not None:
+        z = z + bias.to(z.dtype).clamp(min=0).view(-1, 1, 1, 1)
+    s = divide(relevance, z, stabilizer)
+    shared = torch.zeros_like(parts[0][0])
+    for padded, u, w in terms:
+        pulled, _, _ = aten.convolution_backward(
+            s, padded, w, None, stride, [0] * 3, dilation, False, [0] * 3, groups, [True, False, False]
+        )
+        for axis, (start, size) in enumerate(zip(front, u.shape[2:], strict=True), start=2):
+            pulled = pulled.narrow(axis, start, size)
+        shared.addcmul_(u, pulled)
+    return shared

@@ -1,0 +1,128 @@
+"""The walk's fast lane: every rule and operation in its table, by every kernel at hand, against the oracle.
+
+Each case is a small network whose layer under test follows the rule; the choice of kernels is taken over, so that each
+one serves in turn, and the rule table is asked whether it did.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from models import between
+from oracle import Node, Walk, assert_agrees, explain
+from torch import Tensor, nn
+
+from captum_dtd import DeepTaylor, kernels, native
+from captum_dtd.fused import FUSED
+from captum_dtd.rules import Proportional, WinnerTakesAll, ZBeta, ZPlus
+
+LOW, HIGH = -1.5, 2.5
+
+
+class Net(nn.Module):
+    """Pixel layer, ReLU, the layer under test, head; each operation stands in a module of its own."""
+
+    def __init__(self, pixel: nn.Module, layer: nn.Module, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.pixel, self.layer = pixel, layer
+        self.head = nn.Linear(layer(pixel(torch.zeros(1, *shape))).numel(), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(torch.relu(self.pixel(x))).flatten(1))
+
+    def steps(self, w: Walk, x: Node) -> Node:
+        x = w.each(torch.relu, w.pixel(self.pixel, x))
+        if isinstance(self.layer, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)):
+            x = w.max_pool(self.layer, x)
+        else:
+            x = w.dense(self.layer, x)
+        return w.dense(self.head, w.move(lambda v: v.flatten(1), x))
+
+
+Same = nn.Identity
+# (rule, kind): [(pixel layer, layer under test, input shape)]; z-beta is tried on the pixel layer.
+CASES: dict[tuple[type, str], list[tuple[nn.Module, nn.Module, tuple[int, ...]]]] = {
+    (ZPlus, "convolution"): [
+        (nn.Conv1d(3, 5, 1), nn.Conv1d(5, 6, 3, stride=2, padding=1), (3, 9)),
+        (nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, (2, 3), padding="same", dilation=(1, 2)), (3, 5, 6)),
+        (nn.Conv3d(3, 6, 1), nn.Conv3d(6, 4, 3, stride=(1, 2, 1), padding=1, groups=2), (3, 3, 5, 6)),
+    ],
+    (ZPlus, "linear"): [
+        (nn.Linear(4, 5), nn.Linear(5, 7), (4,)),
+        (nn.Conv2d(3, 4, 1), nn.Linear(6, 5), (3, 3, 6)),
+    ],
+    (ZBeta, "convolution"): [
+        (nn.Conv1d(1, 4, 3, padding=2, dilation=2), Same(), (1, 8)),
+        (nn.Conv2d(3, 4, 3, stride=2), Same(), (3, 7, 6)),
+        (nn.Conv3d(3, 5, (3, 5, 5), stride=(1, 2, 2), padding=(1, 2, 2)), Same(), (3, 3, 7, 6)),
+    ],
+    (ZBeta, "linear"): [(nn.Linear(6, 5), Same(), (6,))],
+    (Proportional, "max pool"): [
+        (nn.Conv1d(3, 4, 1), nn.MaxPool1d(3, 2, 1), (3, 8)),
+        (nn.Conv2d(3, 4, 1), nn.MaxPool2d(2, ceil_mode=True), (3, 5, 7)),
+        (nn.Conv3d(3, 4, 1), nn.MaxPool3d((1, 2, 3), 2, dilation=(1, 2, 1)), (3, 4, 6, 5)),
+    ],
+    (WinnerTakesAll, "max pool"): [
+        (nn.Conv1d(3, 4, 1), nn.MaxPool1d(2), (3, 8)),
+        (nn.Conv2d(3, 4, 1), nn.MaxPool2d(3, 2, 1), (3, 5, 7)),
+        (nn.Conv3d(3, 4, 1), nn.MaxPool3d(3, 2, 1, ceil_mode=True), (3, 4, 6, 5)),
+    ],
+    (ZPlus, "average pool"): [
+        (nn.Conv1d(3, 4, 1), nn.AvgPool1d(3, 2, 1), (3, 8)),
+        (nn.Conv2d(3, 4, 1), nn.AvgPool2d((2, 3), 1, ceil_mode=True, count_include_pad=False), (3, 5, 7)),
+        (nn.Conv3d(3, 4, 1), nn.AvgPool3d(2, 2, 1, True, False), (3, 4, 5, 5)),
+    ],
+}
+# Sums of so few terms; bfloat16 keeps eight bits.
+TOLERANCES = {"ieee": 1e-5, "bf16x3": 5e-5, "tf32x3": 5e-5, "mixed": 2e-2, "tf32": 5e-3, "bf16": 3e-2, "f16": 5e-3}
+DEVICES = [device for device in ("cpu", "cuda") if device in native.loaded or device == "cpu"]
+SERVED = [
+    (device, rule, kind, kernel)
+    for device in DEVICES
+    for (rule, kind), op in FUSED.items()
+    for kernel in kernels.available(op, device, torch.float32)
+]
+
+
+def test_every_entry_of_the_table_has_cases() -> None:
+    assert CASES.keys() == FUSED.keys()
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize(("device", "rule", "kind", "kernel"), SERVED)
+def test_serves_as_the_oracle_says(
+    device: str, rule: type, kind: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = FUSED[rule, kind]
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device: the compiled kernels are tested by emulation")
+
+    def choose(op: str, *_: Any) -> str:
+        return kernel if op == wanted else "reference"
+
+    monkeypatch.setattr(kernels, "choose", choose)
+    tolerance = TOLERANCES[kernel.split("/")[1]] if kernel != "reference" else 1e-5
+    for pixel, layer, shape in CASES[rule, kind]:
+        torch.manual_seed(1)
+        model = Net(pixel, layer, shape).eval()
+        x = between(LOW, HIGH, (2, *shape), 3, torch.float32)
+        expected = explain(model, x, LOW, HIGH, [0, 2], walk=partial(Walk, winner=rule is WinnerTakesAll))
+        composite = {"layer": WinnerTakesAll()} if rule is WinnerTakesAll else "dtd"
+        method = DeepTaylor(model.to(device), LOW, HIGH, composite=composite)
+        found = method.attribute(x.to(device), torch.tensor([0, 2])).cpu()
+        assert_agrees(found, expected, tolerance)
+        under_test = "pixel" if rule is ZBeta else "layer"
+        rows = {row.module: row.kernel for row in method.rule_table(x.to(device)).rows}
+        assert rows[under_test] == kernel
+        model.cpu()
+
+
+def test_stabilizer_of_an_average_is_not_that_of_a_sum() -> None:
+    """An average pooling under a stabilized z+ keeps to the definition: the fused operation divides by sums."""
+    model = Net(nn.Conv3d(3, 4, 1), nn.AvgPool3d(2), (3, 4, 4, 4)).eval()
+    method = DeepTaylor(model, LOW, HIGH, composite={"layer": ZPlus(stabilizer=0.5)})
+    table = method.rule_table(torch.zeros(1, 3, 4, 4, 4))
+    assert {row.module: row.kernel for row in table.rows}["layer"] == "reference"
