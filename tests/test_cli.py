@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
-from captum_dtd import __version__, cli, doctor
+from captum_dtd import __version__, cli, doctor, native
 from captum_dtd.cli import main
 from captum_dtd.video import Preprocessing, iter_clips, read_video, write_video
 
