@@ -42,6 +42,7 @@ from captum_dtd.layers import (
     layer_for,
     signal_positions,
 )
+from captum_dtd.operations import CONVOLUTIONS, aten
 from captum_dtd.rules import Group, MaxPoolRule, Rule, ZBeta
 
 
@@ -116,6 +117,7 @@ class Network:
         self.steps = self._plan(model, composite)
         self._last_uses = self._find_last_uses()
         self._kept = self._find_kept()
+        self._overwrites = self._find_overwrites()
         self.bytes_per_example = self._estimate_bytes()
 
     def _plan(self, model: nn.Module, composite: Composite) -> tuple[Step, ...]:
@@ -196,6 +198,18 @@ class Network:
             kept.update(node for node in step.node.all_input_nodes if node not in step.sources)
         return frozenset(kept)
 
+    def _find_overwrites(self) -> frozenset[fx.Node]:
+        """ReLUs that may write over what they read: a new tensor of the operation before them, which nothing else needs."""
+        fresh = CONVOLUTIONS | {aten.linear.default, aten.add.Tensor}
+        return frozenset(
+            node
+            for node in self._nodes
+            if node.target is aten.relu.default
+            and (source := node.all_input_nodes[0]).target in fresh
+            and len(source.users) == 1
+            and source not in self._kept
+        )
+
     def _estimate_bytes(self) -> int:
         """About how much memory one example takes: every value that is kept, and some of the largest for the layer at work."""
         sizes = {node: _bytes(node) for node in self._nodes}
@@ -236,6 +250,8 @@ class Network:
             return Activations(values, output)
 
     def _run_forward(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        if node in self._overwrites:
+            return values[node.all_input_nodes[0]].relu_()
         if self.precision is not None and fused.kind_of(node) in ("convolution", "linear"):
             call = Call(node, (0,), values.__getitem__)
             kernel = fused.forward_kernel_for(call, node.meta["val"].shape, self.precision)
@@ -380,10 +396,9 @@ def _add(relevance: dict[fx.Node, Any], step: Step, source: fx.Node, part: Tenso
     into[key] = into[key] + part if key in into else part
 
 
-_aten = torch.ops.aten
 _SHAPE_READERS = frozenset(
-    {_aten.zeros_like.default, _aten.ones_like.default, _aten.full_like.default, _aten.empty_like.default}
-    | {_aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default, _aten.new_empty.default}
+    {aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default}
+    | {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default}
 )
 """Operations that read a signal's shape and not its values."""
 
