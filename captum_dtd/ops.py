@@ -223,7 +223,8 @@ def _call(name: str, *arguments: Any) -> Tensor:
 
 def _triple(name: str, value: Triple) -> list[int]:
     values = [value] * 3 if isinstance(value, int) else list(value)
-    _check(len(values) == 3, f"{name} must be one number or three (T, H, W), got {value!r}")
+    if len(values) != 3:
+        raise RuntimeError(f"{name} must be one number or three (T, H, W), got {value!r}")
     return values
 
 
@@ -239,7 +240,8 @@ def _geometry(
         return stride, [side for total in around for side in (total // 2, total - total // 2)], dilation
     if isinstance(padding, int) or len(padding) == 3:
         return stride, [side for side in _triple("padding", padding) for _ in range(2)], dilation
-    _check(len(padding) == 6, f"padding must be one, three or six numbers or 'same', got {padding!r}")
+    if len(padding) != 6:
+        raise RuntimeError(f"padding must be one, three or six numbers or 'same', got {padding!r}")
     return stride, list(padding), dilation
 
 
@@ -497,6 +499,8 @@ for _name, _schema in SCHEMAS.items():
     _define, _fake = _DEFINITIONS[_name]
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     _library.impl(_name, _define, "CompositeExplicitAutograd")
+    # Without this, torch hands out results that require grad and have none.
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"captum_dtd::{_name}", _fake, lib=_library)
 
 native.load()
