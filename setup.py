@@ -41,12 +41,15 @@ OLDEST_TORCH = "0x020b000000000000"  # 2.11
 OLDEST_PYTHON = "0x030A0000"  # 3.10
 
 CPU_SOURCES = (
+    "csrc/cpu/buffer.cpp",
     "csrc/cpu/conv3d.cpp",
     "csrc/cpu/features.cpp",
     "csrc/cpu/kernel_bf16_generic.cpp",
     "csrc/cpu/kernel_generic.cpp",
     "csrc/cpu/max_pool3d.cpp",
     "csrc/cpu/max_pool3d_generic.cpp",
+    "csrc/cpu/plan.cpp",
+    "csrc/cpu/weights.cpp",
 )
 CUDA_SOURCES = ("csrc/cuda/conv3d.cu", "csrc/cuda/max_pool3d.cu")
 """Files that run on any machine. Each module has one more, which alone includes torch's headers and needs C++20."""
@@ -111,10 +114,12 @@ def gencode() -> Iterator[str]:
     for name, numbers in CUDA_ARCHITECTURES.items():
         names = names.replace(name, numbers)
     for entry in re.split("[;, ]+", names.strip()):
-        parsed = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", entry)
+        parsed = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)*", entry)
         if parsed is None:
             known = ", ".join(CUDA_ARCHITECTURES)
-            raise CannotBuildError(f"TORCH_CUDA_ARCH_LIST has {entry!r}: it takes 9.0, 9.0a, 9.0+PTX or names ({known})")
+            raise CannotBuildError(
+                f"TORCH_CUDA_ARCH_LIST has {entry!r}: it takes 9.0, 9.0a, 9.0+PTX or names ({known})"
+            )
         number = parsed[1] + parsed[2]
         yield f"-gencode=arch=compute_{number},code=sm_{number}"
         if parsed[3]:
@@ -150,15 +155,18 @@ class NinjaFile:
         path = re.sub("([$ :])", r"$\1", str(ROOT / source))
         self.lines += [f"build {source}.o: compile {path}", f"  flags = {' '.join(flags)}"]
 
-    def run(self, output: str) -> Path:
+    def run(self, output: str, *needed: str) -> Path:
         """Compile, and link everything to a shared library; a failure is raised with its first error."""
-        self.lines += [f"build {output}: link {' '.join(self.objects)}", ""]
+        self.lines += [f"build {output}: link {' '.join(self.objects)} | {' '.join(needed)}", ""]
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text("\n".join(self.lines))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         told = []
         with subprocess.Popen(
-            [*ninja(), "-C", str(self.folder), *jobs, output], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*ninja(), "-C", str(self.folder), *jobs, output],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         ) as process:
             assert process.stdout is not None
             for line in process.stdout:
@@ -226,16 +234,16 @@ def build_cuda(folder: Path, output: str) -> Path:
     file = NinjaFile(folder)
     host = "-O3 -DNDEBUG -Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"
     file.rule("compile", compiler, host, *gencode(), "-MMD -MF $out.d $flags -c $in -o $out", depfile=True)
-    stub = "-L. -Xlinker=--no-as-needed,-s -ltorch_cuda"
-    file.rule("link", compiler, "-shared -cudart=static $in -o $out", stub, torch_library(), depfile=False)
+    stub = "libtorch_cuda.so"
+    empty = f"-shared -x c++ /dev/null -Wl,-soname,{stub} -o $out"
+    file.rule("empty", " ".join(map(shlex.quote, cxx())), empty, depfile=False)
+    file.lines.append(f"build {stub}: empty")
+    libraries = f"-L. -Xlinker=--no-as-needed,-s -ltorch_cuda {torch_library()}"
+    file.rule("link", compiler, "-shared -cudart=static $in -o $out", libraries, depfile=False)
     file.compile("csrc/cuda/dispatch.cpp", *torch_flags())
     for source in CUDA_SOURCES:
         file.compile(source, "-std=c++17")
-    folder.mkdir(parents=True, exist_ok=True)
-    library = "libtorch_cuda.so"
-    empty = ["-shared", "-x", "c++", "/dev/null", "-o", str(folder / library), f"-Wl,-soname,{library}"]
-    subprocess.run([*cxx(), *empty], check=True)
-    return file.run(output)
+    return file.run(output, stub)
 
 
 BUILDS = {"cpu": build_cpu, "cuda": build_cuda}
@@ -251,7 +259,7 @@ class BuildKernels(build_ext):
         places = [Path(self.build_lib, "captum_dtd"), *([ROOT / "captum_dtd"] if self.inplace else [])]
         missing: dict[str, str] = {}
         for device, name in MODULES.items():
-            filename = Path(self.get_ext_filename(name)).name
+            filename = f"{name.rpartition('.')[2]}.abi3.so"
             for place in places:
                 place.mkdir(parents=True, exist_ok=True)
             try:
@@ -267,7 +275,7 @@ class BuildKernels(build_ext):
                     _replace(library, place / filename)
         for place in places:
             (place / RECORD).write_text(json.dumps(missing, indent=2) + "\n")
-        self.extensions = [wanted[name] for device, name in MODULES.items() if device not in missing]
+        self.extensions: list[Extension] = [wanted[name] for device, name in MODULES.items() if device not in missing]
 
 
 def _build(device: str, folder: Path, filename: str) -> Path:

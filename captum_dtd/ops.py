@@ -213,7 +213,10 @@ def output_shape(
 
 def _call(name: str, *arguments: Any) -> Tensor:
     """The operator; kernel "reference" (always the last argument) asks for its definition, on any device."""
-    if arguments[-1] == "reference":
+    x, kernel = arguments[0], arguments[-1]
+    # CUDA's convolutions run on tensor cores, which float64 would gain nothing from.
+    uncompiled = x.is_cuda and x.dtype == torch.float64 and name != "max_pool3d_relevance"
+    if kernel == "reference" or (kernel == "auto" and uncompiled):
         with torch.no_grad():
             return _DEFINITIONS[name][0](*arguments)
     result = getattr(torch.ops.captum_dtd, name).default(*arguments)

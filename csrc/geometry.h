@@ -22,8 +22,8 @@ struct Conv3d {
 };
 
 // For every n and every q in grid:
-//   acc[q, k] = sum over taps j < taps and channels c of  w[first_tap + j * tap_skip][c][k] * in[n, q * stride + base + j * step, c]
-//   out[n, out_base + q * out_step, k] = epilogue(acc[q, k])
+//   acc[q, k] = sum over taps j < taps and channels c of  w[first_tap + j * tap_skip][c][k] * in[n, q * stride + base + j * step,
+//   c] out[n, out_base + q * out_step, k] = epilogue(acc[q, k])
 // A position outside the input contributes nothing. A sweep without taps writes epilogue(0).
 struct Sweep {
   int64_t n;

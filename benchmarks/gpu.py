@@ -1,0 +1,128 @@
+"""What the scripts for a GPU share: where records go, what they say about the device, and how a device is timed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import machine
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+
+_cuda: Any = torch.cuda  # untyped in some versions of torch
+_cudnn: Any = torch.backends.cudnn
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """The machine, the device, the versions and the commit that a record belongs to."""
+    found: dict[str, Any] = {"machine": machine(), "device": str(device)}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["gpu"] = {
+            "name": properties.name,
+            "capability": f"sm_{properties.major}{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+            "cudnn": _cudnn.version(),
+        }
+    return found
+
+
+def write(kind: str, record: dict[str, Any]) -> Path:
+    """Write a record to the folder that OUT names, or to benchmarks/results; its path."""
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    level = record["about"].get("gpu", {}).get("capability", "cpu")
+    path = folder / f"{kind}_{record['about']['machine']['date']}_{level}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\nwritten to {path}")
+    return path
+
+
+class Timer:
+    """Times contenders in turn, A B C A B C ..., each sample long enough that the clock does not show.
+
+    On a GPU a contender is captured in a CUDA graph and its replays are timed by events: what is measured is the device's
+    time, without what Python and the launches take.
+    """
+
+    def __init__(self, device: torch.device, repetitions: int, least_ms: float = 2.0) -> None:
+        self.device = device
+        self.repetitions = repetitions
+        self.least_ms = least_ms
+
+    def times(self, contenders: Mapping[str, Callable[[], Tensor]]) -> dict[str, dict[str, Any]]:
+        """Medians and quartiles of every contender in milliseconds; or why it did not run."""
+        found: dict[str, dict[str, Any]] = {}
+        runs: dict[str, Callable[[], object]] = {}
+        for name, run in contenders.items():
+            try:
+                runs[name] = self._prepared(run)
+            except Exception as error:  # a rival that cannot run is a finding, not the end of the measurement
+                found[name] = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+        counts = {name: max(1, round(self.least_ms / max(self._sample(once, 1), 1e-4))) for name, once in runs.items()}
+        samples: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(self.repetitions):
+            for name, prepared in runs.items():
+                samples[name].append(self._sample(prepared, counts[name]))
+        for name, values in samples.items():
+            low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+            found[name] = {
+                "median_ms": round(median, 5),
+                "first_quartile_ms": round(low, 5),
+                "third_quartile_ms": round(high, 5),
+                "least_ms": round(min(values), 5),
+                "samples": len(values),
+                "runs_each": counts[name],
+            }
+        return found
+
+    def _prepared(self, run: Callable[[], Tensor]) -> Callable[[], object]:
+        if self.device.type != "cuda":
+            run()
+            return run
+        side = _cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # libraries choose their kernels, compilers compile
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
+    def _sample(self, run: Callable[[], object], count: int) -> float:
+        """Milliseconds of one run, the mean of ``count``."""
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            for _ in range(count):
+                run()
+            return (time.perf_counter() - start) * 1e3 / count
+        begin, end = (_cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(count):
+            run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / count
+
+
+def _driver() -> str | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    return lines[0] if lines else None

@@ -1,0 +1,356 @@
+"""What the fused operations are measured against: the same relevance composed of the fastest calls that PyTorch offers.
+
+A composition of z+ is a convolution, an elementwise division (zero where z is zero), the convolution's adjoint and an
+elementwise multiplication, with v+ = max(v, 0) prepared beforehand and every elementwise step in place. PyTorch has several
+ways to take each half; which one is fastest depends on the layer, so all are timed and the best of them is the rival.
+Everything of a composition, relevance too, is in the measured type, which spares it conversions that the fused operations
+make: those keep relevance in float32.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from workloads import Convolution, Pooling, Tensors
+
+from captum_dtd.models import C3D
+
+aten = torch.ops.aten
+
+LinearMap = Callable[[Tensor], Tensor]
+"""A convolution or its adjoint, with its weights bound."""
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last_3d}
+
+ONE: tuple[int, int, int] = (1, 1, 1)
+NONE: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A composition, ready to be timed."""
+
+    name: str
+    run: Callable[[], Tensor]
+
+
+# --- a convolution ---------------------------------------------------------------------------------------------------
+
+
+def _conv3d(layer: Convolution, weight: Tensor, x: Tensor) -> LinearMap:
+    return partial(F.conv3d, weight=weight, stride=layer.stride, padding=layer.padding)
+
+
+def _mkldnn(layer: Convolution, weight: Tensor, x: Tensor) -> LinearMap:
+    """oneDNN, also where F.conv3d would choose a slower path for few examples."""
+    return lambda u: aten.mkldnn_convolution(u, weight, None, layer.padding, layer.stride, ONE, 1)
+
+
+def _prepacked(layer: Convolution, weight: Tensor, x: Tensor) -> LinearMap:
+    """oneDNN with the weights reordered beforehand, as torch.compile freezes them."""
+    packed = torch.ops.mkldnn._reorder_convolution_weight(weight, layer.padding, layer.stride, ONE, 1, list(x.shape))
+    pointwise = torch.ops.mkldnn._convolution_pointwise
+    return lambda u: pointwise(u, packed, None, layer.padding, layer.stride, ONE, 1, "none", [], "")
+
+
+CONVOLUTIONS = {"conv3d": _conv3d, "mkldnn_convolution": _mkldnn, "prepacked": _prepacked}
+
+# --- its adjoint -----------------------------------------------------------------------------------------------------
+
+
+def _left_over(layer: Convolution) -> list[int]:
+    """How many input positions behind the last window the adjoint must still write."""
+    return [
+        n + 2 * p - k - (o - 1) * s
+        for n, o, k, s, p in zip(layer.size, layer.output_size, layer.kernel, layer.stride, layer.padding, strict=True)
+    ]
+
+
+def _conv_transpose3d(layer: Convolution, weight: Tensor, x: Tensor) -> LinearMap:
+    left_over = _left_over(layer)
+    return lambda s: F.conv_transpose3d(s, weight, None, layer.stride, layer.padding, left_over)
+
+
+def _convolution_backward(layer: Convolution, weight: Tensor, x: Tensor) -> LinearMap:
+    def backward(s: Tensor) -> Tensor:
+        only_input = [True, False, False]
+        pulled: Tensor = aten.convolution_backward(
+            s, x, weight, None, layer.stride, layer.padding, ONE, False, NONE, 1, only_input
+        )[0]
+        return pulled
+
+    return backward
+
+
+def _prepacked_transpose(layer: Convolution, weight: Tensor, x: Tensor) -> LinearMap:
+    left_over, shape = _left_over(layer), [1, layer.c_out, *layer.output_size]
+    packed = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+        weight, layer.padding, left_over, layer.stride, ONE, 1, shape
+    )
+    pointwise = torch.ops.mkldnn._convolution_transpose_pointwise
+    return lambda s: pointwise(s, packed, None, layer.padding, left_over, layer.stride, ONE, 1, "none", [], "")
+
+
+ADJOINTS = {
+    "conv_transpose3d": _conv_transpose3d,
+    "convolution_backward": _convolution_backward,
+    "prepacked transpose": _prepacked_transpose,
+}
+
+
+def _flipped(layer: Convolution) -> Convolution:
+    """The convolution that is the adjoint of one with unit stride."""
+    t, h, w = (k - 1 - p for k, p in zip(layer.kernel, layer.padding, strict=True))
+    return replace(layer, c_in=layer.c_out, c_out=layer.c_in, size=layer.output_size, padding=(t, h, w))
+
+
+def _adjoints(layer: Convolution, weight: Tensor, x: Tensor) -> Iterator[tuple[str, LinearMap]]:
+    for name, make in ADJOINTS.items():
+        yield name, make(layer, weight, x)
+    if layer.stride == ONE:
+        flipped = _like(weight.transpose(0, 1).flip(2, 3, 4), weight)
+        s = weight.new_empty(1, layer.c_out, *layer.output_size)
+        for name, make_convolution in CONVOLUTIONS.items():
+            yield f"flipped {name}", make_convolution(_flipped(layer), flipped, s)
+
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    last = other.is_contiguous(memory_format=torch.channels_last_3d) and not other.is_contiguous()
+    return tensor.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
+
+
+# --- whole layers ----------------------------------------------------------------------------------------------------
+
+
+def _divide_(relevance: Tensor, z: Tensor) -> Tensor:
+    """R / z in the memory of z, and zero where z is zero."""
+    return torch.div(relevance, z.masked_fill_(z == 0, torch.inf), out=z)
+
+
+def _z_plus(u: Tensor, relevance: Tensor, convolve: LinearMap, pull: LinearMap) -> Tensor:
+    return pull(_divide_(relevance, convolve(u))).mul_(u)
+
+
+def _lifted_z_beta(
+    x: Tensor, low: Tensor, high: Tensor, relevance: Tensor, convolve: LinearMap, pull: LinearMap
+) -> Tensor:
+    first, second = _z_plus(torch.cat([x - low, high - x], 1), relevance, convolve, pull).chunk(2, 1)
+    return first + second
+
+
+def z_plus_rivals(layer: Convolution, given: Tensors, compiled: bool = True) -> list[Rival]:
+    """z+ on a convolution: in each layout the fastest convolution with the fastest adjoint, as it is and compiled.
+
+    The first is what one writes without further thought: F.conv3d and F.conv_transpose3d on contiguous tensors.
+    """
+    return _rivals(layer, given.x, given.weight.clamp(min=0), given.relevance, _z_plus, (given.x,), compiled)
+
+
+def lifted_z_beta_rivals(layer: Convolution, given: Tensors, compiled: bool = True) -> list[Rival]:
+    """z-beta as z+ of the distances to the box, twice the channels: one convolution and one adjoint."""
+    x, v, low, high = given.x, given.weight, given.low.to(given.x.dtype), given.high.to(given.x.dtype)
+    lifted = torch.cat([x - low, high - x], 1)
+    weight = torch.cat([v.clamp(min=0), -v.clamp(max=0)], 1)
+    twice = replace(layer, c_in=2 * layer.c_in)
+    return _rivals(twice, lifted, weight, given.relevance, _lifted_z_beta, (x, low, high), compiled)
+
+
+def _rivals(
+    layer: Convolution,
+    u: Tensor,
+    positive: Tensor,
+    relevance: Tensor,
+    body: Callable[..., Tensor],
+    read: tuple[Tensor, ...],
+    compiled: bool,
+) -> list[Rival]:
+    """``body(*read, relevance, convolution, adjoint)`` by the fastest ways to convolve ``u`` with the positive weights."""
+    rivals: list[Rival] = []
+    for layout, memory_format in LAYOUTS.items():
+        x, weight, given, *arguments = (
+            t.to(u.dtype).contiguous(memory_format=memory_format) for t in (u, positive, relevance, *read)
+        )
+        convolutions = {name: make(layer, weight, x) for name, make in CONVOLUTIONS.items()}
+        adjoints = dict(_adjoints(layer, weight, x))
+        if layout == "contiguous":
+            pair = convolutions["conv3d"], adjoints["conv_transpose3d"]
+            rivals.append(Rival("conv3d + conv_transpose3d, contiguous", partial(body, *arguments, given, *pair)))
+        # The compiler cannot trace the calls of oneDNN by name: it gets the fastest of the rest.
+        for wrapper, left_out in (("", ()), ("compiled ", ("prepacked", "mkldnn")))[: 1 + compiled]:
+            there, back = (
+                fastest({n: partial(run, t) for n, run in maps.items() if not any(part in n for part in left_out)})
+                for maps, t in ((convolutions, x), (adjoints, given))
+            )
+            whole = torch.compile(body, dynamic=False) if wrapper else body
+            run = partial(whole, *arguments, given, convolutions[there], adjoints[back])
+            rivals.append(Rival(f"{wrapper}{there} + {back}, {layout}", run))
+    return rivals
+
+
+def z_beta_rivals(layer: Convolution, given: Tensors) -> list[Rival]:
+    """z-beta as its formula reads, with v, v+ and v-: three convolutions and three adjoints, the fastest of each layout."""
+    rivals = []
+    for layout, memory_format in LAYOUTS.items():
+        dtype = given.x.dtype
+        x, relevance = (t.to(dtype).contiguous(memory_format=memory_format) for t in (given.x, given.relevance))
+        low, high = (b.to(dtype).expand_as(x).contiguous(memory_format=memory_format) for b in (given.low, given.high))
+        v = given.weight.contiguous(memory_format=memory_format)
+        there = fastest({n: partial(make(layer, v, x), x) for n, make in CONVOLUTIONS.items()})
+        back = fastest({n: partial(run, relevance) for n, run in _adjoints(layer, v, x)})
+        parts = (v, v.clamp(min=0), v.clamp(max=0))
+        convolutions = [CONVOLUTIONS[there](layer, part, x) for part in parts]
+        adjoints = [dict(_adjoints(layer, part, x))[back] for part in parts]
+        run = partial(_z_beta, x, low, high, relevance, convolutions, adjoints)
+        rivals.append(Rival(f"3 x ({there} + {back}), {layout}", run))
+    return rivals
+
+
+def _z_beta(
+    x: Tensor, low: Tensor, high: Tensor, relevance: Tensor, convolve: list[LinearMap], pull: list[LinearMap]
+) -> Tensor:
+    s = _divide_(relevance, convolve[0](x).sub_(convolve[1](low)).sub_(convolve[2](high)))
+    return pull[0](s).mul_(x).sub_(pull[1](s).mul_(low)).sub_(pull[2](s).mul_(high))
+
+
+def max_pool_rivals(layer: Pooling, x: Tensor, relevance: Tensor) -> list[Rival]:
+    """Proportional max pooling by average pooling, which adds up windows, and its adjoint."""
+    rivals = []
+    for layout, memory_format in LAYOUTS.items():
+        u, given = (t.to(x.dtype).contiguous(memory_format=memory_format) for t in (x, relevance))
+        rivals.append(Rival(f"avg_pool3d + backward, {layout}", partial(_pooled, layer, u, given)))
+    return rivals
+
+
+def _pooled(layer: Pooling, x: Tensor, relevance: Tensor) -> Tensor:
+    window = (layer.kernel, layer.kernel, layer.padding, False, True, 1)
+    u = x.float()  # average pooling has no CPU kernel of less
+    s = _divide_(relevance, F.avg_pool3d(u, *window))
+    pulled: Tensor = aten.avg_pool3d_backward(s, u, *window)
+    return pulled.mul_(u)
+
+
+def block_max_pool_rivals(layer: Pooling, x: Tensor, relevance: Tensor, compiled: bool = True) -> list[Rival]:
+    """The same without a pooling, where windows tile the input: sums over its view as blocks, in plain elementwise steps."""
+    if not layer.tiles:
+        return []
+    rivals = []
+    for layout, memory_format in LAYOUTS.items():
+        u, given = (t.to(x.dtype).contiguous(memory_format=memory_format) for t in (x, relevance))
+        rivals.append(Rival(f"blocks, {layout}", partial(_blocks, layer, u, given)))
+        if compiled:
+            run = torch.compile(_blocks, dynamic=False)
+            rivals.append(Rival(f"compiled blocks, {layout}", partial(run, layer, u, given)))
+    return rivals
+
+
+def _blocks(layer: Pooling, x: Tensor, relevance: Tensor) -> Tensor:
+    (t, h, w), (kt, kh, kw) = layer.output_size, layer.kernel
+    blocks = x.view(*x.shape[:2], t, kt, h, kh, w, kw)
+    z = blocks.sum((3, 5, 7))
+    s = relevance / z.masked_fill(z == 0, torch.inf)
+    return (blocks * s[:, :, :, None, :, None, :, None]).view(x.shape)
+
+
+def fastest(runs: dict[str, Callable[[], Tensor]], repetitions: int = 3) -> str:
+    """The name of the fastest, by its best time after a warm-up: enough to choose what is then measured properly."""
+    best: dict[str, float] = {}
+    for name, run in runs.items():
+        run()
+        times = []
+        for _ in range(repetitions):
+            begun = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begun)
+        best[name] = min(times)
+    return min(best, key=lambda name: best[name])
+
+
+def fastest_rival(rivals: list[Rival]) -> Rival:
+    """The one that `fastest` finds."""
+    name = fastest({rival.name: rival.run for rival in rivals})
+    return next(rival for rival in rivals if rival.name == name)
+
+
+# --- whole explanations ----------------------------------------------------------------------------------------------
+
+
+def one_by_one(model: C3D) -> nn.Sequential:
+    """C3D's layers in a row with the same weights and a ReLU of its own for each: other libraries need no sharing."""
+    layers: list[nn.Module] = []
+    for name, module in model.named_children():
+        if name == "fc6":
+            layers.append(nn.Flatten())
+        if name.startswith(("conv", "fc")):
+            layers += [module] if name == "fc8" else [module, nn.ReLU()]
+        elif name.startswith("pool"):
+            layers.append(module)
+    return nn.Sequential(*layers).eval()
+
+
+def zennit_walk(model: nn.Sequential, clip: Tensor, target: int, low: Tensor, high: Tensor) -> Callable[[], Tensor]:
+    """zennit's z+ and z-beta, biases ignored; its max pooling routes to the maximum, which is less work than sharing."""
+    from zennit.attribution import Gradient
+    from zennit.composites import SpecialFirstLayerMapComposite
+    from zennit.rules import Pass, ZBox, ZPlus
+    from zennit.types import Activation, Convolution, Linear
+
+    z_plus = ZPlus(stabilizer=1e-15, zero_params=["bias"])
+    composite = SpecialFirstLayerMapComposite(
+        layer_map=[(Activation, Pass()), (Convolution, z_plus), (Linear, z_plus)],
+        first_map=[(Convolution, ZBox(low=low, high=high, stabilizer=1e-15))],
+    )
+
+    def explain() -> Tensor:
+        with torch.enable_grad(), Gradient(model=model, composite=composite) as attributor:
+            relevance: Tensor = attributor(clip, lambda output: _only(output.detach(), target))[1]
+        return relevance.detach()
+
+    return explain
+
+
+class _FlatteningLinear(nn.Linear):
+    """A linear layer that flattens what it is given: Captum has no rule for nn.Flatten."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1))
+
+
+def captum_walk(model: nn.Sequential, clip: Tensor, target: int) -> Callable[[], Tensor]:
+    """Captum's LRP with its z+ set by hand, for it has no rule for nn.Conv3d: z+ at the pixels too, so not the same relevance."""
+    from captum.attr import LRP
+    from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule
+
+    layers: list[nn.Module] = []
+    for module in model:
+        if isinstance(module, nn.Flatten):
+            continue
+        if isinstance(module, nn.Linear) and not any(isinstance(layer, nn.Linear) for layer in layers):
+            with torch.device("meta"):
+                flattening = _FlatteningLinear(module.in_features, module.out_features)
+            flattening.weight, flattening.bias = module.weight, module.bias
+            layers.append(flattening)
+        else:
+            layers.append(module)
+    ruled = [layer for layer in layers if isinstance(layer, (nn.Conv3d, nn.Linear))]
+    network = nn.Sequential(*layers).eval()
+
+    def explain() -> Tensor:
+        for layer in ruled:  # every call removes them
+            layer.rule = Alpha1_Beta0_Rule(set_bias_to_zero=True)
+        with torch.enable_grad():
+            relevance: Tensor = LRP(network).attribute(clip.clone().requires_grad_(), target=target)
+        return relevance.detach()
+
+    return explain
+
+
+def _only(scores: Tensor, target: int) -> Tensor:
+    chosen = torch.zeros_like(scores)
+    chosen[:, target] = scores[:, target]
+    return chosen

@@ -1,0 +1,45 @@
+"""Relevance across each max pooling of C3D: the fused operation, and compositions of PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import rivals
+import workloads
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+from workloads import Pooling
+
+from captum_dtd.kernels import Precision
+
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("contender", ["captum_dtd", "average pooling", "blocks"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("layer", workloads.POOLINGS, ids=str)
+def test_proportional(
+    benchmark: BenchmarkFixture, layer: Pooling, precision: Precision, contender: str, small: bool
+) -> None:
+    benchmark.group = f"{layer} {precision}"
+    if contender == "blocks" and not layer.tiles:
+        pytest.skip("windows do not tile this input: there are no blocks")
+    layer = workloads.reduced_pooling(layer) if small else layer
+    dtype = workloads.dtype_of(precision)
+    x, relevance = workloads.draw_pooling(layer, dtype)
+    if contender == "captum_dtd":
+        kernel = workloads.chosen("max_pool3d_relevance", layer, dtype, precision)
+        run: Callable[[], Tensor] = partial(workloads.max_pool, layer, x, relevance, kernel)
+        benchmark.extra_info["kernel"] = kernel
+    else:
+        found = (
+            rivals.block_max_pool_rivals(layer, x, relevance, compiled=False)
+            if contender == "blocks"
+            else rivals.max_pool_rivals(layer, x, relevance)
+        )
+        rival = rivals.fastest_rival(found)
+        run = rival.run
+        benchmark.extra_info["composition"] = rival.name
+    assert benchmark(run).shape == x.shape

@@ -1,0 +1,250 @@
+"""What is measured: the layers of C3D and of torchvision's r3d_18 for a clip of 16 frames of 112 x 112 pixels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from captum_dtd import kernels, ops
+from captum_dtd.kernels import Precision
+from captum_dtd.models import C3D
+
+Triple = tuple[int, int, int]
+
+CLIP: Triple = (16, 112, 112)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution without groups; ``size`` is (T, H, W) of its input. A linear layer is one of kernel 1 at one position."""
+
+    network: str
+    name: str
+    c_in: int
+    c_out: int
+    size: Triple
+    kernel: Triple = (3, 3, 3)
+    stride: Triple = (1, 1, 1)
+    padding: Triple = (1, 1, 1)
+
+    @property
+    def output_size(self) -> Triple:
+        """(T, H, W) of its output."""
+        t, h, w = (
+            (n + 2 * p - k) // s + 1
+            for n, k, s, p in zip(self.size, self.kernel, self.stride, self.padding, strict=True)
+        )
+        return t, h, w
+
+    @property
+    def flops(self) -> int:
+        """Of z and its adjoint, by z+: two convolutions."""
+        return 4 * self.c_in * self.c_out * math.prod(self.kernel) * math.prod(self.output_size)
+
+    def __str__(self) -> str:
+        kernel, stride, size = ("x".join(map(str, numbers)) for numbers in (self.kernel, self.stride, self.size))
+        return f"{self.network} {self.name} {self.c_in}->{self.c_out} k{kernel} s{stride} {size}"
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """A max pooling whose windows do not overlap; ``size`` is (T, H, W) of its input."""
+
+    network: str
+    name: str
+    channels: int
+    size: Triple
+    kernel: Triple = (2, 2, 2)
+    padding: Triple = (0, 0, 0)
+
+    @property
+    def output_size(self) -> Triple:
+        """(T, H, W) of its output."""
+        t, h, w = ((n + 2 * p) // k for n, k, p in zip(self.size, self.kernel, self.padding, strict=True))
+        return t, h, w
+
+    @property
+    def tiles(self) -> bool:
+        """Whether the windows tile the input, with nothing left over and no padding."""
+        return not any(self.padding) and not any(n % k for n, k in zip(self.size, self.kernel, strict=True))
+
+    def __str__(self) -> str:
+        kernel, size = ("x".join(map(str, numbers)) for numbers in (self.kernel, self.size))
+        return f"{self.network} {self.name} {self.channels} k{kernel} {size}"
+
+
+def _shortcut(name: str, c_in: int, c_out: int, size: Triple) -> Convolution:
+    return Convolution("r3d_18", name, c_in, c_out, size, (1, 1, 1), (2, 2, 2), (0, 0, 0))
+
+
+C3D_CONVOLUTIONS = (
+    Convolution("C3D", "conv1a", 3, 64, (16, 112, 112)),
+    Convolution("C3D", "conv2a", 64, 128, (16, 56, 56)),
+    Convolution("C3D", "conv3a", 128, 256, (8, 28, 28)),
+    Convolution("C3D", "conv3b", 256, 256, (8, 28, 28)),
+    Convolution("C3D", "conv4a", 256, 512, (4, 14, 14)),
+    Convolution("C3D", "conv4b", 512, 512, (4, 14, 14)),
+    Convolution("C3D", "conv5a", 512, 512, (2, 7, 7)),
+    Convolution("C3D", "conv5b", 512, 512, (2, 7, 7)),
+)
+
+R3D_18_CONVOLUTIONS = (
+    Convolution("r3d_18", "stem.0", 3, 64, (16, 112, 112), (3, 7, 7), (1, 2, 2), (1, 3, 3)),
+    Convolution("r3d_18", "layer1.0.conv1.0", 64, 64, (16, 56, 56)),
+    Convolution("r3d_18", "layer2.0.conv1.0", 64, 128, (16, 56, 56), stride=(2, 2, 2)),
+    _shortcut("layer2.0.downsample.0", 64, 128, (16, 56, 56)),
+    Convolution("r3d_18", "layer2.0.conv2.0", 128, 128, (8, 28, 28)),
+    Convolution("r3d_18", "layer3.0.conv1.0", 128, 256, (8, 28, 28), stride=(2, 2, 2)),
+    _shortcut("layer3.0.downsample.0", 128, 256, (8, 28, 28)),
+    Convolution("r3d_18", "layer3.0.conv2.0", 256, 256, (4, 14, 14)),
+    Convolution("r3d_18", "layer4.0.conv1.0", 256, 512, (4, 14, 14), stride=(2, 2, 2)),
+    _shortcut("layer4.0.downsample.0", 256, 512, (4, 14, 14)),
+    Convolution("r3d_18", "layer4.0.conv2.0", 512, 512, (2, 7, 7)),
+)
+"""Each shape once; the network repeats most of them."""
+
+CONVOLUTIONS = C3D_CONVOLUTIONS + R3D_18_CONVOLUTIONS
+
+PIXEL_LAYERS = tuple(layer for layer in CONVOLUTIONS if layer.size == CLIP)
+
+LINEAR_LAYERS = tuple(
+    Convolution("C3D", name, c_in, c_out, (1, 1, 1), (1, 1, 1), padding=(0, 0, 0))
+    for name, c_in, c_out in (("fc6", 8192, 4096), ("fc7", 4096, 4096), ("fc8", 4096, 101))
+)
+
+POOLINGS = (
+    Pooling("C3D", "pool1", 64, (16, 112, 112), kernel=(1, 2, 2)),
+    Pooling("C3D", "pool2", 128, (16, 56, 56)),
+    Pooling("C3D", "pool3", 256, (8, 28, 28)),
+    Pooling("C3D", "pool4", 512, (4, 14, 14)),
+    Pooling("C3D", "pool5", 512, (2, 7, 7), padding=(0, 1, 1)),
+)
+
+LOW, HIGH = (-102.0, -98.0, -90.0), (153.0, 157.0, 165.0)
+"""The darkest and the brightest pixel of C3D's clips: RGB from 0 to 255 minus the mean of its training set."""
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """Type of activations and weights that a precision is measured in."""
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def reduced(layer: Convolution) -> Convolution:
+    """A layer of the same kind that takes no time: a few channels and a few positions."""
+    t, h, w = (min(n, 2 * s + 2) for n, s in zip(layer.size, layer.stride, strict=True))
+    return replace(layer, c_in=min(layer.c_in, 4), c_out=min(layer.c_out, 6), size=(t, h, w))
+
+
+def reduced_pooling(layer: Pooling) -> Pooling:
+    """A pooling of the same kind that takes no time."""
+    t, h, w = (min(n, 4 * k) for n, k in zip(layer.size, layer.kernel, strict=True))
+    return replace(layer, channels=3, size=(t, h, w))
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What one layer is given: ``x`` and ``weight`` in the type of the measured grade, relevance and bounds in float32."""
+
+    x: Tensor
+    weight: Tensor
+    relevance: Tensor
+    low: Tensor
+    high: Tensor
+
+    def in_layout(self, memory_format: torch.memory_format) -> Tensors:
+        """The same with x and relevance in a memory layout."""
+        x, relevance = (t.contiguous(memory_format=memory_format) for t in (self.x, self.relevance))
+        return replace(self, x=x, relevance=relevance)
+
+
+def draw(layer: Convolution, dtype: torch.dtype, pixels: bool = False, seed: int = 0) -> Tensors:
+    """Tensors for a convolution: pixels in their box, or what a ReLU leaves; channels last, as both sides like it best."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (torch.tensor(bound).view(1, 3, 1, 1, 1) for bound in (LOW, HIGH))
+    shape = (1, layer.c_in, *layer.size)
+    if pixels:
+        x = low + (high - low) * torch.rand(shape, generator=generator)
+    else:
+        x = torch.randn(shape, generator=generator).clamp(min=0)
+    weight = torch.randn(layer.c_out, layer.c_in, *layer.kernel, generator=generator)
+    weight /= math.sqrt(layer.c_in * math.prod(layer.kernel))
+    relevance = torch.rand(1, layer.c_out, *layer.output_size, generator=generator)
+    return Tensors(_channels_last(x.to(dtype)), weight.to(dtype), _channels_last(relevance), low, high)
+
+
+def draw_pooling(layer: Pooling, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Input and relevance of a pooling: what a ReLU leaves, channels last."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, layer.channels, *layer.size, generator=generator).clamp(min=0)
+    relevance = torch.rand(1, layer.channels, *layer.output_size, generator=generator)
+    return _channels_last(x.to(dtype)), _channels_last(relevance)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last_3d)
+
+
+# --- the fused operations on them --------------------------------------------------------------------------------------
+
+
+def chosen(op: str, layer: Convolution | Pooling, dtype: torch.dtype, precision: Precision) -> str:
+    """Name of the kernel that serves a layer on this machine."""
+    shape = shape_class(layer) if isinstance(layer, Convolution) else None
+    return kernels.choose(op, "cpu", dtype, precision, shape)
+
+
+def shape_class(layer: Convolution) -> kernels.ShapeClass:
+    """What kind of convolution it is to the table of kernels."""
+    return kernels.shape_class(layer.output_size, (layer.c_out, layer.c_in, *layer.kernel), layer.stride)
+
+
+def z_plus(layer: Convolution, given: Tensors, kernel: str) -> Tensor:
+    """z+ on a convolution that follows a ReLU."""
+    return ops.z_plus_conv3d(
+        given.x,
+        given.weight,
+        given.relevance,
+        stride=layer.stride,
+        padding=layer.padding,
+        non_negative=True,
+        kernel=kernel,
+    )
+
+
+def z_beta(layer: Convolution, given: Tensors, kernel: str) -> Tensor:
+    """z-beta on a convolution of pixels."""
+    x, low, high, weight, relevance = given.x, given.low, given.high, given.weight, given.relevance
+    return ops.z_beta_conv3d(x, low, high, weight, relevance, stride=layer.stride, padding=layer.padding, kernel=kernel)
+
+
+def convolved(layer: Convolution, given: Tensors, kernel: str) -> Tensor:
+    """The convolution itself."""
+    return ops.conv3d(given.x, given.weight, stride=layer.stride, padding=layer.padding, kernel=kernel)
+
+
+def max_pool(layer: Pooling, x: Tensor, relevance: Tensor, kernel: str) -> Tensor:
+    """Proportional max pooling."""
+    return ops.max_pool3d_relevance(x, relevance, layer.kernel, padding=layer.padding, kernel=kernel)
+
+
+def c3d(thinner: int = 1) -> C3D:
+    """C3D with random weights; thinned, its layers have the same kinds and a fraction of the channels."""
+    torch.manual_seed(0)
+    with torch.device("cpu" if thinner == 1 else "meta"):
+        model = C3D()
+    for name, module in model.named_children() if thinner > 1 else ():
+        if isinstance(module, nn.Conv3d):
+            c_in = 3 if module.in_channels == 3 else module.in_channels // thinner
+            setattr(model, name, nn.Conv3d(c_in, module.out_channels // thinner, 3, padding=1))
+        elif isinstance(module, nn.Linear):
+            outputs = module.out_features if name == "fc8" else module.out_features // thinner
+            setattr(model, name, nn.Linear(module.in_features // thinner, outputs))
+    return model.eval()
+
+
+def pixels(seed: int = 0) -> Tensor:
+    """A clip of noise between `LOW` and `HIGH`, (1, 3, 16, 112, 112)."""
+    return draw(C3D_CONVOLUTIONS[0], torch.float32, pixels=True, seed=seed).x.contiguous()

@@ -1,0 +1,230 @@
+// Every refusal of the fused operations, the same on every device: what is wrong, with its argument's name and what was
+// given. captum_dtd/ops.py refuses the same in the same words where no compiled kernel serves.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/DeviceType.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "geometry.h"
+#include "pooling.h"
+
+namespace captum_dtd {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Numbers = std::vector<int64_t>;
+
+// Relevance and sums are kept in float32, or float64 for float64.
+inline ScalarType accumulator(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
+
+namespace checks {
+
+template <typename... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// Shapes, lists, types and devices are written as Python does.
+
+template <typename Values>
+std::string joined(const Values& values, const char* open = "", const char* close = "") {
+  std::ostringstream text;
+  text << open;
+  for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "") << values[i];
+  text << close;
+  return text.str();
+}
+
+template <typename Values>
+std::string tuple(const Values& values) {
+  return joined(values, "(", values.size() == 1 ? ",)" : ")");
+}
+
+inline std::string list(const Numbers& values) { return joined(values, "[", "]"); }
+
+inline std::string shape(const Tensor& tensor) { return tuple(tensor.sizes()); }
+
+inline std::string name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::Double: return "torch.float64";
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    case ScalarType::Byte: return "torch.uint8";
+    case ScalarType::Char: return "torch.int8";
+    case ScalarType::Short: return "torch.int16";
+    case ScalarType::Int: return "torch.int32";
+    case ScalarType::Long: return "torch.int64";
+    case ScalarType::Bool: return "torch.bool";
+    default: return torch::headeronly::toString(type);
+  }
+}
+
+inline std::string device(const Tensor& tensor) {
+  const auto kind = tensor.device().type();
+  if (kind == torch::headeronly::DeviceType::CPU) return "cpu";
+  std::ostringstream text;
+  if (kind == torch::headeronly::DeviceType::CUDA)
+    text << "cuda";
+  else
+    text << "device type " << static_cast<int>(kind);
+  text << ":" << tensor.get_device_index();
+  return text.str();
+}
+
+inline void check_tensor(const char* argument, const Tensor& tensor, int64_t dims, ScalarType type, const Tensor& x) {
+  require(tensor.dim() == dims, argument, " must have ", dims, " dimensions, got shape ", shape(tensor));
+  require(tensor.scalar_type() == type, argument, " must be ", name(type), ", got ", name(tensor.scalar_type()), " of shape ",
+          shape(tensor));
+  require(device(tensor) == device(x), argument, " must be on ", device(x), " as x is, got ", device(tensor));
+}
+
+inline void check_numbers(const char* argument, const Numbers& values, size_t count, int64_t least) {
+  require(values.size() == count, argument, " must have ", count, " numbers, got ", list(values));
+  require(std::all_of(values.begin(), values.end(), [&](int64_t value) { return value >= least; }), argument,
+          " must be at least ", least, ", got ", list(values));
+}
+
+inline void check_x(const Tensor& x) {
+  require(x.dim() == 5, "x must have 5 dimensions (N, C, T, H, W), got shape ", shape(x));
+  const ScalarType type = x.scalar_type();
+  require(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half || type == ScalarType::Double,
+          "x must be float32, bfloat16, float16 or float64, got ", name(type));
+}
+
+inline void check_stabilizer(double stabilizer) {
+  require(stabilizer >= 0, "stabilizer must be zero or positive, got ", stabilizer);
+}
+
+inline int64_t floor_divide(int64_t a, int64_t b) { return a / b - (a % b < 0); }  // b > 0
+
+// Number of windows along one axis that lie in `room` elements.
+inline int64_t windows(int64_t room, int64_t kernel, int64_t stride, int64_t dilation) {
+  return floor_divide(room - dilation * (kernel - 1) - 1, stride) + 1;
+}
+
+}  // namespace checks
+
+// Checks a convolution's arguments and returns its geometry. `relevance` is of its output; a convolution alone has none.
+// `padding` is (front, back) of T, of H, of W.
+inline Conv3d check_conv3d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                           const std::optional<Tensor>& relevance, const Numbers& stride, const Numbers& padding,
+                           const Numbers& dilation, int64_t groups, double stabilizer = 0) {
+  using namespace checks;
+  check_x(x);
+  check_tensor("weight", weight, 5, x.scalar_type(), x);
+  const Numbers kernel(weight.sizes().begin() + 2, weight.sizes().end());
+  check_numbers("weight's kernel", kernel, 3, 1);
+  check_numbers("stride", stride, 3, 1);
+  check_numbers("padding", padding, 6, 0);
+  check_numbers("dilation", dilation, 3, 1);
+  require(groups >= 1, "groups must be at least 1, got ", groups);
+  require(x.size(1) == weight.size(1) * groups && weight.size(0) % groups == 0, "weight of shape ", shape(weight),
+          " does not fit x of shape ", shape(x), " with groups=", groups);
+  if (bias) {
+    check_tensor("bias", *bias, 1, x.scalar_type(), x);
+    require(bias->size(0) == weight.size(0), "bias must have ", weight.size(0), " elements as weight has output channels, got ",
+            bias->size(0));
+  }
+  check_stabilizer(stabilizer);
+  Conv3d conv{};
+  conv.n = x.size(0);
+  conv.c_in = x.size(1);
+  conv.c_out = weight.size(0);
+  conv.groups = groups;
+  for (int a = 0; a < 3; ++a) {
+    conv.in[a] = x.size(a + 2);
+    conv.kernel[a] = kernel[a];
+    conv.stride[a] = stride[a];
+    conv.padding[a] = padding[2 * a];
+    conv.dilation[a] = dilation[a];
+    conv.out[a] = windows(conv.in[a] + padding[2 * a] + padding[2 * a + 1], kernel[a], stride[a], dilation[a]);
+  }
+  require(std::all_of(conv.out, conv.out + 3, [](int64_t size) { return size > 0; }), "weight's kernel ", tuple(kernel),
+          " with dilation ", list(dilation), " does not fit into x of shape ", shape(x), " with padding ", list(padding));
+  if (relevance) {
+    check_tensor("relevance", *relevance, 5, accumulator(x.scalar_type()), x);
+    const Numbers expected{conv.n, conv.c_out, conv.out[0], conv.out[1], conv.out[2]};
+    require(std::equal(expected.begin(), expected.end(), relevance->sizes().begin()), "relevance must have the shape ",
+            tuple(expected), " of the convolution's output, got ", shape(*relevance));
+  }
+  return conv;
+}
+
+// Checks a pixel bound ("low" or "high"), which broadcasts to x.
+inline void check_bound(const char* argument, const Tensor& bound, const Tensor& x) {
+  using namespace checks;
+  check_tensor(argument, bound, bound.dim(), accumulator(x.scalar_type()), x);
+  bool fits = bound.dim() <= 5;
+  for (int64_t a = 0; fits && a < bound.dim(); ++a) fits = bound.size(a) == 1 || bound.size(a) == x.size(5 - bound.dim() + a);
+  require(fits, argument, " of shape ", shape(bound), " does not broadcast to x of shape ", shape(x));
+}
+
+// Checks a max pooling's arguments and returns its geometry; `relevance` is of its output.
+inline MaxPool3d check_max_pool3d(const Tensor& x, const Tensor& relevance, const Numbers& kernel, const Numbers& stride,
+                                  const Numbers& padding, const Numbers& dilation, bool ceil_mode, double stabilizer) {
+  using namespace checks;
+  check_x(x);
+  check_numbers("kernel_size", kernel, 3, 1);
+  check_numbers("stride", stride, 3, 1);
+  check_numbers("padding", padding, 3, 0);
+  check_numbers("dilation", dilation, 3, 1);
+  bool half = true;
+  for (int a = 0; a < 3; ++a) half = half && padding[a] <= kernel[a] / 2;
+  require(half, "padding must be at most half of kernel_size ", list(kernel), ", got ", list(padding));
+  check_stabilizer(stabilizer);
+  check_tensor("relevance", relevance, 5, accumulator(x.scalar_type()), x);
+  MaxPool3d pool{};
+  pool.n = x.size(0);
+  pool.c = x.size(1);
+  for (int a = 0; a < 3; ++a) {
+    pool.in[a] = x.size(a + 2);
+    pool.kernel[a] = kernel[a];
+    pool.stride[a] = stride[a];
+    pool.padding[a] = padding[a];
+    pool.dilation[a] = dilation[a];
+    const int64_t over = ceil_mode ? stride[a] - 1 : 0;
+    pool.out[a] = windows(pool.in[a] + 2 * padding[a] + over, kernel[a], stride[a], dilation[a]);
+    // The last window must begin inside the input or its front padding, as torch has it.
+    if (ceil_mode && (pool.out[a] - 1) * stride[a] >= pool.in[a] + padding[a]) --pool.out[a];
+  }
+  require(std::all_of(pool.out, pool.out + 3, [](int64_t size) { return size > 0; }), "kernel_size ", list(kernel),
+          " with dilation ", list(dilation), " does not fit into x of shape ", shape(x), " with padding ", list(padding));
+  const Numbers expected{pool.n, pool.c, pool.out[0], pool.out[1], pool.out[2]};
+  require(std::equal(expected.begin(), expected.end(), relevance.sizes().begin()), "relevance must have the shape ",
+          tuple(expected), " of the pooling's output, got ", shape(relevance));
+  return pool;
+}
+
+// Whether a tensor is dense in channels_last_3d and not contiguous as well: then results are laid out so, else contiguous.
+inline bool is_channels_last(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return false;
+  int64_t expected = 1;
+  for (const int axis : {1, 4, 3, 2, 0}) {
+    if (tensor.size(axis) != 1 && tensor.stride(axis) != expected) return false;
+    expected *= tensor.size(axis);
+  }
+  return true;
+}
+
+// A result, not yet written, of a type and shape of its own on x's device and in x's layout.
+inline Tensor empty_like_x(const Tensor& x, ScalarType type, const Numbers& shape) {
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::empty(shape, type, std::nullopt, x.device(), std::nullopt,
+                              is_channels_last(x) ? MemoryFormat::ChannelsLast3d : MemoryFormat::Contiguous);
+}
+
+}  // namespace captum_dtd

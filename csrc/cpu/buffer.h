@@ -1,0 +1,60 @@
+// Memory that is aligned to cache lines and used again, since the C library gives big blocks back to the system at once.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <new>
+
+#include "huge_pages.h"
+
+namespace captum_dtd::cpu {
+
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(size_t bytes) : bytes_(bytes), data_(::operator new(bytes, std::align_val_t{kAlignment})) {
+    prefer_huge_pages(data_.get(), bytes);
+  }
+
+  size_t bytes() const { return bytes_; }
+
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_.get());
+  }
+
+  // At least as big as this; what was in it is lost where it has to grow.
+  void reserve(size_t bytes) {
+    if (bytes <= bytes_) return;
+    *this = Buffer();
+    *this = Buffer(bytes);
+  }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  struct Free {
+    void operator()(void* data) const { ::operator delete(data, std::align_val_t{kAlignment}); }
+  };
+
+  size_t bytes_ = 0;
+  std::unique_ptr<void, Free> data_;
+};
+
+// A buffer for the duration of a call; the process keeps the last few that are not too big.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  template <typename T>
+  T* as() const {
+    return buffer_.as<T>();
+  }
+
+ private:
+  Buffer buffer_;
+};
+
+}  // namespace captum_dtd::cpu

@@ -1,0 +1,304 @@
+// The CPU's fused convolutions: which kernel serves, and what each pass reads and writes.
+#include "conv3d.h"
+
+#include <algorithm>
+#include <initializer_list>
+#include <stdexcept>
+#include <type_traits>
+
+#include "implicit_gemm.h"
+#include "linear.h"
+#include "loops.h"
+#include "microkernel.h"
+#include "parallel.h"
+#include "plan.h"
+#include "planar_kernel.h"
+#include "slab.h"
+#include "weights.h"
+
+namespace captum_dtd::cpu {
+namespace {
+
+constexpr int64_t kSharesBytes = int64_t{128} << 20;  // of s, the examples of a batch that are walked together
+
+// ------------------------------------------------------------------------------------------------- epilogues
+
+// s = R / z, into the workspace between the two passes.
+template <typename Sum>
+struct Divide {
+  const Loops<Sum>& loops;
+  View relevance, shares;
+  Sum stabilizer;
+
+  void operator()(const Spot& spot, const Sums<Sum>& sums) const {
+    const int64_t pitch = spot.columns();
+    load(loops, relevance, element_of<Sum>(), spot, sums.room, pitch);
+    loops.divide(spot.rows(), spot.columns(), sums.data, sums.pitch, stabilizer, sums.room, pitch, sums.room, pitch);
+    store(loops, sums.room, pitch, shares, element_of<Sum>(), spot);
+  }
+};
+
+// R_in = sum over parts of u * sums, at the positions of the input that a phase covers.
+template <typename Sum>
+struct Share {
+  const Loops<Sum>& loops;
+  const Sweep& sweep;
+  const Source& source;
+  View out;
+
+  void operator()(const Spot& of_grid, const Sums<Sum>& sums) const {
+    Spot spot = of_grid;
+    spot.t = sweep.out_base[0] + of_grid.t * sweep.out_step[0];
+    spot.h = sweep.out_base[1] + of_grid.h * sweep.out_step[1];
+    spot.w = sweep.out_base[2] + of_grid.w * sweep.out_step[2];
+    spot.step = sweep.out_step[2];
+
+    const int64_t pitch = spot.columns(), size = spot.rows() * pitch;
+    Sum *u = sums.room, *bound = u + size, *shared = bound + size;
+    for (int part = 0; part < parts(source.lift); ++part) {
+      load_lifted(loops, source, part, spot, u, bound, pitch);
+      loops.multiply(spot.rows(), spot.columns(), sums.data + part * sums.of_part, sums.pitch, u, pitch, part > 0, shared, pitch);
+    }
+    store(loops, shared, pitch, out, element_of<Sum>(), spot);
+  }
+};
+
+// The plain convolution's output.
+template <typename Sum>
+struct Keep {
+  const Loops<Sum>& loops;
+  View out;
+  Element element;
+
+  void operator()(const Spot& spot, const Sums<Sum>& sums) const { store(loops, sums.data, sums.pitch, out, element, spot); }
+};
+
+// --------------------------------------------------------------------------------------------------- kernels
+
+// Which products of digits an arithmetic takes, of the lifted input in z and of s in the adjoint.
+struct Arithmetic {
+  const char* name;
+  std::vector<Product> forward, adjoint;
+};
+
+const std::vector<Arithmetic>& bfloat16_arithmetics() {
+  constexpr Product whole{Digit::High, Digit::High}, rest_of_operand{Digit::Low, Digit::High},
+      rest_of_weight{Digit::High, Digit::Low};
+  static const std::vector<Arithmetic> known{
+      {"bf16x3", {whole, rest_of_weight, rest_of_operand}, {whole, rest_of_weight, rest_of_operand}},
+      {"mixed", {whole}, {whole, rest_of_operand}},
+      {"bf16", {whole}, {whole}},
+  };
+  return known;
+}
+
+const Arithmetic& ieee() {
+  static const Arithmetic exact{"ieee", {{Digit::Whole, Digit::Whole}}, {{Digit::Whole, Digit::Whole}}};
+  return exact;
+}
+
+// What computes in one instruction set. Where few channels are written, `planar` serves every arithmetic, since its own is the
+// accumulator's: more exact than any.
+template <typename Operand, typename Sum>
+struct Engine {
+  const MicroKernel<Operand, Sum>* tile;
+  const PlanarKernel<Sum>* planar;
+  const Loops<Sum>* loops;
+  double rate;  // of the tile's products, compared with those of the accumulator's type in the same instruction set
+};
+
+template <typename Operand, typename Sum>
+std::vector<Engine<Operand, Sum>> runnable(std::initializer_list<Engine<Operand, Sum>> engines) {
+  std::vector<Engine<Operand, Sum>> found;
+  for (const Engine<Operand, Sum>& engine : engines)
+    if (engine.tile != nullptr && engine.loops != nullptr) found.push_back(engine);
+  return found;
+}
+
+// Best first; those that this machine does not run are left out.
+template <typename Operand, typename Sum>
+std::vector<Engine<Operand, Sum>> engines();
+
+template <>
+std::vector<Engine<float, float>> engines() {
+  return runnable<float, float>({{float_kernel_avx512(), float_planar_avx512(), float_loops_avx512(), 1},
+                                 {float_kernel_avx2(), float_planar_avx2(), float_loops_avx2(), 1},
+                                 {float_kernel_generic(), float_planar_generic(), float_loops_generic(), 1}});
+}
+
+template <>
+std::vector<Engine<double, double>> engines() {
+  return runnable<double, double>({{double_kernel_avx512(), double_planar_avx512(), double_loops_avx512(), 1},
+                                   {double_kernel_avx2(), double_planar_avx2(), double_loops_avx2(), 1},
+                                   {double_kernel_generic(), double_planar_generic(), double_loops_generic(), 1}});
+}
+
+template <>
+std::vector<Engine<bfloat16, float>> engines() {
+  return runnable<bfloat16, float>({{bfloat16_kernel_amx(), float_planar_avx512(), float_loops_avx512(), 16},
+                                    {bfloat16_kernel_avx512(), float_planar_avx512(), float_loops_avx512(), 2},
+                                    {bfloat16_kernel_generic(), float_planar_generic(), float_loops_generic(), 1}});
+}
+
+std::string kernel_name(const char* isa, const char* arithmetic) { return std::string(isa) + "/" + arithmetic; }
+
+// Calls body(engine, arithmetic) for the kernel of this name.
+template <typename Body>
+void with_kernel(Element element, const std::string& kernel, Body body) {
+  if (element == Element::Float64) {
+    for (const auto& engine : engines<double, double>())
+      if (kernel == kernel_name(engine.tile->isa, ieee().name)) return body(engine, ieee());
+  } else {
+    for (const auto& engine : engines<float, float>())
+      if (kernel == kernel_name(engine.tile->isa, ieee().name)) return body(engine, ieee());
+    for (const auto& engine : engines<bfloat16, float>())
+      for (const Arithmetic& arithmetic : bfloat16_arithmetics())
+        if (kernel == kernel_name(engine.tile->isa, arithmetic.name)) return body(engine, arithmetic);
+  }
+  throw std::invalid_argument("kernel: this machine runs no CPU kernel \"" + kernel + "\" for this type");
+}
+
+// ---------------------------------------------------------------------------------------------------- passes
+
+Filter filter(const Conv3d& conv, Element element, const void* weight, ParallelFor parallel_for) {
+  Filter filter{};
+  filter.data = weight;
+  filter.element = element;
+  filter.c_out = conv.c_out / conv.groups;
+  filter.c_in = conv.c_in / conv.groups;
+  filter.volume = conv.kernel[0] * conv.kernel[1] * conv.kernel[2];
+  filter.hash = hash_bytes(weight, conv.c_out * filter.c_in * filter.volume * element_bytes(element), parallel_for);
+  return filter;
+}
+
+// The bias, or zeros, as the accumulator's numbers.
+template <typename Sum>
+std::vector<Sum> bias_of(const Loops<Sum>& loops, const Conv3d& conv, Element element, const void* bias) {
+  std::vector<Sum> values(static_cast<size_t>(conv.c_out), Sum(0));
+  if (bias != nullptr) loops.load(element, bias, 0, 1, 1, conv.c_out, values.data(), 0);
+  return values;
+}
+
+// What a sweep does, beside where it writes.
+struct Task {
+  Sweep sweep;
+  const std::vector<Product>& products;
+  int input_parts, output_parts;
+  const Source& source;
+  const Filter& filter;
+  Use use;
+};
+
+template <typename Operand, typename Sum, typename Kernel, typename Epilogue>
+void run_plan(const Task& task, const Plan& plan, const Kernel& kernel, const Loops<Sum>& loops, const Sum* start,
+              const Epilogue& epilogue, ParallelFor parallel_for) {
+  const auto weights = packed_weights<Operand, Sum>(task.filter, task.use, plan, loops, parallel_for);
+  const SweepRunner<Kernel, Operand, Sum, Epilogue> runner(plan, kernel, loops, task.source, weights->template as<Operand>(),
+                                                           start, epilogue);
+  parallel(parallel_for, runner.items(), [&](int64_t begin, int64_t end) { runner.run(begin, end); });
+}
+
+template <typename Operand, typename Sum, typename Epilogue>
+void run_sweep(const Task& task, const Engine<Operand, Sum>& engine, const Sum* start, const Epilogue& epilogue,
+               ParallelFor parallel_for) {
+  const MicroKernel<Operand, Sum>& tile = *engine.tile;
+  const double rate = engine.rate / static_cast<double>(task.products.size());
+  if (planar_pays(task.sweep, task.output_parts, tile.channels, rate)) {
+    const int channels = planar_channels(task.sweep, task.output_parts, PlanarKernel<Sum>::kMaxChannels);
+    const Tiling tiling{true, channels, 1, 1, sizeof(Sum)};
+    const Plan plan = make_plan(task.sweep, task.input_parts, task.output_parts, ieee().forward, tiling);
+    run_plan<Sum, Sum>(task, plan, *engine.planar, *engine.loops, start, epilogue, parallel_for);
+  } else {
+    const int pair = std::is_same_v<Operand, bfloat16> ? 2 : 1;
+    const Tiling tiling{false, tile.channels, tile.depth_multiple, pair, sizeof(Operand)};
+    const Plan plan = make_plan(task.sweep, task.input_parts, task.output_parts, task.products, tiling);
+    run_plan<Operand, Sum>(task, plan, tile, *engine.loops, start, epilogue, parallel_for);
+  }
+}
+
+View skip_examples(View view, Element element, int64_t n) {
+  view.data = static_cast<char*>(view.data) + n * view.stride[0] * element_bytes(element);
+  return view;
+}
+
+template <typename Operand, typename Sum>
+void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engine, const Arithmetic& arithmetic,
+               ParallelFor parallel_for) {
+  constexpr Element sum = element_of<Sum>();
+  const Loops<Sum>& loops = *engine.loops;
+  std::vector<Sum> bias = bias_of(loops, problem.conv, problem.element, problem.bias);
+  loops.lift(Lift::Signed, 0, 1, problem.conv.c_out, bias.data(), nullptr, bias.data(), 0);
+  if (is_linear(problem.conv)) {
+    const Source x{problem.x, problem.element, problem.lift, problem.low, problem.high};
+    return LinearLayer<Sum>(problem.conv, problem.element, problem.weight, bias.data(), loops, parallel_for)
+        .relevance(x, problem.relevance, static_cast<Sum>(problem.stabilizer), problem.out);
+  }
+
+  const Filter weights = filter(problem.conv, problem.element, problem.weight, parallel_for);
+  const int64_t* out = problem.conv.out;
+  const int64_t positions = out[0] * out[1] * out[2], c_out = problem.conv.c_out;
+  const int64_t example_bytes = std::max<int64_t>(positions * c_out * static_cast<int64_t>(sizeof(Sum)), 1);
+  const int64_t together = std::clamp<int64_t>(kSharesBytes / example_bytes, 1, std::max<int64_t>(problem.conv.n, 1));
+  const Workspace workspace(static_cast<size_t>(together * example_bytes));
+
+  for (int64_t n = 0; n < problem.conv.n; n += together) {
+    Conv3d conv = problem.conv;
+    conv.n = std::min(together, problem.conv.n - n);
+    const Source x{skip_examples(problem.x, problem.element, n), problem.element, problem.lift,
+                   skip_examples(problem.low, sum, n), skip_examples(problem.high, sum, n)};
+    const View channels_last{workspace.as<Sum>(), {positions * c_out, 1, out[1] * out[2] * c_out, out[2] * c_out, c_out}};
+    const Source shares{channels_last, sum, Lift::None, {}, {}};
+
+    const Divide<Sum> divide{loops, skip_examples(problem.relevance, sum, n), shares.x, static_cast<Sum>(problem.stabilizer)};
+    const Task denominator{forward_sweep(conv), arithmetic.forward, parts(problem.lift), 1, x, weights, {false, true}};
+    run_sweep(denominator, engine, problem.bias != nullptr ? bias.data() : nullptr, divide, parallel_for);
+
+    for (const Sweep& sweep : adjoint_sweeps(conv)) {
+      const Share<Sum> share{loops, sweep, x, skip_examples(problem.out, sum, n)};
+      const Task pull{sweep, arithmetic.adjoint, 1, parts(problem.lift), shares, weights, {true, true}};
+      run_sweep(pull, engine, static_cast<const Sum*>(nullptr), share, parallel_for);
+    }
+  }
+}
+
+template <typename Operand, typename Sum>
+void forward(const Conv3dForward& problem, const Engine<Operand, Sum>& engine, const Arithmetic& arithmetic,
+             ParallelFor parallel_for) {
+  const Loops<Sum>& loops = *engine.loops;
+  const std::vector<Sum> bias = bias_of(loops, problem.conv, problem.element, problem.bias);
+  if (is_linear(problem.conv))
+    return LinearLayer<Sum>(problem.conv, problem.element, problem.weight, bias.data(), loops, parallel_for)
+        .forward(problem.x, problem.out);
+
+  const Filter weights = filter(problem.conv, problem.element, problem.weight, parallel_for);
+  const Source x{problem.x, problem.element, Lift::None, {}, {}};
+  const Keep<Sum> keep{loops, problem.out, problem.element};
+  const Task task{forward_sweep(problem.conv), arithmetic.forward, 1, 1, x, weights, {false, false}};
+  run_sweep(task, engine, problem.bias != nullptr ? bias.data() : nullptr, keep, parallel_for);
+}
+
+}  // namespace
+
+std::vector<std::string> conv3d_kernels(Element element) {
+  std::vector<std::string> names;
+  if (element == Element::Float64) {
+    for (const auto& engine : engines<double, double>()) names.push_back(kernel_name(engine.tile->isa, ieee().name));
+    return names;
+  }
+  for (const auto& engine : engines<float, float>()) names.push_back(kernel_name(engine.tile->isa, ieee().name));
+  for (const auto& engine : engines<bfloat16, float>())
+    for (const Arithmetic& arithmetic : bfloat16_arithmetics()) names.push_back(kernel_name(engine.tile->isa, arithmetic.name));
+  return names;
+}
+
+void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel, ParallelFor parallel_for) {
+  with_kernel(problem.element, kernel,
+              [&](const auto& engine, const Arithmetic& arithmetic) { relevance(problem, engine, arithmetic, parallel_for); });
+}
+
+void conv3d_forward(const Conv3dForward& problem, const std::string& kernel, ParallelFor parallel_for) {
+  with_kernel(problem.element, kernel,
+              [&](const auto& engine, const Arithmetic& arithmetic) { forward(problem, engine, arithmetic, parallel_for); });
+}
+
+}  // namespace captum_dtd::cpu

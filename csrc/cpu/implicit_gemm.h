@@ -1,0 +1,335 @@
+// A sweep as a matrix product that is never laid out as one: slabs of the input are packed, and register tiles run over them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "buffer.h"
+#include "loops.h"
+#include "microkernel.h"
+#include "plan.h"
+#include "planar_kernel.h"
+#include "slab.h"
+
+namespace captum_dtd::cpu {
+
+// One thread's memory, kept for its next sweep.
+struct Scratch {
+  Buffer slab, sums, blocks;
+};
+
+inline Scratch& scratch() {
+  thread_local Scratch mine;
+  return mine;
+}
+
+// Sums of a spot of the grid: `of_part` apart where there are two output parts; `room` holds kEpilogueBlocks more such blocks.
+template <typename Sum>
+struct Sums {
+  const Sum* data;
+  int64_t pitch, of_part;
+  Sum* room;
+};
+
+constexpr int kEpilogueBlocks = 3;
+
+// Works off the items of a sweep. An item is a block of channels of a slab; a slab's items follow each other, so that it is
+// packed once. `start` has what each output channel's sum begins with, or is null. Epilogue: void(const Spot&, const Sums<Sum>&).
+template <typename Kernel, typename Operand, typename Sum, typename Epilogue>
+class SweepRunner {
+ public:
+  SweepRunner(const Plan& plan, const Kernel& kernel, const Loops<Sum>& loops, const Source& source, const Operand* weights,
+              const Sum* start, const Epilogue& epilogue)
+      : plan_(plan), kernel_(kernel), loops_(loops), source_(source), weights_(weights), start_(start), epilogue_(epilogue) {}
+
+  int64_t items() const { return plan_.slabs() * plan_.channel_blocks; }
+
+  void run(int64_t begin, int64_t end) const {
+    Scratch& mine = scratch();
+    // A planar kernel reads on to the end of its last vector.
+    const int64_t overrun = kPlanar ? 64 : 0;
+    mine.slab.reserve(static_cast<size_t>(plan_.chunks * plan_.chunk_elements + overrun) * sizeof(Operand));
+    mine.sums.reserve(static_cast<size_t>(sums_per_block()) * sizeof(Sum));
+    mine.blocks.reserve(static_cast<size_t>(kEpilogueBlocks * spot_positions() * plan_.tiling.channels) * sizeof(Sum));
+
+    SlabPacker<Operand, Sum> packer(plan_, loops_, source_, mine.slab.template as<Operand>());
+    Region here{};
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t block = item % plan_.channel_blocks;
+      if (item == begin || block == 0) {
+        here = region(plan_, item / plan_.channel_blocks);
+        if (plan_.tap_volume() > 0) packer.pack(here);
+      }
+      if constexpr (kPlanar) {
+        run_planar_block(here, block, mine);
+      } else {
+        run_block(here, block, mine);
+      }
+    }
+  }
+
+ private:
+  static constexpr bool kPlanar = std::is_same_v<Kernel, PlanarKernel<Sum>>;
+
+  struct Position {
+    int64_t n, at[3];
+  };
+
+  // The i-th position of a block, counted from the block's first.
+  static Position position(const Region& here, int64_t i) {
+    Position found{};
+    for (int a = 2; a >= 0; --a) {
+      found.at[a] = i % here.count[a];
+      i /= here.count[a];
+    }
+    found.n = i;
+    return found;
+  }
+
+  // Taps of T and H that reach into the input: padding is not multiplied where whole rows of it can be left out.
+  struct Taps {
+    int64_t t_begin, t_end, h_begin, h_end;
+
+    bool empty() const { return t_begin >= t_end || h_begin >= h_end; }
+  };
+
+  // Those of positions that share their t and, where they are one row, their h.
+  Taps taps_within(const Region& here, int64_t from, int64_t positions) const {
+    const Position p = position(here, from);
+    Taps taps{0, plan_.taps[0], 0, plan_.taps[1]};
+    if (plan_.tap_volume() == 0) return {0, 0, 0, 0};
+    if (positions <= here.count[1] * here.count[2]) reaching(0, here.first[0] + p.at[0], taps.t_begin, taps.t_end);
+    if (positions <= here.count[2]) reaching(1, here.first[1] + p.at[1], taps.h_begin, taps.h_end);
+    return taps;
+  }
+
+  void reaching(int a, int64_t position, int64_t& begin, int64_t& end) const {
+    const Sweep& sweep = plan_.sweep;
+    const auto outside = [&](int64_t tap) {
+      const int64_t at = position * sweep.stride[a] + sweep.base[a] + tap * sweep.step[a];
+      return at < 0 || at >= sweep.in[a];
+    };
+    while (begin < end && outside(begin)) ++begin;
+    while (begin < end && outside(end - 1)) --end;
+  }
+
+  // Calls body(first, count) for each stretch of taps that follow each other in the offsets and the packed weights.
+  template <typename Body>
+  void each_stretch(const Taps& taps, Body body) const {
+    if (taps.empty()) return;
+    const int64_t row = static_cast<int64_t>(plan_.offsets.size()) / (plan_.taps[0] * plan_.taps[1]);
+    if (taps.h_end - taps.h_begin == plan_.taps[1]) {
+      body(taps.t_begin * plan_.taps[1] * row, (taps.t_end - taps.t_begin) * plan_.taps[1] * row);
+    } else {
+      for (int64_t t = taps.t_begin; t < taps.t_end; ++t)
+        body((t * plan_.taps[1] + taps.h_begin) * row, (taps.h_end - taps.h_begin) * row);
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------- channels in lanes
+
+  // What one call of the kernel takes: positions of a row, and of as many rows, whose first ones are `pitch` positions apart.
+  struct Bundle {
+    int64_t row, rows, pitch;
+
+    int64_t positions() const { return (rows - 1) * pitch + row; }
+  };
+
+  // Chunk by chunk, so that a chunk's weights stay in the cache for all positions.
+  void run_block(const Region& here, int64_t block, const Scratch& mine) const {
+    const int64_t channels = plan_.tiling.channels, position_stride = plan_.stride[2] * plan_.position_pitch;
+    const int64_t row = line_length(here), rows = here.positions() / row;
+    const Bundle most = bundle(here, row);
+    const int64_t together =
+        most.rows > 1 ? here.count[1] : 1;  // rows that bundles are made of, then bundles and pieces of nearly equal size
+    const int64_t bundles = (together + most.rows - 1) / most.rows;
+    const int64_t pieces = (row + kernel_.max_positions - 1) / kernel_.max_positions;
+    const Operand* weights = block_weights(here, block);
+
+    for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
+      const Operand* slab = mine.slab.as<Operand>() + chunk * plan_.chunk_elements;
+      for (int64_t i = 0; i < rows / together * bundles; ++i) {
+        const int64_t start = i / bundles * together;
+        const int64_t begin = start + together * (i % bundles) / bundles, end = start + together * (i % bundles + 1) / bundles;
+        const Operand* a = slab + slab_position(here, begin * row) * plan_.position_pitch;
+        const Taps taps = taps_within(here, begin * row, (end - begin) * row);
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          const int64_t first = row * piece / pieces, last = row * (piece + 1) / pieces;
+          const Bundle call{last - first, end - begin, most.pitch};
+          // With one chunk the sums of a call are done at once and need not outlast it.
+          Sum* sums = mine.sums.as<Sum>() + (plan_.chunks > 1 ? (begin * most.pitch + first) * channels : 0);
+          bool accumulate = begin_sums(here, block, chunk, sums, call.positions(), taps);
+          each_stretch(taps, [&](int64_t tap, int64_t tap_count) {
+            kernel_.run(static_cast<int>(call.positions()), a + first * position_stride, position_stride,
+                        plan_.offsets.data() + tap, tap_count, plan_.kernel_depth, weights + tap * plan_.kernel_depth * channels,
+                        sums, accumulate);
+            accumulate = true;
+          });
+          if (chunk + 1 < plan_.chunks) continue;
+          for (int64_t r = 0; r < call.rows; ++r)
+            finish(here, block, (begin + r) * row + first, call.row, sums + r * call.pitch * channels, mine);
+        }
+      }
+      weights += plan_.tap_volume() * plan_.chunk * channels;
+    }
+  }
+
+  // As many rows as keep the kernel busy, with what lies between them: the least time for each position that counts.
+  Bundle bundle(const Region& here, int64_t row) const {
+    const int64_t apart = plan_.stride[1] * plan_.extent[2];
+    Bundle best{row, 1, row};
+    if (row != here.count[2] || apart % plan_.stride[2] != 0) return best;
+    const auto time = [&](const Bundle& bundle) {
+      return static_cast<double>(std::max<int64_t>(bundle.positions(), kernel_.busy_positions)) /
+             static_cast<double>(bundle.rows * row);
+    };
+    for (int64_t rows = 2; rows <= here.count[1]; ++rows) {
+      const Bundle more{row, rows, apart / plan_.stride[2]};
+      if (more.positions() > kernel_.max_positions) break;
+      if (time(more) < time(best)) best = more;
+    }
+    return best;
+  }
+
+  // Whether the sums of a tile have a beginning that is to be added to.
+  bool begin_sums(const Region& here, int64_t block, int64_t chunk, Sum* sums, int64_t count, const Taps& taps) const {
+    if (chunk > 0) return true;
+    if (start_ == nullptr && !taps.empty()) return false;
+    const int64_t channels = plan_.tiling.channels;
+    std::fill_n(sums, count * channels, Sum(0));
+    if (start_ != nullptr)
+      for (int64_t i = 0; i < count; ++i) std::copy_n(start_ + first_channel(here, block), valid(block), sums + i * channels);
+    return true;
+  }
+
+  // How many positions of a block are equally far apart in the slab: a row, or several where nothing is between them.
+  int64_t line_length(const Region& here) const {
+    int64_t line = here.count[2];
+    const int64_t apart = plan_.stride[2];
+    if (plan_.stride[1] * plan_.extent[2] != line * apart) return line;
+    line *= here.count[1];
+    if (plan_.stride[0] * plan_.extent[1] * plan_.extent[2] != line * apart) return line;
+    line *= here.count[0];
+    if (plan_.extent[0] * plan_.extent[1] * plan_.extent[2] != line * apart) return line;
+    return line * here.count_n;
+  }
+
+  int64_t slab_position(const Region& here, int64_t i) const {
+    const Position p = position(here, i);
+    return ((p.n * plan_.extent[0] + p.at[0] * plan_.stride[0]) * plan_.extent[1] + p.at[1] * plan_.stride[1]) * plan_.extent[2] +
+           p.at[2] * plan_.stride[2];
+  }
+
+  // The epilogue of a tile, row by row.
+  void finish(const Region& here, int64_t block, int64_t first, int64_t count, const Sum* sums, const Scratch& mine) const {
+    const int64_t channels = plan_.tiling.channels;
+    for (int64_t done = 0; done < count;) {
+      const Position p = position(here, first + done);
+      const int64_t row = std::min(here.count[2] - p.at[2], count - done);
+      epilogue_(spot(here, block, p, row),
+                Sums<Sum>{sums + done * channels, channels, plan_.block_channels, mine.blocks.as<Sum>()});
+      done += row;
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------ positions in lanes
+
+  // A line is all rows of a plane of the slab, with what is between them; a block's lines are sums next to each other.
+  void run_planar_block(const Region& here, int64_t block, const Scratch& mine) const {
+    if constexpr (kPlanar) {
+      const int channels = plan_.tiling.channels;
+      const int64_t line = planar_line(here.count[1], here.count[2]), vectors = line / kernel_.lanes;
+      const int64_t lines = here.count_n * here.count[0], pitch = lines * line, plane = here.count[1] * here.count[2];
+      const int64_t most = kernel_.max_vectors[channels], pieces = (vectors + most - 1) / most;
+      const Operand* weights = block_weights(here, block);
+      Sum* sums = mine.sums.as<Sum>();
+      for (int channel = 0; channel < channels; ++channel)
+        std::fill_n(sums + channel * pitch, pitch,
+                    start_ != nullptr && channel < valid(block) ? start_[first_channel(here, block) + channel] : Sum(0));
+
+      for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
+        const Operand* slab = mine.slab.as<Operand>() + chunk * plan_.chunk_elements;
+        for (int64_t i = 0; i < lines; ++i) {
+          const int64_t n = i / here.count[0], t = i % here.count[0];
+          const Operand* a = slab + (n * plan_.extent[0] + t * plan_.stride[0]) * plan_.extent[1] * plan_.extent[2];
+          const Taps taps = taps_within(here, i * plane, plane);
+          for (int64_t piece = 0; piece < pieces; ++piece) {
+            const int64_t first = vectors * piece / pieces, last = vectors * (piece + 1) / pieces;
+            each_stretch(taps, [&](int64_t tap, int64_t tap_count) {
+              kernel_.run(channels, static_cast<int>(last - first), a + first * kernel_.lanes, plan_.depth_pitch,
+                          plan_.offsets.data() + tap, tap_count, plan_.kernel_depth,
+                          weights + tap * plan_.kernel_depth * channels, sums + i * line + first * kernel_.lanes, pitch, true);
+            });
+          }
+        }
+        weights += plan_.tap_volume() * plan_.chunk * channels;
+      }
+
+      for (int64_t i = 0; i < lines * here.count[1]; ++i) {
+        const int64_t h = i % here.count[1], t = i / here.count[1] % here.count[0], n = i / here.count[1] / here.count[0];
+        const Sum* row = sums + i / here.count[1] * line + h * plan_.extent[2];
+        epilogue_(spot(here, block, {n, {t, h, 0}}, here.count[2]),
+                  Sums<Sum>{row, pitch, plan_.block_channels * pitch, mine.blocks.as<Sum>()});
+      }
+    }
+  }
+
+  int64_t planar_line(int64_t rows, int64_t width) const {
+    if constexpr (kPlanar) return ((rows - 1) * plan_.extent[2] + width + kernel_.lanes - 1) / kernel_.lanes * kernel_.lanes;
+    return 0;
+  }
+
+  // -------------------------------------------------------------------------------------------------------- both
+
+  const Operand* block_weights(const Region& here, int64_t block) const {
+    return weights_ + (here.group * plan_.channel_blocks + block) * plan_.packed_block();
+  }
+
+  int64_t first_channel(const Region& here, int64_t block) const {
+    return here.group * plan_.sweep.c_out + block * plan_.block_channels;
+  }
+
+  // Channels of a block that are there.
+  int64_t valid(int64_t block) const { return std::min(plan_.block_channels, plan_.sweep.c_out - block * plan_.block_channels); }
+
+  Spot spot(const Region& here, int64_t block, const Position& p, int64_t positions) const {
+    return {here.n + p.n,
+            first_channel(here, block),
+            here.first[0] + p.at[0],
+            here.first[1] + p.at[1],
+            here.first[2] + p.at[2],
+            positions,
+            valid(block),
+            1,
+            kPlanar};
+  }
+
+  int64_t spot_positions() const {
+    if constexpr (kPlanar)
+      return plan_.block[2];
+    else
+      return kernel_.max_positions;
+  }
+
+  int64_t sums_per_block() const {
+    const int64_t planes = plan_.block_n * plan_.block[0], channels = plan_.tiling.channels;
+    if constexpr (kPlanar) {
+      return channels * planes * planar_line(plan_.block[1], plan_.block[2]);
+    } else {
+      const int64_t row =
+          std::max(plan_.block[2], plan_.stride[1] * plan_.extent[2] / plan_.stride[2]);  // with what is between rows
+      return channels * std::max<int64_t>(planes * plan_.block[1] * row, kernel_.max_positions);
+    }
+  }
+
+  const Plan& plan_;
+  const Kernel& kernel_;
+  const Loops<Sum>& loops_;
+  const Source& source_;
+  const Operand* weights_;
+  const Sum* start_;
+  const Epilogue& epilogue_;
+};
+
+}  // namespace captum_dtd::cpu

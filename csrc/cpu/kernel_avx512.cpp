@@ -1,0 +1,31 @@
+// AVX-512: F, BW, DQ and VL.
+#include "features.h"
+
+#define CAPTUM_DTD_ISA "avx512"
+constexpr int kVectorBytes = 64;
+constexpr int kRegisters = 32;
+#include "vector_kernel.h"
+
+namespace captum_dtd::cpu {
+
+#ifdef __AVX512F__
+
+const MicroKernel<float, float>* float_kernel_avx512() { return features().avx512 ? &kTile<float> : nullptr; }
+const PlanarKernel<float>* float_planar_avx512() { return features().avx512 ? &kPlanar<float> : nullptr; }
+const Loops<float>* float_loops_avx512() { return features().avx512 ? &kLoops<float> : nullptr; }
+const MicroKernel<double, double>* double_kernel_avx512() { return features().avx512 ? &kTile<double> : nullptr; }
+const PlanarKernel<double>* double_planar_avx512() { return features().avx512 ? &kPlanar<double> : nullptr; }
+const Loops<double>* double_loops_avx512() { return features().avx512 ? &kLoops<double> : nullptr; }
+
+#else  // compiled for another architecture
+
+const MicroKernel<float, float>* float_kernel_avx512() { return nullptr; }
+const PlanarKernel<float>* float_planar_avx512() { return nullptr; }
+const Loops<float>* float_loops_avx512() { return nullptr; }
+const MicroKernel<double, double>* double_kernel_avx512() { return nullptr; }
+const PlanarKernel<double>* double_planar_avx512() { return nullptr; }
+const Loops<double>* double_loops_avx512() { return nullptr; }
+
+#endif
+
+}  // namespace captum_dtd::cpu

@@ -1,0 +1,16 @@
+// The instruction set that every machine of this architecture has.
+#define CAPTUM_DTD_ISA "generic"
+constexpr int kVectorBytes = 16;
+constexpr int kRegisters = 16;
+#include "vector_kernel.h"
+
+namespace captum_dtd::cpu {
+
+const MicroKernel<float, float>* float_kernel_generic() { return &kTile<float>; }
+const PlanarKernel<float>* float_planar_generic() { return &kPlanar<float>; }
+const Loops<float>* float_loops_generic() { return &kLoops<float>; }
+const MicroKernel<double, double>* double_kernel_generic() { return &kTile<double>; }
+const PlanarKernel<double>* double_planar_generic() { return &kPlanar<double>; }
+const Loops<double>* double_loops_generic() { return &kLoops<double>; }
+
+}  // namespace captum_dtd::cpu

@@ -1,0 +1,350 @@
+// Relevance of max pooling on the CPU: which rows meet which; the arithmetic along a row is in pool_loops.h.
+//
+// The work is cut into tiles: some channels of one example, and the input rows from where a few windows begin to where the
+// next begin. A tile's windows write down what they pass on (their share, or their winner), then its input rows gather from all
+// windows that contain them, in a fixed order. Windows that reach into a neighbouring tile are computed for both. So a tile stays
+// in the cache: where windows do not overlap, every tensor is read or written once.
+#include "max_pool3d.h"
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "buffer.h"
+#include "loops.h"
+#include "pool_loops.h"
+
+namespace captum_dtd::cpu {
+namespace {
+
+// Channels that are taken together where they do not lie side by side: their rows are turned into lanes and back.
+constexpr int64_t kLanes = 16;
+
+// Bytes of a tile, at least. Overlapping windows gain from bigger ones, as long as a second level cache holds them.
+constexpr int64_t kTileBytes = 1 << 16;
+constexpr int64_t kOverlappingTileBytes = 1 << 19;
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// The windows of one axis and the positions that they contain.
+class Axis {
+ public:
+  Axis(const MaxPool3d& pool, int axis)
+      : positions(pool.in[axis]),
+        windows(pool.out[axis]),
+        overlap((pool.kernel[axis] - 1) * pool.dilation[axis] >= pool.stride[axis]),
+        stride_(pool.stride[axis]),
+        padding_(pool.padding[axis]) {
+    std::vector<std::vector<Meeting>> of_position(positions);
+    first_of_window_.push_back(0);
+    for (int64_t window = 0; window < windows; ++window) {
+      for (int64_t tap = 0; tap < pool.kernel[axis]; ++tap) {
+        const int64_t position = window * stride_ - padding_ + tap * pool.dilation[axis];
+        if (position < 0 || position >= positions) continue;
+        of_window_.push_back({position, tap});
+        of_position[position].push_back({window, tap});
+      }
+      first_of_window_.push_back(of_window_.size());
+    }
+    first_of_position_.push_back(0);
+    for (const auto& met : of_position) {
+      of_position_.insert(of_position_.end(), met.begin(), met.end());
+      first_of_position_.push_back(of_position_.size());
+    }
+  }
+
+  Meetings of_windows() const { return {first_of_window_.data(), of_window_.data()}; }
+  Meetings of_positions() const { return {first_of_position_.data(), of_position_.data()}; }
+
+  // Positions from where these windows begin to where the next begins; the first and the last window have the rest.
+  Range own(Range window) const { return {begin(window.begin), begin(window.end)}; }
+
+  // Everything that one of these meets.
+  static Range met(const Meetings& meetings, Range range) {
+    Range all{INT64_MAX, 0};
+    for (int64_t m = meetings.first[range.begin]; m < meetings.first[range.end]; ++m) {
+      all.begin = std::min(all.begin, meetings.list[m].at);
+      all.end = std::max(all.end, meetings.list[m].at + 1);
+    }
+    return all.end ? all : Range{0, 0};
+  }
+
+  const int64_t positions, windows;
+  const bool overlap;
+
+ private:
+  int64_t begin(int64_t window) const {
+    if (window == 0) return 0;
+    return window == windows ? positions : std::clamp<int64_t>(window * stride_ - padding_, 0, positions);
+  }
+
+  int64_t stride_, padding_;
+  std::vector<int64_t> first_of_window_, first_of_position_;
+  std::vector<Meeting> of_window_, of_position_;
+};
+
+// Calls body(meeting) for what one of an axis meets.
+template <typename Body>
+void each(const Meetings& meetings, int64_t i, Body body) {
+  for (int64_t m = meetings.first[i]; m < meetings.first[i + 1]; ++m) body(meetings.list[m]);
+}
+
+template <typename Sum>
+struct Instructions {
+  const Loops<Sum>* memory;
+  const PoolLoops<Sum>* pool;
+};
+
+template <typename Sum>
+Instructions<Sum> instructions(const std::string& isa);
+
+template <>
+Instructions<float> instructions(const std::string& isa) {
+  if (isa == "avx512") return {float_loops_avx512(), float_pool_loops_avx512()};
+  if (isa == "avx2") return {float_loops_avx2(), float_pool_loops_avx2()};
+  return {float_loops_generic(), float_pool_loops_generic()};
+}
+
+template <>
+Instructions<double> instructions(const std::string& isa) {
+  if (isa == "avx512") return {double_loops_avx512(), double_pool_loops_avx512()};
+  if (isa == "avx2") return {double_loops_avx2(), double_pool_loops_avx2()};
+  return {double_loops_generic(), double_pool_loops_generic()};
+}
+
+template <typename Sum>
+constexpr Element kElement = std::is_same_v<Sum, double> ? Element::Float64 : Element::Float32;
+
+int64_t size_of(Element element) { return element == Element::Float64 ? 8 : element == Element::Float32 ? 4 : 2; }
+
+// Rows of some channels of a tensor: a box of T and H, all of W. In memory they are dense, or a dense copy is worked with.
+template <typename Sum>
+class Rows {
+ public:
+  Rows(const View& view, Element element, int64_t width, const Loops<Sum>* memory)
+      : view_(view), element_(element), width_(width), memory_(memory) {}
+
+  // Whether no copy is needed.
+  bool dense(int64_t lanes) const {
+    return element_ == kElement<Sum> && view_.stride[4] == lanes && (lanes == 1 || view_.stride[1] == 1);
+  }
+
+  void set(int64_t n, int64_t channel, int64_t lanes, Range t, Range h) {
+    lanes_ = lanes;
+    t_ = t;
+    h_ = h;
+    const auto& stride = view_.stride;
+    from_ = static_cast<char*>(view_.data) + (n * stride[0] + channel * stride[1]) * size_of(element_);
+    if (!dense(lanes)) copy_.reserve(t.size() * h.size() * width_ * lanes * sizeof(Sum));
+  }
+
+  Sum* row(int64_t t, int64_t h) const {
+    if (dense(lanes_)) return static_cast<Sum*>(at(t, h));
+    return copy_.template as<Sum>() + ((t - t_.begin) * h_.size() + h - h_.begin) * width_ * lanes_;
+  }
+
+  void load() const {
+    each_copy([&](void* there, int64_t positions, Sum* here) {
+      memory_->load(element_, there, view_.stride[4], view_.stride[1], positions, lanes_, here, lanes_);
+    });
+  }
+
+  void store() const {
+    each_copy([&](void* there, int64_t positions, Sum* here) {
+      memory_->store(element_, here, lanes_, positions, lanes_, there, view_.stride[4], view_.stride[1]);
+    });
+  }
+
+ private:
+  void* at(int64_t t, int64_t h) const {
+    return static_cast<char*>(from_) + (t * view_.stride[2] + h * view_.stride[3]) * size_of(element_);
+  }
+
+  // In as few pieces as memory allows.
+  template <typename Body>
+  void each_copy(Body body) const {
+    if (dense(lanes_)) return;
+    const bool whole = view_.stride[3] == width_ * view_.stride[4];
+    for (int64_t t = t_.begin; t < t_.end; ++t) {
+      if (whole) {
+        if (h_.size()) body(at(t, h_.begin), h_.size() * width_, row(t, h_.begin));
+      } else {
+        for (int64_t h = h_.begin; h < h_.end; ++h) body(at(t, h), width_, row(t, h));
+      }
+    }
+  }
+
+  View view_;
+  Element element_;
+  int64_t width_;
+  const Loops<Sum>* memory_;
+  int64_t lanes_ = 0;
+  Range t_{}, h_{};
+  void* from_ = nullptr;
+  Buffer copy_;
+};
+
+template <typename Sum>
+class Pooling {
+ public:
+  Pooling(const MaxPool3dRelevance& problem, Instructions<Sum> run)
+      : problem_(problem), run_(run), t_(problem.pool, 0), h_(problem.pool, 1), w_(problem.pool, 2) {
+    const MaxPool3d& pool = problem.pool;
+    row_ = {w_.positions, w_.windows, w_.of_windows(), w_.of_positions()};
+    const bool side_by_side = problem.x.stride[1] == 1 && problem.out.stride[1] == 1;
+    const bool overlap = t_.overlap || h_.overlap;
+    lanes_ = side_by_side ? pool.c : std::min(pool.c, kLanes);
+    blocks_ = (pool.c + lanes_ - 1) / lanes_;
+    // As many windows as fill a tile, first along H and then along T.
+    const int64_t row_bytes = w_.positions * lanes_ * sizeof(Sum) * pool.stride[0];
+    const int64_t rows = std::max<int64_t>(1, (overlap ? kOverlappingTileBytes : kTileBytes) / row_bytes);
+    tile_h_ = std::clamp<int64_t>(rows / pool.stride[1], 1, h_.windows);
+    tile_t_ = std::clamp<int64_t>(rows / h_.positions, 1, t_.windows);
+    tiles_h_ = (h_.windows + tile_h_ - 1) / tile_h_;
+    tiles_t_ = (t_.windows + tile_t_ - 1) / tile_t_;
+  }
+
+  int64_t tiles() const { return problem_.pool.n * blocks_ * tiles_t_ * tiles_h_; }
+
+  void run(int64_t begin, int64_t end) const {
+    Scratch scratch(*this);
+    for (int64_t tile = begin; tile < end; ++tile) run_tile(scratch, tile);
+  }
+
+ private:
+  using Tap = typename PoolLoops<Sum>::Tap;
+
+  // What a thread works with.
+  struct Scratch {
+    explicit Scratch(const Pooling& p)
+        : x(p.problem_.x, p.problem_.element, p.w_.positions, p.run_.memory),
+          relevance(p.problem_.relevance, kElement<Sum>, p.w_.windows, p.run_.memory),
+          out(p.problem_.out, kElement<Sum>, p.w_.positions, p.run_.memory),
+          columns(std::max(p.w_.positions, p.w_.windows) * p.lanes_ * sizeof(Sum)),
+          windows(p.w_.windows * p.lanes_ * sizeof(Sum)),
+          column_winners(p.problem_.winner_takes_all ? p.w_.positions * p.lanes_ * sizeof(Tap) : 0) {}
+    Rows<Sum> x, relevance, out;
+    Buffer columns, windows, column_winners;
+    Buffer passed;  // shares of positions, or winners of windows
+    // The rows that one row meets.
+    std::vector<const Sum*> sums;
+    std::vector<const Tap*> winners;
+    std::vector<int64_t> first_taps;
+  };
+
+  void run_tile(Scratch& scratch, int64_t tile) const {
+    const auto windows_of = [](int64_t i, int64_t size, int64_t count) {
+      return Range{i * size, std::min(i * size + size, count)};
+    };
+    const Range own_h = h_.own(windows_of(tile % tiles_h_, tile_h_, h_.windows));
+    const Range own_t = t_.own(windows_of(tile / tiles_h_ % tiles_t_, tile_t_, t_.windows));
+    const int64_t block = tile / (tiles_h_ * tiles_t_);
+    const int64_t n = block / blocks_, channel = block % blocks_ * lanes_;
+    const int64_t lanes = std::min(lanes_, problem_.pool.c - channel);
+
+    const Range windows_t = Axis::met(t_.of_positions(), own_t), windows_h = Axis::met(h_.of_positions(), own_h);
+    const Range reached_t = Axis::met(t_.of_windows(), windows_t), reached_h = Axis::met(h_.of_windows(), windows_h);
+    const auto also = [](Range a, Range b) { return Range{std::min(a.begin, b.begin), std::max(a.end, b.end)}; };
+    scratch.x.set(n, channel, lanes, also(own_t, reached_t), also(own_h, reached_h));
+    scratch.x.load();
+    scratch.relevance.set(n, channel, lanes, windows_t, windows_h);
+    scratch.relevance.load();
+    scratch.out.set(n, channel, lanes, own_t, own_h);
+
+    const int64_t passed_row = (problem_.winner_takes_all ? w_.windows : w_.positions) * lanes;
+    scratch.passed.reserve(windows_t.size() * windows_h.size() * passed_row * sizeof(Sum));
+    const auto passed = [&](int64_t t, int64_t h) {
+      return ((t - windows_t.begin) * windows_h.size() + h - windows_h.begin) * passed_row;
+    };
+    for (int64_t t = windows_t.begin; t < windows_t.end; ++t)
+      for (int64_t h = windows_h.begin; h < windows_h.end; ++h) pass(scratch, lanes, t, h, passed(t, h));
+    for (int64_t t = own_t.begin; t < own_t.end; ++t)
+      for (int64_t h = own_h.begin; h < own_h.end; ++h) receive(scratch, lanes, t, h, passed);
+    scratch.out.store();
+  }
+
+  // What a row of windows passes on.
+  void pass(Scratch& scratch, int64_t lanes, int64_t t, int64_t h, int64_t passed) const {
+    scratch.sums.clear();
+    scratch.first_taps.clear();
+    each(t_.of_windows(), t, [&](Meeting a) {
+      each(h_.of_windows(), h, [&](Meeting b) {
+        scratch.sums.push_back(scratch.x.row(a.at, b.at));
+        scratch.first_taps.push_back(first_tap(a, b));
+      });
+    });
+    const int64_t rows = scratch.sums.size();
+    if (problem_.winner_takes_all)
+      run_.pool->compete(row_, lanes, rows, scratch.sums.data(), scratch.first_taps.data(), scratch.columns.template as<Sum>(),
+                         scratch.column_winners.template as<Tap>(), scratch.passed.template as<Tap>() + passed);
+    else
+      run_.pool->share(row_, lanes, rows, scratch.sums.data(), scratch.relevance.row(t, h), static_cast<Sum>(problem_.stabilizer),
+                       scratch.columns.template as<Sum>(), scratch.windows.template as<Sum>(),
+                       scratch.passed.template as<Sum>() + passed);
+  }
+
+  // What an input row receives from all windows that contain it.
+  template <typename Passed>
+  void receive(Scratch& scratch, int64_t lanes, int64_t t, int64_t h, Passed passed) const {
+    scratch.sums.clear();
+    scratch.winners.clear();
+    scratch.first_taps.clear();
+    each(t_.of_positions(), t, [&](Meeting a) {
+      each(h_.of_positions(), h, [&](Meeting b) {
+        if (problem_.winner_takes_all) {
+          scratch.sums.push_back(scratch.relevance.row(a.at, b.at));
+          scratch.winners.push_back(scratch.passed.template as<Tap>() + passed(a.at, b.at));
+          scratch.first_taps.push_back(first_tap(a, b));
+        } else {
+          scratch.sums.push_back(scratch.passed.template as<Sum>() + passed(a.at, b.at));
+        }
+      });
+    });
+    const int64_t rows = scratch.sums.size();
+    if (problem_.winner_takes_all)
+      run_.pool->award(row_, lanes, rows, scratch.winners.data(), scratch.sums.data(), scratch.first_taps.data(),
+                       scratch.out.row(t, h));
+    else
+      run_.pool->gather(row_.positions * lanes, rows, scratch.sums.data(), scratch.x.row(t, h), scratch.out.row(t, h));
+  }
+
+  // Taps are numbered in the order T, H, W.
+  int64_t first_tap(Meeting t, Meeting h) const { return (t.tap * problem_.pool.kernel[1] + h.tap) * problem_.pool.kernel[2]; }
+
+  const MaxPool3dRelevance& problem_;
+  Instructions<Sum> run_;
+  Axis t_, h_, w_;
+  PoolRow row_;
+  int64_t lanes_, blocks_;                       // of channels
+  int64_t tile_t_, tile_h_, tiles_t_, tiles_h_;  // of windows
+};
+
+template <typename Sum>
+void run(const MaxPool3dRelevance& problem, const std::string& isa, ParallelFor parallel_for) {
+  Pooling<Sum> pooling(problem, instructions<Sum>(isa));
+  parallel_for(
+      pooling.tiles(), 1,
+      [](void* pooling, int64_t begin, int64_t end) { static_cast<const Pooling<Sum>*>(pooling)->run(begin, end); }, &pooling);
+}
+
+}  // namespace
+
+std::vector<std::string> max_pool3d_kernels() {
+  std::vector<std::string> names;
+  for (const char* isa : {"avx512", "avx2", "generic"})
+    if (instructions<float>(isa).pool) names.push_back(std::string(isa) + "/ieee");
+  return names;
+}
+
+void max_pool3d_relevance(const MaxPool3dRelevance& problem, const std::string& kernel, ParallelFor parallel_for) {
+  const std::string isa = kernel.substr(0, kernel.find('/'));
+  if (problem.element == Element::Float64)
+    run<double>(problem, isa, parallel_for);
+  else
+    run<float>(problem, isa, parallel_for);
+}
+
+}  // namespace captum_dtd::cpu

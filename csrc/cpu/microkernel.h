@@ -1,0 +1,42 @@
+// One register tile of the implicit GEMM: some neighbouring positions times one block of output channels.
+#pragma once
+
+#include <cstdint>
+
+namespace captum_dtd::cpu {
+
+// Raw bits of a bfloat16: the upper half of a float.
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// `Operand` is what is multiplied (float, double, bfloat16), `Sum` what is added up in (float, or double).
+//
+//   sum[p][o] = (accumulate ? sum[p][o] : 0)
+//             + sum over taps j, k of  a[p * position_stride + offsets[j] + k] * b[j][k][o]      p < positions, o < channels
+//
+// `a` points into a slab of the lifted, zero-padded input whose channels are contiguous; `b` is packed as
+// [taps][depth / pair][channels][pair], with pair = 1, or 2 for bfloat16; `sum` is [positions][channels], dense.
+template <typename Operand, typename Sum>
+struct MicroKernel {
+  const char* isa;
+  int max_positions;   // of one call
+  int channels;        // of one block
+  int depth_multiple;  // the slab's channel count is padded with zeros to a multiple of this
+  void (*run)(int positions, const Operand* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth,
+              const Operand* b, Sum* sum, bool accumulate);
+  int busy_positions = 1;  // a call with fewer takes as long, as each product then waits for the one before it
+};
+
+// Each instruction set is compiled in a file of its own, with its own flags. Null where this machine cannot run it.
+const MicroKernel<float, float>* float_kernel_avx512();
+const MicroKernel<float, float>* float_kernel_avx2();
+const MicroKernel<float, float>* float_kernel_generic();
+const MicroKernel<double, double>* double_kernel_avx512();
+const MicroKernel<double, double>* double_kernel_avx2();
+const MicroKernel<double, double>* double_kernel_generic();
+const MicroKernel<bfloat16, float>* bfloat16_kernel_amx();
+const MicroKernel<bfloat16, float>* bfloat16_kernel_avx512();
+const MicroKernel<bfloat16, float>* bfloat16_kernel_generic();
+
+}  // namespace captum_dtd::cpu

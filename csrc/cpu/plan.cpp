@@ -1,0 +1,211 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+
+namespace captum_dtd::cpu {
+namespace {
+
+// Of the second-level cache of current machines (1 MB and more), one chunk of a slab and of the weights take about a half.
+constexpr int64_t kSlabBytes = 384 << 10;
+constexpr int64_t kWeightBytes = 256 << 10;
+constexpr int64_t kChunkBytes = 1024;  // longer chunks gain nothing
+constexpr int64_t kDepthStep = 32;     // what kernels take at most in one instruction
+constexpr int64_t kRunChannels = 64;   // packed at a time
+constexpr int64_t kMergedBytes = 128;  // up to this depth, taps along W are merged
+constexpr int64_t kPlanes = 16;        // of a chunk of a planar slab: more would leave it too few rows
+constexpr int64_t kCacheLine = 64;
+constexpr int64_t kAliasing = 512;  // positions a multiple of this apart share too few lines of the first-level cache
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
+
+// Taps that run backwards (an adjoint's) are counted from the other end.
+Sweep ascending(Sweep sweep) {
+  for (int a = 0; a < 3; ++a) {
+    if (sweep.step[a] >= 0 || sweep.taps[a] == 0) continue;
+    sweep.base[a] += sweep.step[a] * (sweep.taps[a] - 1);
+    sweep.first_tap[a] += sweep.tap_skip[a] * (sweep.taps[a] - 1);
+    sweep.step[a] = -sweep.step[a];
+    sweep.tap_skip[a] = -sweep.tap_skip[a];
+  }
+  return sweep;
+}
+
+// Sizes into which `size` can be cut evenly: ceil(size / 1), ceil(size / 2), ... without repetitions.
+std::vector<int64_t> even_cuts(int64_t size) {
+  std::vector<int64_t> cuts;
+  for (int64_t cut = std::max<int64_t>(size, 1);;) {
+    cuts.push_back(cut);
+    if (cut == 1) return cuts;
+    cut = ceil_div(size, ceil_div(size, cut) + 1);
+    if (cut == cuts.back()) --cut;
+  }
+}
+
+class Planner {
+ public:
+  explicit Planner(Plan& plan) : plan_(plan) {}
+
+  void set_axes() {
+    const Sweep& sweep = plan_.sweep;
+    for (int a = 0; a < 3; ++a) {
+      plan_.taps[a] = sweep.taps[a];
+      plan_.grain[a] = sweep.taps[a] > 1 ? detail::gcd(sweep.stride[a], sweep.step[a]) : sweep.stride[a];
+      plan_.stride[a] = sweep.stride[a] / plan_.grain[a];
+      plan_.step[a] = sweep.taps[a] > 1 ? sweep.step[a] / plan_.grain[a] : 0;
+    }
+  }
+
+  void set_depth(const std::vector<Product>& products) {
+    const Sweep& sweep = plan_.sweep;
+    const Tiling& tiling = plan_.tiling;
+    const int64_t channels = static_cast<int64_t>(products.size()) * plan_.input_parts * sweep.c_in;
+
+    // Few channels would mostly be padding: the taps of W join them, and each position holds its whole window.
+    const int64_t apart = sweep.taps[2] * round_up(channels, tiling.depth_multiple);
+    const int64_t joined = round_up(sweep.taps[2] * channels, tiling.depth_multiple);
+    const bool windows = !tiling.planar && sweep.taps[2] > 1 && 2 * joined <= apart;
+    if (windows) {
+      plan_.grain[2] = sweep.stride[2];
+      plan_.stride[2] = plan_.taps[2] = 1;
+      plan_.step[2] = 0;
+    }
+    const int64_t shifts = windows ? sweep.taps[2] : 1;
+
+    const int64_t depth = shifts * channels;
+    const int64_t column = std::max<int64_t>(plan_.tap_volume(), 1) * tiling.channels * tiling.operand_bytes;
+    const int64_t longest = tiling.planar ? kPlanes : kChunkBytes / tiling.operand_bytes;
+    int64_t most = std::max<int64_t>(std::min(kWeightBytes / column, longest), 16);
+    if (most > kDepthStep) most -= most % kDepthStep;
+    plan_.chunks = ceil_div(depth, most);
+    plan_.chunk = round_up(ceil_div(depth, plan_.chunks), tiling.depth_multiple);
+    plan_.chunks = ceil_div(depth, plan_.chunk);
+
+    int64_t next = 0;
+    for (int64_t shift = 0; shift < shifts; ++shift)
+      for (const Product& product : products)
+        for (int part = 0; part < plan_.input_parts; ++part)
+          for (int64_t channel = 0; channel < sweep.c_in;) {
+            const int64_t count = std::min({sweep.c_in - channel, plan_.chunk - next % plan_.chunk, kRunChannels});
+            plan_.runs.push_back({shift * sweep.step[2], part, product, shift, channel, count, next});
+            channel += count;
+            next += count;
+          }
+  }
+
+  // Whole rows where they fit, then the block of T and H that packs the fewest positions for each it serves.
+  void set_blocks() {
+    const Sweep& sweep = plan_.sweep;
+    const int64_t budget = std::max<int64_t>(kSlabBytes / (plan_.chunk * plan_.tiling.operand_bytes), 1);
+    const auto volume = [&](int64_t t, int64_t h, int64_t w) {
+      return plan_.extent_of(0, t) * plan_.extent_of(1, h) * plan_.extent_of(2, w);
+    };
+
+    const std::vector<int64_t> cuts_t = even_cuts(sweep.grid[0]), cuts_h = even_cuts(sweep.grid[1]);
+    int64_t* block = plan_.block;
+    for (int64_t w : even_cuts(sweep.grid[2])) {
+      block[0] = block[1] = 1;
+      block[2] = w;
+      if (volume(1, 1, w) <= budget) break;
+    }
+    double least = std::numeric_limits<double>::infinity();
+    for (int64_t t : cuts_t)
+      for (int64_t h : cuts_h) {
+        const int64_t packed = volume(t, h, block[2]);
+        const double each = static_cast<double>(packed) / static_cast<double>(t * h);
+        if (packed > budget || each >= least) continue;
+        least = each;
+        block[0] = t;
+        block[1] = h;
+      }
+    const bool whole = block[0] >= sweep.grid[0] && block[1] >= sweep.grid[1] && block[2] >= sweep.grid[2];
+    plan_.block_n = 1;
+    if (whole)
+      for (int64_t n : even_cuts(sweep.n)) {
+        plan_.block_n = n;
+        if (n * volume(block[0], block[1], block[2]) <= budget) break;
+      }
+
+    plan_.blocks_n = ceil_div(sweep.n, plan_.block_n);
+    for (int a = 0; a < 3; ++a) {
+      plan_.blocks[a] = ceil_div(sweep.grid[a], block[a]);
+      plan_.extent[a] = plan_.extent_of(a, block[a]);
+    }
+  }
+
+  void set_pitches() {
+    const int64_t bytes = plan_.tiling.operand_bytes;
+    const auto apart = [&](int64_t elements) {
+      return elements * bytes % kAliasing == 0 ? elements + kCacheLine / bytes : elements;
+    };
+    if (plan_.tiling.planar) {
+      plan_.position_pitch = 1;
+      plan_.depth_pitch = apart(plan_.slab_positions());
+      plan_.chunk_elements = plan_.chunk * plan_.depth_pitch;
+    } else {
+      plan_.position_pitch = apart(plan_.chunk);
+      plan_.depth_pitch = 1;
+      plan_.chunk_elements = plan_.slab_positions() * plan_.position_pitch;
+    }
+  }
+
+  void set_channels() {
+    plan_.block_channels = plan_.tiling.channels / plan_.output_parts;
+    plan_.channel_blocks = ceil_div(plan_.sweep.c_out, plan_.block_channels);
+  }
+
+  void set_offsets() {
+    const bool contiguous = plan_.chunks == 1 && plan_.position_pitch == plan_.chunk && plan_.step[2] == 1;
+    const bool merged = !plan_.tiling.planar && contiguous && plan_.chunk * plan_.tiling.operand_bytes <= kMergedBytes;
+    plan_.kernel_depth = merged ? plan_.taps[2] * plan_.chunk : plan_.chunk;
+    for (int64_t t = 0; t < plan_.taps[0]; ++t)
+      for (int64_t h = 0; h < plan_.taps[1]; ++h)
+        for (int64_t w = 0; w < (merged ? std::min<int64_t>(plan_.taps[2], 1) : plan_.taps[2]); ++w)
+          plan_.offsets.push_back(
+              ((t * plan_.step[0] * plan_.extent[1] + h * plan_.step[1]) * plan_.extent[2] + w * plan_.step[2]) *
+              plan_.position_pitch);
+  }
+
+ private:
+  Plan& plan_;
+};
+
+}  // namespace
+
+bool planar_pays(const Sweep& sweep, int output_parts, int channels, double rate) {
+  // Rows must follow each other in a plane, so lanes cover what is between them too.
+  if (sweep.stride[1] != 1 || sweep.stride[2] != 1) return false;
+  constexpr double kGain = 1.2;  // to be worth unaligned loads
+  constexpr int64_t kLanes = 16;
+  const int64_t row = sweep.grid[2] + (sweep.taps[2] > 1 ? (sweep.taps[2] - 1) * std::abs(sweep.step[2]) : 0);
+  const int64_t line = (sweep.grid[1] - 1) * row + sweep.grid[2];
+  const double positions = static_cast<double>(sweep.grid[1] * sweep.grid[2]) / static_cast<double>(round_up(line, kLanes));
+  const int64_t lanes = sweep.c_out * output_parts;
+  return positions > kGain * rate * static_cast<double>(lanes) / static_cast<double>(round_up(lanes, channels));
+}
+
+int planar_channels(const Sweep& sweep, int output_parts, int most) {
+  const int64_t of_part = most / output_parts;
+  return static_cast<int>(ceil_div(sweep.c_out, ceil_div(sweep.c_out, of_part))) * output_parts;
+}
+
+Plan make_plan(const Sweep& sweep, int input_parts, int output_parts, const std::vector<Product>& products,
+               const Tiling& tiling) {
+  Plan plan{};
+  plan.sweep = ascending(sweep);
+  plan.tiling = tiling;
+  plan.input_parts = input_parts;
+  plan.output_parts = output_parts;
+  Planner planner(plan);
+  planner.set_axes();
+  planner.set_depth(products);
+  planner.set_blocks();
+  planner.set_pitches();
+  planner.set_channels();
+  planner.set_offsets();
+  return plan;
+}
+
+}  // namespace captum_dtd::cpu

@@ -1,0 +1,84 @@
+// How a sweep is cut up: into slabs that fit the caches, chunks of depth, and blocks of output channels.
+//
+// A slab is what a block of output positions reads, lifted, padded and with its channels contiguous. Everything here follows
+// from shapes alone, never from the number of threads, so that sums are taken in one order always.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../geometry.h"
+#include "loops.h"
+
+namespace captum_dtd::cpu {
+
+// One product of digits of a slab's number and a weight; an arithmetic is the sum of a few of them.
+struct Product {
+  Digit operand, weight;
+};
+
+// Neighbouring channels of the depth that have one origin. A run lies within one chunk.
+struct Run {
+  int64_t shift;  // along W, in positions of the input: a tap of W that became part of the depth
+  int part;
+  Product product;
+  int64_t tap_w;              // whose weights these are, where shifted; else 0
+  int64_t channel, channels;  // of the sweep's input, within its group
+  int64_t depth;              // of the first channel
+};
+
+// What a kernel asks of a plan.
+struct Tiling {
+  bool planar;         // a plane of positions for each channel, instead of all channels of each position
+  int channels;        // of one block
+  int depth_multiple;  // of a chunk
+  int pair;            // neighbours in depth that packed weights keep together
+  int operand_bytes;
+};
+
+struct Plan {
+  Sweep sweep;  // its taps in the order of rising input positions
+  Tiling tiling;
+  int input_parts, output_parts;
+
+  // The slab holds every grain-th position of the input; a block's taps and positions are these many of them apart.
+  int64_t grain[3], stride[3], step[3], taps[3];
+  int64_t block_n, block[3];    // positions of a block
+  int64_t blocks_n, blocks[3];  // how many blocks
+  int64_t extent[3];            // of a block's slab
+
+  std::vector<Run> runs;
+  int64_t chunk, chunks;                // depth of one, and how many
+  int64_t position_pitch, depth_pitch;  // elements of a slab from position to position, and from channel to channel
+  int64_t chunk_elements;               // of a slab
+
+  int64_t block_channels, channel_blocks;  // output channels of one block, and blocks in a group
+
+  // What the kernel is told: taps next to each other in the slab are one tap of more depth.
+  std::vector<int64_t> offsets;
+  int64_t kernel_depth;
+
+  int64_t slabs() const { return blocks_n * sweep.groups * blocks[0] * blocks[1] * blocks[2]; }
+  // Whether each position holds its window along W, instead of reading its neighbours.
+  bool windows() const { return runs.back().tap_w > 0; }
+  int64_t depth() const { return runs.back().depth + runs.back().channels; }
+
+  // How many positions of the slab so many of the grid reach over.
+  int64_t extent_of(int a, int64_t positions) const {
+    return (positions - 1) * stride[a] + (taps[a] > 1 ? (taps[a] - 1) * step[a] : 0) + 1;
+  }
+  int64_t slab_positions() const { return block_n * extent[0] * extent[1] * extent[2]; }
+  int64_t tap_volume() const { return taps[0] * taps[1] * taps[2]; }
+  int64_t packed_block() const { return chunks * tap_volume() * chunk * tiling.channels; }  // weights of a block of channels
+  int64_t packed_weights() const { return sweep.groups * channel_blocks * packed_block(); }
+};
+
+// Whether a kernel with positions in its lanes is faster than one with so many channels, `rate` times as fast with full lanes.
+bool planar_pays(const Sweep& sweep, int output_parts, int channels, double rate);
+
+// How many channels a planar kernel of at most so many shall have in its blocks.
+int planar_channels(const Sweep& sweep, int output_parts, int most);
+
+Plan make_plan(const Sweep& sweep, int input_parts, int output_parts, const std::vector<Product>& products, const Tiling& tiling);
+
+}  // namespace captum_dtd::cpu

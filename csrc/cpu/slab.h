@@ -1,0 +1,180 @@
+// What a sweep reads, and how it gets from memory of any layout into a slab.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "conv3d.h"
+#include "loops.h"
+#include "plan.h"
+
+namespace captum_dtd::cpu {
+
+// A sweep's input: x under a lift. Bounds are there where the lift is Box.
+struct Source {
+  View x;
+  Element element;
+  Lift lift = Lift::None;
+  View low, high;
+};
+
+// Neighbouring channels of positions along W that are `step` apart. As a block, its rows are positions and its columns
+// channels, or the other way round where it is planar.
+struct Spot {
+  int64_t n, channel, t, h, w;
+  int64_t positions, channels;
+  int64_t step;
+  bool planar;
+
+  int64_t rows() const { return planar ? channels : positions; }
+  int64_t columns() const { return planar ? positions : channels; }
+};
+
+// A spot in a view's memory.
+struct Place {
+  char* data;
+  int64_t row_stride, column_stride;
+};
+
+inline Place place(const View& view, Element element, const Spot& spot) {
+  const int64_t* stride = view.stride;
+  const int64_t at = spot.n * stride[0] + spot.channel * stride[1] + spot.t * stride[2] + spot.h * stride[3] + spot.w * stride[4];
+  const int64_t across_positions = spot.step * stride[4], across_channels = stride[1];
+  return {static_cast<char*>(view.data) + at * element_bytes(element), spot.planar ? across_channels : across_positions,
+          spot.planar ? across_positions : across_channels};
+}
+
+template <typename Sum>
+void load(const Loops<Sum>& loops, const View& view, Element element, const Spot& spot, Sum* to, int64_t pitch) {
+  const Place from = place(view, element, spot);
+  loops.load(element, from.data, from.row_stride, from.column_stride, spot.rows(), spot.columns(), to, pitch);
+}
+
+template <typename Sum>
+void store(const Loops<Sum>& loops, const Sum* from, int64_t pitch, const View& view, Element element, const Spot& spot) {
+  const Place to = place(view, element, spot);
+  loops.store(element, from, pitch, spot.rows(), spot.columns(), to.data, to.row_stride, to.column_stride);
+}
+
+// One part of the lifted input; `bound` is room for as many numbers.
+template <typename Sum>
+void load_lifted(const Loops<Sum>& loops, const Source& source, int part, const Spot& spot, Sum* to, Sum* bound, int64_t pitch) {
+  load(loops, source.x, source.element, spot, to, pitch);
+  if (source.lift == Lift::None) return;
+  if (source.lift == Lift::Box) load(loops, part == 0 ? source.low : source.high, element_of<Sum>(), spot, bound, pitch);
+  loops.lift(source.lift, part, spot.rows(), spot.columns(), to, bound, to, pitch);
+}
+
+// A block of a sweep's positions, in one group of channels.
+struct Region {
+  int64_t n, count_n, group;
+  int64_t first[3], count[3];
+
+  int64_t positions() const { return count_n * count[0] * count[1] * count[2]; }
+};
+
+inline Region region(const Plan& plan, int64_t slab) {
+  Region region{};
+  int64_t index[3];
+  for (int a = 2; a >= 0; --a) {
+    index[a] = slab % plan.blocks[a];
+    slab /= plan.blocks[a];
+  }
+  region.group = slab % plan.sweep.groups;
+  region.n = slab / plan.sweep.groups * plan.block_n;
+  region.count_n = std::min(plan.block_n, plan.sweep.n - region.n);
+  for (int a = 0; a < 3; ++a) {
+    region.first[a] = index[a] * plan.block[a];
+    region.count[a] = std::min(plan.block[a], plan.sweep.grid[a] - region.first[a]);
+  }
+  return region;
+}
+
+template <typename Operand, typename Sum>
+class SlabPacker {
+ public:
+  SlabPacker(const Plan& plan, const Loops<Sum>& loops, const Source& source, Operand* slab)
+      : plan_(plan), loops_(loops), source_(source), slab_(slab) {}
+
+  void pack(const Region& region) {
+    const int64_t t_count = plan_.extent_of(0, region.count[0]), h_count = plan_.extent_of(1, region.count[1]);
+    for (int64_t n = 0; n < region.count_n; ++n)
+      for (int64_t t = 0; t < t_count; ++t)
+        for (int64_t h = 0; h < h_count; ++h) {
+          const int64_t row = ((n * plan_.extent[0] + t) * plan_.extent[1] + h) * plan_.extent[2];
+          pack_row(region, region.n + n, input(region, 0, t), input(region, 1, h), row);
+        }
+  }
+
+ private:
+  static constexpr int64_t kBuffered = 4096;  // numbers lifted at a time
+
+  // Where in the input a position of the slab lies.
+  int64_t input(const Region& region, int a, int64_t position) const {
+    return region.first[a] * plan_.sweep.stride[a] + plan_.sweep.base[a] + position * plan_.grain[a];
+  }
+
+  void pack_row(const Region& region, int64_t n, int64_t t, int64_t h, int64_t row) {
+    const int64_t width = plan_.extent_of(2, region.count[2]), grain = plan_.grain[2];
+    if (t < 0 || t >= plan_.sweep.in[0] || h < 0 || h >= plan_.sweep.in[1]) return clear(row, row + width);
+    const bool dense = !plan_.windows() && plan_.depth() == plan_.chunks * plan_.chunk;
+    if (!dense) clear(row, row + width);
+    for (const Run& run : plan_.runs) {
+      // The first position that lies within the input, and the one behind the last.
+      const int64_t origin = input(region, 2, 0) + run.shift;
+      const int64_t first = std::min(width, origin < 0 ? (-origin + grain - 1) / grain : 0);
+      const int64_t last = std::clamp((plan_.sweep.in[2] - origin + grain - 1) / grain, first, width);
+      if (dense && run.depth == 0) {
+        clear(row, row + first);
+        clear(row + last, row + width);
+      }
+      const int64_t channel = region.group * plan_.sweep.c_in + run.channel;
+      Operand* to = slab_ + run.depth / plan_.chunk * plan_.chunk_elements + run.depth % plan_.chunk * plan_.depth_pitch;
+      const int64_t most = kBuffered / run.channels;
+      for (int64_t w = first; w < last; w += most)
+        pack_run(run, {n, channel, t, h, origin + w * grain, std::min(most, last - w), run.channels, grain, plan_.tiling.planar},
+                 to + (row + w) * plan_.position_pitch);
+    }
+  }
+
+  // Zeros at neighbouring positions of the slab, in all of its depth.
+  void clear(int64_t from, int64_t to) {
+    if (from == to) return;
+    for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
+      Operand* slab = slab_ + chunk * plan_.chunk_elements;
+      if (plan_.tiling.planar) {
+        for (int64_t depth = 0; depth < plan_.chunk; ++depth) fill_zeros(slab + depth * plan_.depth_pitch + from, to - from);
+      } else {
+        fill_zeros(slab + from * plan_.position_pitch, (to - from) * plan_.position_pitch);
+      }
+    }
+  }
+
+  static void fill_zeros(Operand* at, int64_t count) {
+    std::memset(static_cast<void*>(at), 0, static_cast<size_t>(count) * sizeof(Operand));
+  }
+
+  void pack_run(const Run& run, const Spot& spot, Operand* to) {
+    const int64_t pitch = spot.planar ? plan_.depth_pitch : plan_.position_pitch;
+    if constexpr (std::is_same_v<Operand, Sum>) {
+      if (source_.lift == Lift::None) return load(loops_, source_.x, source_.element, spot, to, pitch);
+    }
+    load_lifted(loops_, source_, run.part, spot, lifted_, bound_, spot.columns());
+    if constexpr (std::is_same_v<Operand, Sum>) {
+      loops_.store(element_of<Sum>(), lifted_, spot.columns(), spot.rows(), spot.columns(), to, pitch, 1);
+    } else {
+      loops_.round(run.product.operand, spot.rows(), spot.columns(), lifted_, spot.columns(), to, pitch);
+    }
+  }
+
+  const Plan& plan_;
+  const Loops<Sum>& loops_;
+  const Source& source_;
+  Operand* slab_;
+  alignas(64) Sum lifted_[kBuffered];
+  alignas(64) Sum bound_[kBuffered];
+};
+
+}  // namespace captum_dtd::cpu

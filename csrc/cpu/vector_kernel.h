@@ -1,0 +1,505 @@
+// The register tile and the memory loops of every instruction set, on the compiler's portable vectors.
+//
+// Included once by each kernel_<isa>.cpp, which is compiled with that set's own flags. Everything here is in an anonymous
+// namespace and nothing of the standard library is called: a function shared between those files could otherwise be the copy
+// that was compiled for a larger instruction set than the machine has.
+//
+// The file defines before: CAPTUM_DTD_ISA, the set's name; kVectorBytes and kRegisters, the size and number of its registers.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "loops.h"
+#include "microkernel.h"
+#include "planar_kernel.h"
+
+namespace captum_dtd::cpu {
+namespace {
+
+template <typename T, int kLanes>
+struct VectorOf {
+  typedef T Register __attribute__((vector_size(kLanes * sizeof(T))));
+  typedef T Memory __attribute__((vector_size(kLanes * sizeof(T)), aligned(alignof(T)), may_alias));  // at any address
+};
+
+template <typename T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+
+template <typename T>
+using Register = typename VectorOf<T, kLanes<T>>::Register;
+template <typename T>
+using Memory = typename VectorOf<T, kLanes<T>>::Memory;
+
+template <typename T>
+inline Register<T> load_vector(const T* from) {
+  return *reinterpret_cast<const Memory<T>*>(from);
+}
+
+template <typename T>
+inline void store_vector(const Register<T>& vector, T* to) {
+  *reinterpret_cast<Memory<T>*>(to) = vector;
+}
+
+// --------------------------------------------------------------------------------- register tile, channels in lanes
+
+constexpr int kVectors = 2;  // of weights; with one register for the input, the rest holds sums
+constexpr int kMaxPositions = (kRegisters - kVectors - 1) / kVectors;
+
+template <typename T, int kPositions>
+void tile(const T* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth, const T* b, T* sum,
+          bool accumulate) {
+  constexpr int kHalf = (kPositions + 1) / 2;
+  constexpr int kStep = kLanes<T>;
+
+  Register<T> sums[kPositions][kVectors];
+#pragma GCC unroll 16
+  for (int p = 0; p < kPositions; ++p)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[p][v] = accumulate ? load_vector(sum + (p * kVectors + v) * kStep) : Register<T>{};
+
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    // Two pointers that the compiler must not derive from each other: from one alone, more multiples of the stride would be
+    // needed than there are registers to index with.
+    const T* halves[2] = {a + offsets[tap], a + offsets[tap] + (kPositions > 1 ? kHalf * position_stride : 0)};
+    asm("" : "+r"(halves[1]));
+    for (int64_t k = 0; k < depth; ++k) {
+      Register<T> weights[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) weights[v] = load_vector(b + v * kStep);
+      b += kVectors * kStep;
+#pragma GCC unroll 16
+      for (int p = 0; p < kPositions; ++p) {
+        const T value = halves[p / kHalf][p % kHalf * position_stride + k];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[p][v] += value * weights[v];
+      }
+    }
+  }
+
+#pragma GCC unroll 16
+  for (int p = 0; p < kPositions; ++p)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store_vector(sums[p][v], sum + (p * kVectors + v) * kStep);
+}
+
+// The tile of exactly as many positions as asked for.
+template <typename T, int kPositions = kMaxPositions>
+void run_tile(int positions, const T* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth, const T* b,
+              T* sum, bool accumulate) {
+  if (positions == kPositions) {
+    tile<T, kPositions>(a, position_stride, offsets, taps, depth, b, sum, accumulate);
+  } else if constexpr (kPositions > 1) {
+    run_tile<T, kPositions - 1>(positions, a, position_stride, offsets, taps, depth, b, sum, accumulate);
+  }
+}
+
+// -------------------------------------------------------------------------------- register tile, positions in lanes
+
+template <typename T, int kChannels, int kColumns>
+void planar_tile(const T* a, int64_t plane, const int64_t* offsets, int64_t taps, int64_t depth, const T* b, T* sum,
+                 int64_t pitch, bool accumulate) {
+  constexpr int kStep = kLanes<T>;
+  Register<T> sums[kChannels][kColumns];
+#pragma GCC unroll 8
+  for (int o = 0; o < kChannels; ++o)
+#pragma GCC unroll 8
+    for (int v = 0; v < kColumns; ++v) sums[o][v] = accumulate ? load_vector(sum + o * pitch + v * kStep) : Register<T>{};
+
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const T* row = a + offsets[tap];
+    for (int64_t k = 0; k < depth; ++k) {
+      Register<T> inputs[kColumns];
+#pragma GCC unroll 8
+      for (int v = 0; v < kColumns; ++v) inputs[v] = load_vector(row + v * kStep);
+#pragma GCC unroll 8
+      for (int o = 0; o < kChannels; ++o) {
+        const T weight = b[o];
+#pragma GCC unroll 8
+        for (int v = 0; v < kColumns; ++v) sums[o][v] += weight * inputs[v];
+      }
+      row += plane;
+      b += kChannels;
+    }
+  }
+
+#pragma GCC unroll 8
+  for (int o = 0; o < kChannels; ++o)
+#pragma GCC unroll 8
+    for (int v = 0; v < kColumns; ++v) store_vector(sums[o][v], sum + o * pitch + v * kStep);
+}
+
+// As many vectors of positions as leave a register for a weight.
+constexpr int max_columns(int channels) {
+  const int columns = (kRegisters - 1) / (channels + 1);
+  return columns < 8 ? columns : 8;
+}
+
+template <typename T, int kChannels = PlanarKernel<T>::kMaxChannels, int kColumns = max_columns(kChannels)>
+void run_planar(int channels, int vectors, const T* a, int64_t plane, const int64_t* offsets, int64_t taps, int64_t depth,
+                const T* b, T* sum, int64_t pitch, bool accumulate) {
+  if (channels != kChannels) {
+    if constexpr (kChannels > 1 && kColumns == max_columns(kChannels))
+      run_planar<T, kChannels - 1>(channels, vectors, a, plane, offsets, taps, depth, b, sum, pitch, accumulate);
+  } else if (vectors == kColumns) {
+    planar_tile<T, kChannels, kColumns>(a, plane, offsets, taps, depth, b, sum, pitch, accumulate);
+  } else if constexpr (kColumns > 1) {
+    run_planar<T, kChannels, kColumns - 1>(channels, vectors, a, plane, offsets, taps, depth, b, sum, pitch, accumulate);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ element types
+
+struct float16 {
+  uint16_t bits;
+};
+
+template <typename To, typename From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "only the type of the same bits changes");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+inline float widen(bfloat16 value) { return bits_as<float>(uint32_t{value.bits} << 16); }
+
+inline float widen(float16 value) {
+  const uint32_t magnitude = (uint32_t{value.bits} & 0x7fff) << 13;
+  const uint32_t sign = (uint32_t{value.bits} & 0x8000) << 16;
+  const uint32_t scaled =
+      bits_as<uint32_t>(bits_as<float>(magnitude) * 0x1p112f);         // exponent bias 127 for 15, also of subnormals
+  const uint32_t infinite = magnitude >= 0x0f800000 ? 0x7f800000 : 0;  // infinities and NaN
+  return bits_as<float>(sign | scaled | infinite);
+}
+
+inline void narrow(float value, float& to) { to = value; }
+inline void narrow(double value, double& to) { to = value; }
+
+// To nearest, ties to even; a NaN stays one.
+inline void narrow(float value, bfloat16& to) {
+  const uint32_t bits = bits_as<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to.bits = static_cast<uint16_t>(value != value ? (bits >> 16) | 0x40 : rounded);
+}
+
+inline void narrow(float value, float16& to) {
+  const uint32_t bits = bits_as<uint32_t>(value);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  // Adding 1/2 rounds a subnormal to a multiple of its unit 2^-24, which is that of 1/2 in a float.
+  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000;
+  const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
+  to.bits = static_cast<uint16_t>(((bits >> 16) & 0x8000) | (magnitude >= 0x47800000 ? special : finite));
+}
+
+// ---------------------------------------------------------------------------------------------------- memory
+
+// Which lanes of two rows, one after the other, make up the upper or the lower of them once their halves are exchanged at a
+// distance. Written out as constants, which the compiler does not make of a loop.
+template <typename Index, bool kLower, int kDistance, int... kLane>
+inline Register<Index> exchange(std::integer_sequence<int, kLane...>) {
+  constexpr int kSize = sizeof...(kLane);
+  return Register<Index>{Index((kLane & kDistance ? kSize + kLane - kDistance : kLane) + (kLower ? kDistance : 0))...};
+}
+
+// A square of vectors turned over its diagonal: halves are exchanged at every distance that is a power of two.
+template <typename T, int kDistance = 1>
+inline void transpose(Register<T> (&rows)[kLanes<T>]) {
+  using Index = std::conditional_t<sizeof(T) == sizeof(int32_t), int32_t, int64_t>;
+  constexpr int kSize = kLanes<T>;
+  using Lanes = std::make_integer_sequence<int, kSize>;
+  const Register<Index> first = exchange<Index, false, kDistance>(Lanes{}), second = exchange<Index, true, kDistance>(Lanes{});
+#pragma GCC unroll 16
+  for (int row = 0; row < kSize; ++row) {
+    if (row & kDistance) continue;
+    const Register<T> upper = rows[row], lower = rows[row + kDistance];
+    rows[row] = __builtin_shuffle(upper, lower, first);
+    rows[row + kDistance] = __builtin_shuffle(upper, lower, second);
+  }
+  if constexpr (2 * kDistance < kSize) transpose<T, 2 * kDistance>(rows);
+}
+
+template <typename T, typename Source>
+inline Register<T> load_widened(const Source* from) {
+  if constexpr (std::is_same_v<T, Source>) return load_vector(from);
+  T wide[kLanes<T>];
+  for (int i = 0; i < kLanes<T>; ++i) wide[i] = widen(from[i]);
+  return load_vector(wide);
+}
+
+template <typename T, typename Target>
+inline void store_narrowed(const Register<T>& vector, Target* to) {
+  if constexpr (std::is_same_v<T, Target>) return store_vector(vector, to);
+  T wide[kLanes<T>];
+  store_vector(vector, wide);
+  for (int i = 0; i < kLanes<T>; ++i) narrow(wide[i], to[i]);
+}
+
+// The first `count` lanes alone.
+template <typename T, typename Source>
+inline Register<T> load_widened(const Source* from, int64_t count) {
+  if (count == kLanes<T>) return load_widened<T>(from);
+  T wide[kLanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i) wide[i] = widen(from[i]);
+  return load_vector(wide);
+}
+
+template <typename T, typename Target>
+inline void store_narrowed(const Register<T>& vector, Target* to, int64_t count) {
+  if (count == kLanes<T>) return store_narrowed<T>(vector, to);
+  T wide[kLanes<T>];
+  store_vector(vector, wide);
+  for (int64_t i = 0; i < count; ++i) narrow(wide[i], to[i]);
+}
+
+// to[column * to_pitch + row] = from[row * from_pitch + column], in squares of vectors; T is the wider of the two types.
+template <typename T, typename Source, typename Target>
+void turn(const Source* from, int64_t from_pitch, int64_t rows, int64_t columns, Target* to, int64_t to_pitch) {
+  constexpr int64_t kSize = kLanes<T>;
+  for (int64_t row = 0; row < rows; row += kSize)
+    for (int64_t column = 0; column < columns; column += kSize) {
+      const int64_t height = rows - row < kSize ? rows - row : kSize, width = columns - column < kSize ? columns - column : kSize;
+      const Source* corner = from + row * from_pitch + column;
+      Target* turned = to + column * to_pitch + row;
+      if (2 * height < kSize || 2 * width < kSize) {  // too little for shuffles to pay
+        for (int64_t i = 0; i < height; ++i)
+          for (int64_t j = 0; j < width; ++j) narrow(T(widen(corner[i * from_pitch + j])), turned[j * to_pitch + i]);
+        continue;
+      }
+      Register<T> square[kSize];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSize; ++i)
+        square[i] = i < height ? load_widened<T>(corner + i * from_pitch, width) : Register<T>{};
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < kSize; ++j)
+        if (j < width) store_narrowed<T>(square[j], turned + j * to_pitch, height);
+    }
+}
+
+// to[row * to_row + column * to_column] = from[row * from_row + column * from_column], whichever way is contiguous.
+template <typename T, typename Source, typename Target>
+void copy(const Source* from, int64_t from_row, int64_t from_column, int64_t rows, int64_t columns, Target* to, int64_t to_row,
+          int64_t to_column) {
+  if (from_column == 1 && to_column == 1) {
+    if (from_row == columns && to_row == columns) {
+      columns *= rows;
+      rows = 1;
+    }
+    for (int64_t row = 0; row < rows; ++row)
+#pragma GCC ivdep
+      for (int64_t column = 0; column < columns; ++column)
+        narrow(T(widen(from[row * from_row + column])), to[row * to_row + column]);
+  } else if (from_row == 1 && to_column == 1) {
+    turn<T>(from, from_column, columns, rows, to, to_row);
+  } else if (from_column == 1 && to_row == 1) {
+    turn<T>(from, from_row, rows, columns, to, to_column);
+  } else {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t column = 0; column < columns; ++column)
+        narrow(T(widen(from[row * from_row + column * from_column])), to[row * to_row + column * to_column]);
+  }
+}
+
+// Calls body with a pointer to elements of their own type.
+template <typename Sum, typename Pointer, typename Body>
+inline void typed(Element type, Pointer pointer, Body body) {
+  constexpr bool kConstant = std::is_same_v<Pointer, const void*>;
+  const auto as = [&](auto element) {
+    using Type = std::conditional_t<kConstant, const decltype(element), decltype(element)>;
+    body(static_cast<Type*>(pointer));
+  };
+  if constexpr (sizeof(Sum) == sizeof(double)) {
+    as(double{});
+  } else {
+    if (type == Element::BFloat16) return as(bfloat16{});
+    if (type == Element::Float16) return as(float16{});
+    as(float{});
+  }
+}
+
+template <typename Sum>
+void load(Element type, const void* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, Sum* to,
+          int64_t pitch) {
+  typed<Sum>(type, from, [&](auto* data) { copy<Sum>(data, row_stride, column_stride, rows, columns, to, pitch, 1); });
+}
+
+template <typename Sum>
+void store(Element type, const Sum* from, int64_t pitch, int64_t rows, int64_t columns, void* to, int64_t row_stride,
+           int64_t column_stride) {
+  typed<Sum>(type, to, [&](auto* data) { copy<Sum>(from, pitch, 1, rows, columns, data, row_stride, column_stride); });
+}
+
+// ------------------------------------------------------------------------------------------------ arithmetic
+
+// Calls body(row * pitch + column) for the elements of a block.
+template <typename Body>
+inline void each(int64_t rows, int64_t columns, Body body) {
+  for (int64_t row = 0; row < rows; ++row)
+#pragma GCC ivdep
+    for (int64_t column = 0; column < columns; ++column) body(row, column);
+}
+
+// Comparisons are written so that a NaN is kept.
+template <typename Sum>
+void lift(Lift lift, int part, int64_t rows, int64_t columns, const Sum* x, const Sum* bound, Sum* to, int64_t pitch) {
+  if (lift == Lift::Signed && part == 0)
+    each(rows, columns, [=](int64_t r, int64_t c) { to[r * pitch + c] = x[r * pitch + c] < 0 ? Sum(0) : x[r * pitch + c]; });
+  if (lift == Lift::Signed && part == 1)
+    each(rows, columns, [=](int64_t r, int64_t c) { to[r * pitch + c] = x[r * pitch + c] > 0 ? Sum(0) : -x[r * pitch + c]; });
+  if (lift == Lift::Box && part == 0)
+    each(rows, columns, [=](int64_t r, int64_t c) { to[r * pitch + c] = x[r * pitch + c] - bound[r * pitch + c]; });
+  if (lift == Lift::Box && part == 1)
+    each(rows, columns, [=](int64_t r, int64_t c) { to[r * pitch + c] = bound[r * pitch + c] - x[r * pitch + c]; });
+}
+
+template <typename Sum>
+void round(Digit digit, int64_t rows, int64_t columns, const Sum* from, int64_t from_pitch, bfloat16* to, int64_t to_pitch) {
+  if (digit == Digit::High) {
+    each(rows, columns,
+         [=](int64_t r, int64_t c) { narrow(static_cast<float>(from[r * from_pitch + c]), to[r * to_pitch + c]); });
+  } else {
+    each(rows, columns, [=](int64_t r, int64_t c) {
+      const float value = static_cast<float>(from[r * from_pitch + c]);
+      bfloat16 high;
+      narrow(value, high);
+      const float rest = value - widen(high);
+      narrow(rest - rest == 0 ? rest : 0.0f, to[r * to_pitch + c]);  // of an infinity or a NaN nothing is left over
+    });
+  }
+}
+
+template <typename Sum>
+constexpr Sum smallest_normal() {
+  return sizeof(Sum) == sizeof(double) ? Sum(0x1p-1022) : Sum(0x1p-126);
+}
+
+// A subnormal denominator counts as zero, since the quotient would overflow; nothing is passed where it vanishes.
+template <typename Sum>
+void divide(int64_t rows, int64_t columns, const Sum* sums, int64_t sums_pitch, Sum stabilizer, const Sum* relevance,
+            int64_t pitch, Sum* to, int64_t to_pitch) {
+  if (stabilizer != 0) {
+    each(rows, columns, [=](int64_t r, int64_t c) {
+      const Sum z = sums[r * sums_pitch + c];
+      to[r * to_pitch + c] = relevance[r * pitch + c] / (z < 0 ? z - stabilizer : z + stabilizer);
+    });
+  } else {
+    each(rows, columns, [=](int64_t r, int64_t c) {
+      const Sum z = sums[r * sums_pitch + c];
+      const bool vanishes = (z < 0 ? -z : z) < smallest_normal<Sum>();
+      const Sum quotient = relevance[r * pitch + c] / (vanishes ? Sum(1) : z);
+      to[r * to_pitch + c] = vanishes ? Sum(0) : quotient;
+    });
+  }
+}
+
+template <typename Sum>
+void multiply(int64_t rows, int64_t columns, const Sum* sums, int64_t sums_pitch, const Sum* u, int64_t pitch, bool add, Sum* to,
+              int64_t to_pitch) {
+  if (add) {
+    each(rows, columns, [=](int64_t r, int64_t c) { to[r * to_pitch + c] += u[r * pitch + c] * sums[r * sums_pitch + c]; });
+  } else {
+    each(rows, columns, [=](int64_t r, int64_t c) { to[r * to_pitch + c] = u[r * pitch + c] * sums[r * sums_pitch + c]; });
+  }
+}
+
+// --------------------------------------------------------------------------------------------- rows of a filter
+
+// Scalars or vectors; a NaN is kept.
+template <Sign kSign, typename Value>
+inline Value part_of(Value weight) {
+  if constexpr (kSign == Sign::Positive) return weight < Value{} ? Value{} : weight;
+  if constexpr (kSign == Sign::Negative) return weight > Value{} ? Value{} : -weight;
+  return weight;
+}
+
+constexpr int kRowsAtOnce = 4;
+
+template <Sign kSign, int kRows, typename Source, typename Sum>
+void dot_rows(const Source* weights, int64_t columns, const Sum* u, Sum* z) {
+  constexpr int kStep = kLanes<Sum>;
+  Register<Sum> sums[kRows]{};
+  int64_t column = 0;
+  for (; column + kStep <= columns; column += kStep) {
+    const Register<Sum> input = load_vector(u + column);
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row)
+      sums[row] += input * part_of<kSign>(load_widened<Sum>(weights + row * columns + column));
+  }
+  for (int row = 0; row < kRows; ++row) {
+    Sum total = 0;
+    for (int lane = 0; lane < kStep; ++lane) total += sums[row][lane];
+    for (int64_t rest = column; rest < columns; ++rest)
+      total += u[rest] * part_of<kSign>(Sum(widen(weights[row * columns + rest])));
+    z[row] += total;
+  }
+}
+
+template <Sign kSign, int kRows, typename Source, typename Sum>
+void spread_rows(const Source* weights, int64_t columns, const Sum* s, Sum* to) {
+  constexpr int kStep = kLanes<Sum>;
+  int64_t column = 0;
+  for (; column + kStep <= columns; column += kStep) {
+    Register<Sum> sum = load_vector(to + column);
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) sum += s[row] * part_of<kSign>(load_widened<Sum>(weights + row * columns + column));
+    store_vector(sum, to + column);
+  }
+  for (; column < columns; ++column)
+    for (int row = 0; row < kRows; ++row) to[column] += s[row] * part_of<kSign>(Sum(widen(weights[row * columns + column])));
+}
+
+// Calls body<kSign, kRows>(first row) until all rows are done.
+template <Sign kSign, typename Body>
+inline void each_rows(int64_t rows, Body body) {
+  int64_t row = 0;
+  for (; row + kRowsAtOnce <= rows; row += kRowsAtOnce)
+    body(std::integral_constant<Sign, kSign>{}, std::integral_constant<int, kRowsAtOnce>{}, row);
+  for (; row < rows; ++row) body(std::integral_constant<Sign, kSign>{}, std::integral_constant<int, 1>{}, row);
+}
+
+template <typename Body>
+inline void with_sign(Sign sign, int64_t rows, Body body) {
+  if (sign == Sign::Both) each_rows<Sign::Both>(rows, body);
+  if (sign == Sign::Positive) each_rows<Sign::Positive>(rows, body);
+  if (sign == Sign::Negative) each_rows<Sign::Negative>(rows, body);
+}
+
+template <typename Sum>
+void dot(Element type, const void* weights, int64_t rows, int64_t columns, Sign sign, const Sum* u, Sum* z) {
+  typed<Sum>(type, weights, [&](auto* data) {
+    with_sign(sign, rows, [&](auto of_sign, auto count, int64_t row) {
+      dot_rows<of_sign(), count()>(data + row * columns, columns, u, z + row);
+    });
+  });
+}
+
+template <typename Sum>
+void spread(Element type, const void* weights, int64_t rows, int64_t columns, Sign sign, const Sum* s, Sum* to) {
+  typed<Sum>(type, weights, [&](auto* data) {
+    with_sign(sign, rows, [&](auto of_sign, auto count, int64_t row) {
+      spread_rows<of_sign(), count()>(data + row * columns, columns, s + row, to);
+    });
+  });
+}
+
+template <typename Sum>
+constexpr Loops<Sum> kLoops{load<Sum>, store<Sum>, lift<Sum>, round<Sum>, divide<Sum>, multiply<Sum>, dot<Sum>, spread<Sum>};
+
+template <typename T>
+constexpr MicroKernel<T, T> kTile{CAPTUM_DTD_ISA, kMaxPositions, kLanes<T> * kVectors, 1, run_tile<T>};
+
+template <typename T>
+constexpr PlanarKernel<T> kPlanar{
+    kLanes<T>,
+    {0, max_columns(1), max_columns(2), max_columns(3), max_columns(4), max_columns(5), max_columns(6)},
+    run_planar<T>};
+
+}  // namespace
+}  // namespace captum_dtd::cpu

@@ -1,0 +1,240 @@
+#include "weights.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <list>
+#include <map>
+#include <mutex>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "parallel.h"
+
+namespace captum_dtd::cpu {
+namespace {
+
+// ------------------------------------------------------------------------------------------------------ hash
+
+constexpr uint64_t kOdd[4] = {0x9e3779b97f4a7c15, 0xc2b2ae3d27d4eb4f, 0x165667b19e3779f9, 0xd6e8feb86659fd93};
+constexpr int64_t kPiece = 1 << 20;  // bytes hashed as one
+
+uint64_t fold(uint64_t a, uint64_t b) {
+  const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
+  return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
+}
+
+// Four streams of 16 bytes each, each with two states of 64 bits that see the data in other places of the product.
+Hash hash_piece(const unsigned char* data, int64_t bytes) {
+  uint64_t low[4], high[4];
+  for (int i = 0; i < 4; ++i) {
+    low[i] = kOdd[i] + static_cast<uint64_t>(bytes);
+    high[i] = ~low[i];
+  }
+  const auto mix = [&](const unsigned char* block) {
+    for (int i = 0; i < 4; ++i) {
+      uint64_t word[2];
+      std::memcpy(word, block + 16 * i, sizeof(word));
+      low[i] = fold(low[i] ^ word[0], kOdd[i] ^ word[1]) + word[1];
+      high[i] = fold(high[i] ^ word[1], kOdd[3 - i] ^ word[0]) + word[0];
+    }
+  };
+  int64_t done = 0;
+  for (; done + 64 <= bytes; done += 64) mix(data + done);
+  if (done < bytes) {
+    unsigned char rest[64] = {};
+    std::memcpy(rest, data + done, static_cast<size_t>(bytes - done));
+    mix(rest);
+  }
+  Hash hash{0, 0};
+  for (int i = 0; i < 4; ++i) {
+    hash.low = fold(hash.low ^ low[i], kOdd[1] ^ high[i]) + low[i];
+    hash.high = fold(hash.high ^ high[i], kOdd[2] ^ low[i]) + high[i];
+  }
+  return hash;
+}
+
+// ----------------------------------------------------------------------------------------------------- cache
+
+class Cache {
+ public:
+  std::shared_ptr<const Buffer> find(const Hash& hash) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = entries_.find({hash.low, hash.high});
+    if (found == entries_.end()) return nullptr;
+    recent_.splice(recent_.begin(), recent_, found->second);
+    return found->second->buffer;
+  }
+
+  void insert(const Hash& hash, const std::shared_ptr<const Buffer>& buffer) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Key key{hash.low, hash.high};
+    if (buffer->bytes() > limit_ || entries_.count(key) != 0) return;
+    recent_.push_front({key, buffer});
+    entries_[key] = recent_.begin();
+    bytes_ += buffer->bytes();
+    while (bytes_ > limit_) {
+      bytes_ -= recent_.back().buffer->bytes();
+      entries_.erase(recent_.back().key);
+      recent_.pop_back();
+    }
+  }
+
+ private:
+  using Key = std::pair<uint64_t, uint64_t>;
+  struct Entry {
+    Key key;
+    std::shared_ptr<const Buffer> buffer;
+  };
+
+  static size_t limit() {
+    const char* megabytes = std::getenv("CAPTUM_DTD_WEIGHT_CACHE_MB");
+    return static_cast<size_t>(megabytes != nullptr ? std::strtoull(megabytes, nullptr, 10) : 1024) << 20;
+  }
+
+  std::mutex mutex_;
+  std::list<Entry> recent_;  // the most recently used first
+  std::map<Key, std::list<Entry>::iterator> entries_;
+  size_t bytes_ = 0;
+  const size_t limit_ = limit();
+};
+
+Cache& cache() {
+  static Cache kept;
+  return kept;
+}
+
+// ----------------------------------------------------------------------------------------------------- packing
+
+Hash key(const Filter& filter, const Use& use, const Plan& plan) {
+  const Sweep& sweep = plan.sweep;
+  std::vector<int64_t> how{static_cast<int64_t>(filter.hash.low),
+                           static_cast<int64_t>(filter.hash.high),
+                           static_cast<int64_t>(filter.element),
+                           use.adjoint,
+                           use.split,
+                           sweep.groups,
+                           filter.c_out,
+                           filter.c_in,
+                           plan.tiling.channels,
+                           plan.tiling.pair,
+                           plan.tiling.operand_bytes,
+                           plan.output_parts,
+                           plan.block_channels,
+                           plan.chunk,
+                           plan.chunks};
+  for (int a = 0; a < 3; ++a)
+    how.insert(how.end(), {sweep.filter[a], sweep.taps[a], sweep.first_tap[a], sweep.tap_skip[a], plan.taps[a]});
+  for (const Run& run : plan.runs)
+    how.insert(how.end(), {run.part, static_cast<int64_t>(run.product.weight), run.tap_w, run.channel, run.channels, run.depth});
+  return hash_piece(reinterpret_cast<const unsigned char*>(how.data()), static_cast<int64_t>(how.size() * sizeof(int64_t)));
+}
+
+// Packs the weights of one block of channels at a time: a run's channels by the block's lanes, tap by tap.
+template <typename Operand, typename Sum>
+class Packer {
+ public:
+  Packer(const Filter& filter, const Use& use, const Plan& plan, const Loops<Sum>& loops, Operand* to)
+      : filter_(filter), use_(use), plan_(plan), loops_(loops), to_(to) {}
+
+  void pack(int64_t group, int64_t block) const {
+    const Tiling& tiling = plan_.tiling;
+    Operand* to = to_ + (group * plan_.channel_blocks + block) * plan_.packed_block();
+    std::memset(static_cast<void*>(to), 0, static_cast<size_t>(plan_.packed_block()) * sizeof(Operand));
+
+    const int64_t first = block * plan_.block_channels;
+    const int64_t lanes = std::min(plan_.block_channels, plan_.sweep.c_out - first);
+    std::vector<Sum> weights(static_cast<size_t>(kMostRows * tiling.channels));
+    for (const Run& run : plan_.runs)
+      for (int64_t tap = 0; tap < plan_.tap_volume(); ++tap) {
+        const int64_t chunk = run.depth / plan_.chunk, depth = run.depth % plan_.chunk;
+        Operand* const tap_weights = to + (chunk * plan_.tap_volume() + tap) * plan_.chunk * tiling.channels;
+        for (int part = 0; part < plan_.output_parts; ++part) {
+          load(group, run, tap, first, lanes, part, weights.data());
+          write(run, depth, lanes, weights.data(), tap_weights, part * plan_.block_channels);
+        }
+      }
+  }
+
+ private:
+  static constexpr int64_t kMostRows = 64;
+
+  // v of the filter, or its part, as [channel of the run][lane].
+  void load(int64_t group, const Run& run, int64_t tap, int64_t first, int64_t lanes, int part, Sum* weights) const {
+    const int64_t across_out = filter_.c_in * filter_.volume, across_in = filter_.volume;
+    const int64_t lane_stride = use_.adjoint ? across_in : across_out, row_stride = use_.adjoint ? across_out : across_in;
+    const int64_t at = group * filter_.c_out * across_out + first * lane_stride + run.channel * row_stride + filter_tap(run, tap);
+    const char* from = static_cast<const char*>(filter_.data) + at * element_bytes(filter_.element);
+    loops_.load(filter_.element, from, row_stride, lane_stride, run.channels, lanes, weights, lanes);
+    if (use_.split)
+      loops_.lift(Lift::Signed, use_.adjoint ? part : run.part, run.channels, lanes, weights, nullptr, weights, lanes);
+  }
+
+  int64_t filter_tap(const Run& run, int64_t tap) const {
+    const Sweep& sweep = plan_.sweep;
+    const int64_t index[3] = {tap / (plan_.taps[1] * plan_.taps[2]), tap / plan_.taps[2] % plan_.taps[1],
+                              tap % plan_.taps[2] + run.tap_w};
+    int64_t at = 0;
+    for (int a = 0; a < 3; ++a) at = at * sweep.filter[a] + sweep.first_tap[a] + index[a] * sweep.tap_skip[a];
+    return at;
+  }
+
+  void write(const Run& run, int64_t depth, int64_t lanes, const Sum* weights, Operand* to, int64_t first_lane) const {
+    const Tiling& tiling = plan_.tiling;
+    for (int64_t row = 0; row < run.channels; ++row) {
+      const int64_t at = depth + row;
+      Operand* target = to + (at / tiling.pair * tiling.channels + first_lane) * tiling.pair + at % tiling.pair;
+      if constexpr (std::is_same_v<Operand, Sum>) {
+        std::memcpy(target, weights + row * lanes, static_cast<size_t>(lanes) * sizeof(Sum));
+      } else {
+        bfloat16 rounded[kMostLanes];
+        loops_.round(run.product.weight, 1, lanes, weights + row * lanes, lanes, rounded, lanes);
+        for (int64_t lane = 0; lane < lanes; ++lane) target[lane * tiling.pair] = rounded[lane];
+      }
+    }
+  }
+
+  static constexpr int64_t kMostLanes = 256;
+
+  const Filter& filter_;
+  const Use& use_;
+  const Plan& plan_;
+  const Loops<Sum>& loops_;
+  Operand* to_;
+};
+
+}  // namespace
+
+Hash hash_bytes(const void* data, int64_t bytes, ParallelFor parallel_for) {
+  const auto* from = static_cast<const unsigned char*>(data);
+  std::vector<Hash> pieces(static_cast<size_t>((bytes + kPiece - 1) / kPiece));
+  parallel(parallel_for, static_cast<int64_t>(pieces.size()), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      pieces[static_cast<size_t>(i)] = hash_piece(from + i * kPiece, std::min(kPiece, bytes - i * kPiece));
+  });
+  return hash_piece(reinterpret_cast<const unsigned char*>(pieces.data()), static_cast<int64_t>(pieces.size() * sizeof(Hash)));
+}
+
+template <typename Operand, typename Sum>
+std::shared_ptr<const Buffer> packed_weights(const Filter& filter, const Use& use, const Plan& plan, const Loops<Sum>& loops,
+                                             ParallelFor parallel_for) {
+  const Hash hash = key(filter, use, plan);
+  if (auto found = cache().find(hash)) return found;
+  const auto buffer = std::make_shared<const Buffer>(static_cast<size_t>(plan.packed_weights()) * sizeof(Operand));
+  const Packer<Operand, Sum> packer(filter, use, plan, loops, buffer->as<Operand>());
+  parallel(parallel_for, plan.sweep.groups * plan.channel_blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) packer.pack(i / plan.channel_blocks, i % plan.channel_blocks);
+  });
+  cache().insert(hash, buffer);
+  return buffer;
+}
+
+template std::shared_ptr<const Buffer> packed_weights<float>(const Filter&, const Use&, const Plan&, const Loops<float>&,
+                                                             ParallelFor);
+template std::shared_ptr<const Buffer> packed_weights<double>(const Filter&, const Use&, const Plan&, const Loops<double>&,
+                                                              ParallelFor);
+template std::shared_ptr<const Buffer> packed_weights<bfloat16>(const Filter&, const Use&, const Plan&, const Loops<float>&,
+                                                                ParallelFor);
+
+}  // namespace captum_dtd::cpu

@@ -1,0 +1,421 @@
+// Relevance of a convolution in two passes: the forward sweep leaves s = R / z in the workspace, the adjoint sweeps make
+// u * adj(s) of it. The plain convolution is the forward sweep alone. Weights are packed before a pass and, where its depth
+// is split, the splits added up after it.
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+#include "conv3d.h"
+#include "device.h"
+#include "implicit_gemm.h"
+#include "pack.h"
+
+namespace captum_dtd::cuda {
+namespace {
+
+enum class Arithmetic { Tf32, Tf32x3, BFloat16, Float16 };
+
+struct Kernel {
+  const char* name;
+  Arithmetic forward, adjoint;
+};
+
+constexpr Kernel kTf32x3{"cuda/tf32x3", Arithmetic::Tf32x3, Arithmetic::Tf32x3};
+constexpr Kernel kTf32{"cuda/tf32", Arithmetic::Tf32, Arithmetic::Tf32};
+constexpr Kernel kBf16{"cuda/bf16", Arithmetic::BFloat16, Arithmetic::BFloat16};
+constexpr Kernel kF16{"cuda/f16", Arithmetic::Float16, Arithmetic::Tf32};
+
+std::vector<Kernel> kernels_of(Element element) {
+  switch (element) {
+    case Element::Float32: return {kTf32x3, kTf32, kBf16};
+    case Element::BFloat16: return {kBf16, kTf32, kTf32x3};
+    case Element::Float16: return {kF16, kTf32, kTf32x3};
+    case Element::Float64: break;
+  }
+  return {};
+}
+
+Kernel kernel_named(const std::string& name, Element element) {
+  std::string known;
+  for (const Kernel& kernel : kernels_of(element)) {
+    if (kernel.name == name) return kernel;
+    known += std::string(known.empty() ? "" : ", ") + kernel.name;
+  }
+  throw std::invalid_argument("no CUDA convolution kernel is named " + name + " for this type; there are: " + known);
+}
+
+int operand_bytes(Arithmetic arithmetic) { return arithmetic == Arithmetic::Tf32 || arithmetic == Arithmetic::Tf32x3 ? 4 : 2; }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t volume(const int64_t (&size)[3]) { return size[0] * size[1] * size[2]; }
+
+// ------------------------------------------------------------------------------------------------ the choice of kernels
+
+using MultiplySweep = void (*)(Gemm);
+
+struct Choice {
+  Tiling tiling;
+  MultiplySweep kernel;
+  int threads, shared_bytes;
+};
+
+template <typename Arithmetic, typename Tile, template <typename, typename> class Loader>
+Choice choice() {
+  return {{Tile::kRows, Tile::kColumns, 1}, multiply_sweep<Arithmetic, Tile, Loader>, Tile::kThreads, Tile::kSharedBytes};
+}
+
+// Large tiles first.
+template <typename Arithmetic>
+std::vector<Choice> choices(bool lifts) {
+  if (lifts) return {choice<Arithmetic, Small, LiftingLoader>()};
+  std::vector<Choice> all = {choice<Arithmetic, Medium, DenseLoader>(), choice<Arithmetic, Small, DenseLoader>(),
+                             choice<Arithmetic, Narrow, DenseLoader>()};
+  // Two sets of sums and split operands leave no registers for the largest tile.
+  if constexpr (!kSame<Arithmetic, Tf32x3>) all.insert(all.begin(), choice<Arithmetic, Large, DenseLoader>());
+  return all;
+}
+
+std::vector<Choice> choices(Arithmetic arithmetic, bool lifts) {
+  switch (arithmetic) {
+    case Arithmetic::Tf32: return choices<Tf32>(lifts);
+    case Arithmetic::Tf32x3: return choices<Tf32x3>(lifts);
+    case Arithmetic::BFloat16: return choices<Bf16>(lifts);
+    case Arithmetic::Float16: break;
+  }
+  return choices<F16>(lifts);
+}
+
+// The largest tile that wastes no columns and fills the device; where even the smallest does not, the depth is split. It
+// depends on the shape alone, so that results are the same on every device.
+Choice choose(const std::vector<Choice>& all, int64_t rows, int64_t columns, int64_t groups, int64_t stages, Tiling forced) {
+  constexpr int64_t kFull = 128;           // blocks: about the multiprocessors of a data centre's device
+  constexpr int64_t kStagesOfASplit = 16;  // at least, to be worth a second pass
+  const auto padded = [&](const Choice& c) { return ceil_div(columns, c.tiling.columns) * c.tiling.columns; };
+  const auto blocks = [&](const Choice& c) { return ceil_div(rows, c.tiling.rows) * padded(c) / c.tiling.columns * groups; };
+  const Choice* best = nullptr;
+  for (const Choice& c : all) {
+    if (forced.rows != 0) {
+      if (c.tiling.rows == forced.rows && c.tiling.columns == forced.columns) best = &c;
+    } else if (c.tiling.columns == Narrow::kColumns && columns > Narrow::kColumns) {
+      continue;
+    } else if (best == nullptr || padded(c) < padded(*best) || (blocks(*best) < kFull && blocks(c) > blocks(*best))) {
+      best = &c;
+    }
+  }
+  if (best == nullptr) throw std::invalid_argument("this kernel has no such tile");
+  Choice chosen = *best;
+  const int64_t wanted = std::min(ceil_div(2 * kFull, std::max<int64_t>(blocks(chosen), 1)), stages / kStagesOfASplit);
+  chosen.tiling.splits = static_cast<int>(blocks(chosen) < kFull ? std::max<int64_t>(wanted, 1) : 1);
+  if (forced.splits != 0) chosen.tiling.splits = forced.splits;
+  return chosen;
+}
+
+// ------------------------------------------------------------------------------------------------ plans
+
+// What both passes know of a convolution.
+struct Layer {
+  Conv3d conv;
+  const void* weight;
+  Lifted u;
+  bool clips;  // its weights, to their positive and negative parts
+
+  bool lifts() const { return u.lift != Lift::None; }
+};
+
+// All sweeps forward, or all of the adjoint, and what they share.
+struct Pass {
+  std::vector<Sweep> sweeps;
+  bool is_adjoint;
+  Arithmetic arithmetic;
+  int column_parts, depth_parts;  // how often a channel stands there: once for each part of its lift
+  int64_t columns, width;         // of one group: computed, and written by the epilogue
+  int64_t padded;                 // channels read for each tap, padded to whole chunks
+  Choice choice;
+
+  int64_t tap_chunks() const { return padded * operand_bytes(arithmetic) / kChunk; }
+  int64_t stages(const Sweep& s) const { return ceil_div(volume(s.taps) * tap_chunks(), kStageChunks); }
+  int64_t weight_chunks(const Sweep& s) const { return s.groups * stages(s) * columns * kStageChunks; }
+  int64_t rows(const Sweep& s) const { return s.n * volume(s.grid); }
+
+  template <typename Number>
+  int64_t sum(Number number) const {
+    int64_t total = 0;
+    for (const Sweep& s : sweeps) total += (this->*number)(s);
+    return total;
+  }
+
+  int64_t partial_bytes() const {
+    const int64_t splits = choice.tiling.splits;
+    return splits == 1 ? 0 : splits * sum(&Pass::rows) * sweeps.front().groups * width * static_cast<int64_t>(sizeof(float));
+  }
+};
+
+// `width_multiple`: to which the epilogue pads its columns.
+Pass make_pass(const Layer& layer, bool is_adjoint, Arithmetic arithmetic, int64_t width_multiple, Tiling tiling) {
+  Pass pass{};
+  pass.is_adjoint = is_adjoint;
+  pass.sweeps = is_adjoint ? adjoint_sweeps(layer.conv) : std::vector<Sweep>{forward_sweep(layer.conv)};
+  pass.arithmetic = arithmetic;
+  pass.column_parts = is_adjoint ? parts(layer.u.lift) : 1;
+  pass.depth_parts = is_adjoint ? 1 : parts(layer.u.lift);
+  const int64_t elements = kChunk / operand_bytes(arithmetic);
+  const Sweep& any = pass.sweeps.front();
+  pass.columns = any.c_out * pass.column_parts;
+  pass.width = ceil_div(pass.columns, width_multiple) * width_multiple;
+  pass.padded = ceil_div(any.c_in * pass.depth_parts, elements) * elements;
+  int64_t most_stages = 0;
+  for (const Sweep& s : pass.sweeps) most_stages = std::max(most_stages, pass.stages(s));
+  if (std::max({pass.width, pass.padded, most_stages}) > INT32_MAX / kStageChunks)
+    throw std::invalid_argument("this convolution has more channels or taps than its CUDA kernels can count");
+  const bool lifts = !is_adjoint && layer.lifts();
+  if (lifts) tiling.rows = tiling.columns = 0;  // there is but one tile
+  pass.choice = choose(choices(arithmetic, lifts), pass.sum(&Pass::rows), pass.columns, any.groups, most_stages, tiling);
+  return pass;
+}
+
+// A dense operand can be copied from x itself where its type is the operand's and 16 bytes of channels lie together.
+bool is_dense(const Layer& layer, Arithmetic arithmetic) {
+  const Element operand = arithmetic == Arithmetic::BFloat16  ? Element::BFloat16
+                          : arithmetic == Arithmetic::Float16 ? Element::Float16
+                                                              : Element::Float32;
+  const int64_t elements = kChunk / operand_bytes(arithmetic);
+  const auto& stride = layer.u.x.stride;
+  return layer.u.element == operand && layer.conv.c_in / layer.conv.groups % elements == 0 && stride[1] == 1 &&
+         stride[0] % elements == 0 && stride[2] % elements == 0 && stride[3] % elements == 0 && stride[4] % elements == 0 &&
+         reinterpret_cast<uintptr_t>(layer.u.x.data) % kChunk == 0;
+}
+
+// The passes, and where in the workspace their intermediates lie.
+struct Plan {
+  Pass forward, adjoint;
+  bool arranges;  // x is copied to a dense operand first
+  int64_t arranged, weights, s, partial, bytes;
+};
+
+Plan make_plan(const Layer& layer, const Kernel& kernel, bool with_adjoint, Tiling tiling) {
+  const Conv3d& conv = layer.conv;
+  Plan plan{};
+  plan.forward = make_pass(layer, false, kernel.forward, with_adjoint ? kChunk / operand_bytes(kernel.adjoint) : 2, tiling);
+  if (with_adjoint) plan.adjoint = make_pass(layer, true, kernel.adjoint, 2, tiling);
+  plan.arranges = !layer.lifts() && !is_dense(layer, kernel.forward);
+  const auto reserve = [&plan](int64_t bytes) {
+    constexpr int64_t kAlignment = 256;
+    return std::exchange(plan.bytes, plan.bytes + ceil_div(bytes, kAlignment) * kAlignment);
+  };
+  const Pass& forward = plan.forward;
+  const Pass& widest = with_adjoint ? plan.adjoint : forward;
+  plan.weights = reserve(std::max(forward.sum(&Pass::weight_chunks), widest.sum(&Pass::weight_chunks)) * kChunk);
+  plan.partial = reserve(std::max(forward.partial_bytes(), widest.partial_bytes()));
+  if (plan.arranges) plan.arranged = reserve(conv.n * volume(conv.in) * conv.groups * forward.tap_chunks() * kChunk);
+  if (with_adjoint) plan.s = reserve(conv.n * volume(conv.out) * conv.groups * forward.width * operand_bytes(kernel.adjoint));
+  return plan;
+}
+
+// ------------------------------------------------------------------------------------------------ launches
+
+constexpr int kThreads = 256;  // of the kernels that work on one element each
+
+dim3 blocks_for(int64_t count, int64_t each) {
+  const int64_t blocks = ceil_div(count, each);
+  if (blocks > INT32_MAX) throw std::invalid_argument("this convolution is too large for one launch of its CUDA kernels");
+  return dim3(static_cast<unsigned>(blocks));
+}
+
+template <typename From, typename To>
+void copy(const From (&from)[3], To (&to)[3]) {
+  std::copy(from, from + 3, to);
+}
+
+void launch_arrange(const Layer& layer, const Pass& forward, void* out, void* stream) {
+  const Conv3d& conv = layer.conv;
+  Arrange arrange{};
+  arrange.x = layer.u.x;
+  arrange.element = layer.u.element;
+  arrange.n = static_cast<int>(conv.n);
+  copy(conv.in, arrange.size);
+  arrange.channels = static_cast<int>(conv.c_in / conv.groups);
+  arrange.padded = static_cast<int>(forward.padded);
+  arrange.groups = static_cast<int>(conv.groups);
+  arrange.out = out;
+  dim3 grid = blocks_for(conv.n * volume(conv.in), kSide);
+  grid.y = blocks_for(conv.groups * forward.padded, kSide).x;
+  const auto kernel = forward.arithmetic == Arithmetic::BFloat16  ? arrange_input<bfloat16>
+                      : forward.arithmetic == Arithmetic::Float16 ? arrange_input<float16>
+                                                                  : arrange_input<float>;
+  launch("arrange_input", kernel, grid, kThreads, 0, stream, arrange);
+}
+
+// Sweeps [first, first + gemm.phases) of a pass: packs their weights, multiplies, and adds the splits up.
+void launch_phases(const Layer& layer, const Pass& pass, size_t first, Gemm gemm, unsigned char* packed, void* stream) {
+  const Conv3d& conv = layer.conv;
+  const Sweep& any = pass.sweeps.front();
+  const Tiling& tiling = pass.choice.tiling;
+  copy(any.in, gemm.in);
+  copy(any.stride, gemm.stride);
+  copy(any.out, gemm.out);
+  copy(any.out_step, gemm.out_step);
+  gemm.groups = static_cast<int>(conv.groups);
+  gemm.channels_in = static_cast<int>(any.c_in);
+  gemm.tap_chunks = static_cast<int>(pass.tap_chunks());
+  gemm.columns = static_cast<int>(pass.columns);
+  gemm.width = static_cast<int>(pass.width);
+  gemm.column_tiles = static_cast<int>(ceil_div(pass.columns, tiling.columns));
+  gemm.splits = tiling.splits;
+  gemm.weights = packed;
+
+  Weights weights{};
+  weights.data = layer.weight;
+  weights.element = layer.u.element;
+  copy(conv.kernel, weights.filter);
+  const int64_t taps = volume(conv.kernel), outwards = conv.c_in / conv.groups * taps;
+  weights.group_stride = conv.c_out / conv.groups * outwards;
+  weights.column_stride = pass.is_adjoint ? taps : outwards;
+  weights.depth_stride = pass.is_adjoint ? outwards : taps;
+  weights.columns = gemm.columns;
+  weights.channels_in = gemm.channels_in;
+  weights.tap_chunks = gemm.tap_chunks;
+  weights.column_parts = pass.column_parts;
+  weights.depth_parts = pass.depth_parts;
+  weights.clips = layer.clips;
+  weights.phases = gemm.phases;
+  weights.packed = packed;
+
+  int64_t rows = 0, tiles = 0;
+  for (int p = 0; p < gemm.phases; ++p) {
+    const Sweep& s = pass.sweeps[first + p];
+    Phase& phase = gemm.phase[p];
+    PackedPhase& packed_phase = weights.phase[p];
+    copy(s.grid, phase.grid);
+    copy(s.base, phase.base);
+    copy(s.step, phase.step);
+    copy(s.taps, phase.taps);
+    copy(s.out_base, phase.out_base);
+    copy(s.taps, packed_phase.taps);
+    copy(s.first_tap, packed_phase.first_tap);
+    copy(s.tap_skip, packed_phase.tap_skip);
+    phase.stages = packed_phase.stages = static_cast<int>(pass.stages(s));
+    phase.rows = pass.rows(s);
+    phase.first_row = rows;
+    phase.first_tile = tiles;
+    phase.weights = packed_phase.first_chunk = weights.chunks;
+    rows += phase.rows;
+    tiles += ceil_div(phase.rows, tiling.rows);
+    weights.chunks += pass.weight_chunks(s);
+  }
+
+  if (weights.chunks > 0) {
+    const auto pack = pass.arithmetic == Arithmetic::Tf32       ? pack_weights<tfloat32>
+                      : pass.arithmetic == Arithmetic::Tf32x3   ? pack_weights<float>
+                      : pass.arithmetic == Arithmetic::BFloat16 ? pack_weights<bfloat16>
+                                                                : pack_weights<float16>;
+    launch("pack_weights", pack, blocks_for(weights.chunks, kThreads), kThreads, 0, stream, weights);
+  }
+  dim3 grid = blocks_for(tiles * gemm.groups * gemm.column_tiles, 1);
+  grid.y = static_cast<unsigned>(tiling.splits);
+  launch("multiply_sweep", pass.choice.kernel, grid, pass.choice.threads, pass.choice.shared_bytes, stream, gemm);
+  if (tiling.splits > 1)
+    launch("add_splits", add_splits, blocks_for(rows * gemm.groups * gemm.width / 2, kThreads), kThreads, 0, stream, gemm);
+}
+
+// `gemm` says what is read and what the epilogue does; `neighbours` is the tensor whose layout decides the order of that.
+void launch_pass(const Layer& layer, const Pass& pass, Gemm gemm, const View& neighbours, unsigned char* packed, void* stream) {
+  gemm.along_rows = neighbours.stride[4] < neighbours.stride[1];
+  for (size_t first = 0; first < pass.sweeps.size(); first += kMaxPhases) {
+    gemm.phases = static_cast<int>(std::min<size_t>(kMaxPhases, pass.sweeps.size() - first));
+    launch_phases(layer, pass, first, gemm, packed, stream);
+  }
+}
+
+// Channels-last memory (n, t, h, w, group, channel).
+Dense dense_operand(const void* data, const int64_t (&size)[3], int64_t groups, int64_t group_bytes) {
+  Dense dense{static_cast<const unsigned char*>(data), {0, 0, 0, groups * group_bytes}, group_bytes};
+  for (int a = 2; a >= 0; --a) dense.stride[a] = dense.stride[a + 1] * size[a];
+  return dense;
+}
+
+// What the forward sweep reads: the lifted input, or x as a dense operand.
+Gemm read_input(const Layer& layer, const Kernel& kernel, const Plan& plan, unsigned char* workspace, void* stream) {
+  const Conv3d& conv = layer.conv;
+  Gemm gemm{};
+  if (layer.lifts()) {
+    gemm.lifted = layer.u;
+  } else if (plan.arranges) {
+    launch_arrange(layer, plan.forward, workspace + plan.arranged, stream);
+    gemm.dense = dense_operand(workspace + plan.arranged, conv.in, conv.groups, plan.forward.tap_chunks() * kChunk);
+  } else {
+    const int bytes = operand_bytes(kernel.forward);
+    const auto& stride = layer.u.x.stride;
+    gemm.dense = {static_cast<const unsigned char*>(layer.u.x.data),
+                  {stride[0] * bytes, stride[2] * bytes, stride[3] * bytes, stride[4] * bytes},
+                  conv.c_in / conv.groups * bytes};
+  }
+  gemm.partial = reinterpret_cast<float*>(workspace + plan.partial);
+  return gemm;
+}
+
+Layer layer_of(const Conv3dRelevance& p) { return {p.conv, p.weight, {p.lift, p.element, p.x, p.low, p.high}, true}; }
+
+Layer layer_of(const Conv3dForward& p) { return {p.conv, p.weight, {Lift::None, p.element, p.x, {}, {}}, false}; }
+
+template <typename Problem>
+size_t workspace_bytes(const Problem& problem, const std::string& kernel, bool with_adjoint, Tiling tiling) {
+  const Kernel named = kernel_named(kernel, problem.element);
+  return problem.conv.n == 0 ? 0 : make_plan(layer_of(problem), named, with_adjoint, tiling).bytes;
+}
+
+}  // namespace
+
+std::vector<std::string> conv3d_kernels(Element element) {
+  std::vector<std::string> names;
+  for (const Kernel& kernel : kernels_of(element)) names.push_back(kernel.name);
+  return names;
+}
+
+size_t conv3d_workspace(const Conv3dRelevance& problem, const std::string& kernel, Tiling tiling) {
+  return workspace_bytes(problem, kernel, true, tiling);
+}
+
+size_t conv3d_workspace(const Conv3dForward& problem, const std::string& kernel, Tiling tiling) {
+  return workspace_bytes(problem, kernel, false, tiling);
+}
+
+void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel, void* workspace, void* stream, Tiling tiling) {
+  const Kernel named = kernel_named(kernel, problem.element);
+  if (problem.conv.n == 0) return;
+  const Layer layer = layer_of(problem);
+  const Plan plan = make_plan(layer, named, true, tiling);
+  unsigned char* memory = static_cast<unsigned char*>(workspace);
+
+  Gemm forward = read_input(layer, named, plan, memory, stream);
+  forward.epilogue = Epilogue::Divide;
+  forward.divide = {problem.relevance,
+                    problem.bias,
+                    problem.element,
+                    static_cast<float>(problem.stabilizer),
+                    named.adjoint == Arithmetic::BFloat16,
+                    memory + plan.s};
+  launch_pass(layer, plan.forward, forward, problem.relevance, memory + plan.weights, stream);
+
+  Gemm adjoint{};
+  adjoint.dense =
+      dense_operand(memory + plan.s, problem.conv.out, problem.conv.groups, plan.forward.width * operand_bytes(named.adjoint));
+  adjoint.partial = forward.partial;
+  adjoint.epilogue = Epilogue::Share;
+  adjoint.share = {layer.u, problem.out};
+  launch_pass(layer, plan.adjoint, adjoint, problem.out, memory + plan.weights, stream);
+}
+
+void conv3d_forward(const Conv3dForward& problem, const std::string& kernel, void* workspace, void* stream, Tiling tiling) {
+  const Kernel named = kernel_named(kernel, problem.element);
+  if (problem.conv.n == 0) return;
+  const Layer layer = layer_of(problem);
+  const Plan plan = make_plan(layer, named, false, tiling);
+  unsigned char* memory = static_cast<unsigned char*>(workspace);
+  Gemm forward = read_input(layer, named, plan, memory, stream);
+  forward.epilogue = Epilogue::Add;
+  forward.add = {problem.bias, problem.element, problem.out};
+  launch_pass(layer, plan.forward, forward, problem.out, memory + plan.weights, stream);
+}
+
+}  // namespace captum_dtd::cuda

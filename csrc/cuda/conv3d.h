@@ -1,0 +1,62 @@
+// What the CUDA convolution kernels are given, and how one is asked for. Free of torch: the caller checks, allocates and
+// names the stream.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../geometry.h"
+#include "../lift.h"
+#include "view.h"
+
+namespace captum_dtd::cuda {
+
+// Relevance of x, given relevance of the convolution's output. `x`, `weight` (c_out, c_in / groups, kT, kH, kW) and `bias`
+// have the type `element`, not Float64; `relevance`, `low`, `high` and `out` are float32.
+struct Conv3dRelevance {
+  Conv3d conv;
+  Lift lift;
+  Element element;
+  View x, low, high, relevance, out;
+  const void* weight;  // contiguous
+  const void* bias;    // c_out values or null; its positive part joins the denominator
+  double stabilizer;
+};
+
+// The plain convolution, out = conv(x, weight) + bias; everything has the type `element`, not Float64.
+struct Conv3dForward {
+  Conv3d conv;
+  Element element;
+  View x, out;
+  const void* weight;  // contiguous
+  const void* bias;    // c_out values or null
+};
+
+// How a sweep is cut into blocks of positions, columns and depth. Zero: chosen from the shape. Results do not depend on
+// the device, but the order of sums, and so the last bits, depend on this.
+struct Tiling {
+  int rows = 0, columns = 0;  // 128 x 128 (not for tf32x3), 128 x 64, 64 x 64, 128 x 16; a lifted input: 64 x 64
+  int splits = 0;             // parts of the depth, summed up in a fixed order afterwards
+};
+
+// Kernels for inputs of this type, best first; none for Float64:
+//   cuda/tf32x3   float32-grade: both operands split in two tfloat32, three products
+//   cuda/tf32     operands rounded to tfloat32
+//   cuda/bf16     operands rounded to bfloat16
+//   cuda/f16      z from float16 operands; the adjoint as cuda/tf32, since R / z leaves float16's range
+// They need compute capability 8.0.
+std::vector<std::string> conv3d_kernels(Element element);
+
+// Bytes of device memory, aligned to 256, that a kernel needs beside its tensors.
+size_t conv3d_workspace(const Conv3dRelevance& problem, const std::string& kernel, Tiling tiling = {});
+size_t conv3d_workspace(const Conv3dForward& problem, const std::string& kernel, Tiling tiling = {});
+
+// Run a kernel by its name, which must be one of conv3d_kernels(problem.element), on `stream` (a cudaStream_t). Nothing is
+// allocated and nothing waited for; a launch that fails throws std::runtime_error.
+void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel, void* workspace, void* stream,
+                      Tiling tiling = {});
+void conv3d_forward(const Conv3dForward& problem, const std::string& kernel, void* workspace, void* stream, Tiling tiling = {});
+
+}  // namespace captum_dtd::cuda

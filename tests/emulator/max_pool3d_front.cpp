@@ -1,0 +1,64 @@
+// The CUDA kernels of max pooling, run by the emulator on NumPy arrays of any strides.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../../csrc/cuda/max_pool3d.cu"
+
+namespace py = pybind11;
+namespace cuda = captum_dtd::cuda;
+using Triple = std::array<int64_t, 3>;
+
+namespace {
+
+cuda::View view(const py::array& array) {
+  cuda::View view{const_cast<void*>(array.data())};
+  for (int a = 0; a < 5; ++a) view.stride[a] = array.strides(a) / array.itemsize();
+  return view;
+}
+
+cuda::Element element(const std::string& dtype) {
+  if (dtype == "float32") return cuda::Element::Float32;
+  if (dtype == "float64") return cuda::Element::Float64;
+  if (dtype == "bfloat16") return cuda::Element::BFloat16;
+  if (dtype == "float16") return cuda::Element::Float16;
+  throw std::invalid_argument(dtype);
+}
+
+// Narrow types cross as their bits in uint16. Returns how many bytes of workspace were asked for.
+int64_t relevance(const std::string& dtype, py::array x, py::array relevance, py::array out, Triple kernel, Triple stride,
+                  Triple padding, Triple dilation, bool winner_takes_all, double stabilizer, int64_t threads) {
+  cuda::MaxPool3dRelevance problem{};
+  problem.pool.n = x.shape(0);
+  problem.pool.c = x.shape(1);
+  for (int a = 0; a < 3; ++a) {
+    problem.pool.in[a] = x.shape(2 + a);
+    problem.pool.out[a] = relevance.shape(2 + a);
+    problem.pool.kernel[a] = kernel[a];
+    problem.pool.stride[a] = stride[a];
+    problem.pool.padding[a] = padding[a];
+    problem.pool.dilation[a] = dilation[a];
+  }
+  problem.winner_takes_all = winner_takes_all;
+  problem.stabilizer = stabilizer;
+  problem.element = element(dtype);
+  problem.x = view(x);
+  problem.relevance = view(relevance);
+  problem.out = view(out);
+  const int64_t bytes = cuda::max_pool3d_workspace(problem);
+  const std::unique_ptr<void, decltype(&std::free)> workspace(std::malloc(bytes), std::free);
+  std::memset(workspace.get(), emulator::kPoison, bytes);
+  problem.workspace = workspace.get();
+  cuda::max_pool3d_relevance(problem, nullptr, threads);
+  return bytes;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(max_pool3d_front, m) {
+  m.def("set_seed", emulator::set_seed);
+  m.def("kernels", cuda::max_pool3d_kernels);
+  m.def("relevance", relevance, py::arg("dtype"), py::arg("x"), py::arg("relevance"), py::arg("out"), py::arg("kernel"),
+        py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("winner_takes_all"), py::arg("stabilizer") = 0.0,
+        py::arg("threads") = int64_t{1} << 30);
+}

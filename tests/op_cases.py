@@ -1,0 +1,458 @@
+# ruff: noqa: N803, N806 - matrices and relevance are named as in the formulas
+"""What the fused operations are tested on: shapes chosen by corner, operands, and the oracle's answer with its tolerance.
+
+Every shape meets every kernel with two kinds of operands. *Short* ones have so few bits, and a quotient ``s = R / z`` of so
+few, that every arithmetic computes with them exactly: then only the order of sums may show, and one wrong tap does. *Full*
+ones have all bits of their type, and every arithmetic is held to its own roundoff.
+
+Nothing here is imported from the package.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache, lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from oracle import matrix, neg, pos, share, tuples
+from torch import Tensor
+
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+# ------------------------------------------------------------------------------------------------- shapes
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One convolution: the size of its input (N, C, T, H, W), its output channels, and its geometry."""
+
+    name: str
+    x: tuple[int, ...]
+    out: int
+    kernel: int | tuple[int, ...] = 3
+    stride: int | tuple[int, ...] = 1
+    padding: int | tuple[int, ...] | str = 0
+    dilation: int | tuple[int, ...] = 1
+    groups: int = 1
+    frozen: bool = False  # all examples and frames of x are equal
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        return (self.out, self.x[1] // self.groups, *tuples(self.kernel, 3))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        padding = self.padding
+        if isinstance(padding, tuple) and len(padding) == 6:
+            x, padding = F.pad(x, [padding[i] for i in (4, 5, 2, 3, 0, 1)]), 0
+        return F.conv3d(x, weight, None, self.stride, padding, self.dilation, self.groups)
+
+
+CONVS = (
+    Conv("3x3x3", (2, 3, 3, 5, 6), 4, padding=1),
+    Conv("unpadded", (1, 2, 4, 5, 5), 3),
+    Conv("one example, one channel to one", (1, 1, 3, 4, 5), 1, padding=1),
+    Conv("empty batch", (0, 3, 2, 4, 4), 4, padding=1),
+    Conv("batch of 3", (3, 2, 2, 4, 4), 5, padding=1),
+    Conv("17 channels to 33", (1, 17, 2, 3, 4), 33, padding=1),
+    Conv("33 channels to 17", (2, 33, 2, 3, 3), 17, (1, 3, 3), padding=(0, 1, 1)),
+    Conv("64 channels to 49", (1, 64, 1, 2, 3), 49, padding=1),
+    Conv("48 channels to 80, stride 2", (1, 48, 1, 4, 4), 80, (1, 3, 3), (1, 2, 2), (0, 1, 1)),
+    Conv("stride 2", (2, 4, 4, 6, 7), 5, stride=2, padding=1),
+    Conv("stride 1x2x3", (1, 3, 3, 6, 9), 4, (2, 3, 4), (1, 2, 3), (1, 0, 2)),
+    Conv("stride over kernel", (1, 3, 5, 7, 8), 4, (2, 2, 1), (3, 4, 2)),
+    Conv("stride over kernel, padded", (2, 2, 4, 7, 7), 3, (1, 2, 1), (2, 3, 3), (0, 1, 0)),
+    Conv("shortcut", (2, 5, 4, 6, 5), 8, 1, 2),
+    Conv("stride over input", (1, 2, 2, 3, 3), 3, 2, 5, 1),
+    Conv("same, even kernel", (2, 3, 4, 5, 6), 4, (2, 4, 2), padding="same"),
+    Conv("same, even kernel, dilated", (1, 2, 5, 6, 7), 3, (2, 2, 4), padding="same", dilation=(3, 1, 2)),
+    Conv("six paddings", (1, 3, 3, 5, 5), 4, padding=(2, 0, 0, 1, 1, 3), stride=(1, 2, 1)),
+    Conv("padding over kernel", (1, 2, 2, 3, 3), 3, (2, 3, 2), padding=(3, 4, 3)),
+    Conv("padding over kernel, stride 2", (1, 2, 3, 3, 3), 3, 2, 2, (3, 4, 3)),
+    Conv("dilation", (2, 3, 5, 6, 6), 4, padding=2, dilation=2),
+    Conv("dilation 2x3x2, stride 2x2x3", (1, 3, 6, 8, 9), 4, 3, (2, 2, 3), 2, (2, 3, 2)),
+    Conv("dilation 4x2x3, stride 2x4x6", (1, 2, 9, 7, 13), 3, (3, 3, 4), (2, 4, 6), 1, (4, 2, 3)),
+    Conv("2 groups", (2, 6, 3, 4, 4), 4, padding=1, groups=2),
+    Conv("2 groups of 17, stride 2", (1, 34, 2, 4, 3), 6, (1, 3, 3), (1, 2, 2), (0, 1, 1), groups=2),
+    Conv("2 groups of 32", (1, 64, 1, 3, 3), 64, (1, 2, 2), groups=2),
+    Conv("depthwise", (2, 5, 3, 5, 5), 5, padding=1, groups=5),
+    Conv("depthwise, two each", (1, 3, 3, 4, 5), 6, (3, 3, 2), (1, 2, 1), 1, groups=3),
+    Conv("depthwise, 32 channels", (1, 32, 2, 3, 3), 32, (1, 3, 3), padding=(0, 1, 1), groups=32),
+    Conv("one frame", (2, 3, 1, 7, 7), 4, (1, 3, 3), padding=(0, 1, 1)),
+    Conv("one frame, 3 deep", (1, 3, 1, 5, 5), 4, padding=1),
+    Conv("frozen clip", (2, 3, 4, 5, 5), 4, padding=1, frozen=True),
+    Conv("1x1x1", (2, 17, 2, 3, 3), 33, 1),
+    Conv("temporal", (1, 7, 6, 3, 3), 5, (3, 1, 1), (2, 1, 1), (1, 0, 0)),
+    Conv("linear", (1, 37, 1, 1, 1), 21, 1),
+    Conv("linear, batch of 20", (20, 130, 1, 1, 1), 50, 1),
+    Conv("linear, one class", (3, 16, 1, 1, 1), 1, 1),
+    Conv("kernel as large as the input", (2, 4, 2, 3, 3), 7, (2, 3, 3)),
+    Conv("7 wide", (1, 3, 2, 3, 7), 8, padding=1),
+    Conv("14 wide", (1, 3, 2, 3, 14), 16, padding=1),
+    Conv("15 wide", (1, 3, 2, 3, 15), 8, padding=1),
+    Conv("28 wide", (1, 3, 2, 3, 28), 8, padding=1),
+    Conv("67 wide", (1, 2, 1, 2, 67), 3, (1, 2, 3), padding=1),
+    Conv("stem", (1, 3, 4, 9, 10), 6, (3, 7, 7), (1, 2, 2), (1, 3, 3)),
+    Conv("stem of one frame", (2, 3, 2, 9, 11), 7, (1, 7, 7), (1, 2, 2), (0, 3, 3)),
+)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One max pooling: the size of its input (N, C, T, H, W) and its windows."""
+
+    name: str
+    x: tuple[int, ...]
+    kernel: int | tuple[int, ...]
+    stride: int | tuple[int, ...] | None = None
+    padding: int | tuple[int, ...] = 0
+    dilation: int | tuple[int, ...] = 1
+    ceil_mode: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "kernel_size": self.kernel,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "ceil_mode": self.ceil_mode,
+        }
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.max_pool3d(x, self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
+
+
+POOLS = (
+    Pool("2x2x2", (2, 3, 4, 6, 6), 2),
+    Pool("1x2x2", (1, 17, 2, 6, 4), (1, 2, 2)),
+    Pool("leftover rows", (1, 2, 5, 7, 5), 2),
+    Pool("overlapping", (2, 3, 3, 6, 7), 3, 2, 1),
+    Pool("stride 1", (1, 3, 3, 4, 5), 3, 1, 1),
+    Pool("unpadded, overlapping", (1, 2, 5, 5, 6), (2, 3, 3), (1, 2, 1)),
+    Pool("stride over kernel", (1, 3, 5, 7, 8), (1, 2, 2), (2, 3, 4)),
+    Pool("ceil", (1, 3, 4, 6, 7), 3, 2, 0, 1, True),
+    Pool("ceil, padded", (2, 2, 3, 5, 6), 2, 2, 1, 1, True),
+    Pool("ceil, last window would begin behind", (1, 2, 3, 4, 5), 1, (2, 3, 4), 0, 1, True),
+    Pool("dilated", (1, 3, 5, 6, 7), 2, 1, 0, (2, 3, 2)),
+    Pool("dilated, padded, stride 2, ceil", (1, 2, 5, 7, 8), 3, 2, 1, (1, 2, 2), True),
+    Pool("one frame", (2, 3, 1, 5, 5), (1, 3, 3), (1, 2, 2), (0, 1, 1)),
+    Pool("kernel 1", (1, 3, 2, 3, 3), 1),
+    Pool("kernel 1, stride 2", (1, 2, 3, 4, 5), 1, 2),
+    Pool("whole input", (2, 5, 2, 3, 4), (2, 3, 4)),
+    Pool("empty batch", (0, 3, 4, 4, 4), 2),
+    Pool("batch of 3, 33 channels", (3, 33, 2, 2, 4), 2),
+    Pool("28 wide", (1, 1, 2, 4, 28), (1, 2, 2)),
+    Pool("C3D's last", (1, 16, 2, 7, 7), 2, 2, (0, 1, 1)),
+)
+
+
+# ------------------------------------------------------------------------------------------------- operands
+
+
+def draw(case: Conv | Pool, what: str, shape: Sequence[int], short: bool) -> Tensor:
+    """Random numbers that depend on nothing but their name: normal ones, or eighths from -2 to 2."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{case.name}: {what}".encode()))
+    if short:
+        return torch.randint(-16, 17, tuple(shape), generator=generator).double() / 8
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype).double()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of an operation, and its answer. Tensors are float64, with values that their later type can hold."""
+
+    op: str
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+    expected: Tensor
+    scale: Tensor  # the sum of |terms| of every element of `expected`
+
+    def on(self, device: str, dtype: torch.dtype, layout: str = "contiguous") -> dict[str, Any]:
+        """The arguments: x, weight and bias of the type, relevance and bounds of its accumulator's."""
+        types = dict.fromkeys(self.tensors, accumulator(dtype)) | dict.fromkeys(("x", "weight", "bias"), dtype)
+        return self.options | {
+            name: lay_out(value.to(device, types[name], copy=True), layout) for name, value in self.tensors.items()
+        }
+
+
+LAYOUTS = ("contiguous", "channels_last", "permuted", "cropped", "sliced", "expanded")
+
+
+def lay_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values with other strides; what lies between and around the values of a slice is NaN."""
+    if layout == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last_3d) if tensor.dim() == 5 else tensor
+    if layout == "permuted":
+        backward = tuple(reversed(range(tensor.dim())))
+        return tensor.permute(backward).contiguous().permute(backward)
+    if layout in ("cropped", "sliced"):
+        step = 2 if layout == "sliced" else 1
+        poisoned = tensor.new_full([step * n + 2 for n in tensor.shape], math.nan)
+        return poisoned[tuple(slice(1, 1 + step * n, step) for n in tensor.shape)].copy_(tensor)
+    if layout == "expanded":
+        equal = tensor
+        for dim, size in enumerate(tensor.shape):
+            first = equal.narrow(dim, 0, min(size, 1))
+            equal = first if torch.equal(first.expand_as(equal), equal) else equal
+        return equal.contiguous().expand(tensor.shape)
+    assert layout == "contiguous"
+    return tensor.contiguous()
+
+
+def explicit(op: str, arguments: dict[str, Any], kernel: str = "auto") -> dict[str, Any]:
+    """Arguments of the Python functions as those of the torch operators: nothing left out, every number per dimension."""
+    given = {"kernel": kernel, **arguments}
+    defaults: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "kernel": "auto"}
+    if op == "max_pool3d_relevance":
+        defaults |= {"stride": given["kernel_size"], "ceil_mode": False, "winner_takes_all": False}
+        given["kernel_size"] = list(tuples(given["kernel_size"], 3))
+    else:
+        defaults |= {"bias": None, "groups": 1} | ({"non_negative": False} if op == "z_plus_conv3d" else {})
+    if op != "conv3d":
+        defaults["stabilizer"] = 0.0
+    given = defaults | {name: value for name, value in given.items() if value is not None}
+    for name in ("stride", "padding", "dilation"):
+        given[name] = list(tuples(given[name], 3))
+    if op != "max_pool3d_relevance" and len(given["padding"]) == 3:
+        given["padding"] = [side for side in given["padding"] for _ in range(2)]
+    return given
+
+
+# ------------------------------------------------------------------------------------------------- the oracle's answers
+
+
+@cache
+def connections(case: Conv) -> Tensor:
+    """(outputs, inputs) of one example: which weight connects them, counted from 1; 0 where none does."""
+    numbers = torch.arange(1.0, math.prod(case.weight) + 1, dtype=torch.float64).view(case.weight)
+    return matrix(partial(case, weight=numbers), torch.Size((1, *case.x[1:])))[0].round().long()
+
+
+@lru_cache(maxsize=8)
+def jacobian(case: Conv, dtype: torch.dtype, short: bool) -> tuple[Tensor, Tensor]:
+    """The weight, and the convolution's matrix (outputs, inputs)."""
+    weight = rounded(draw(case, "weight", case.weight, short), dtype)
+    return weight, torch.cat([weight.new_zeros(1), weight.flatten()])[connections(case)]
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """How a rule is asked for: with which options, and of a convolution's operations with which bias and box."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    bias: bool = False
+    box: str | None = None
+    exact_only: bool = False  # where a denominator of either sign is next to zero, its rounding decides
+
+    @property
+    def stabilizer(self) -> float:
+        return float(self.options.get("stabilizer", 0.0))
+
+
+STABLE = {"stabilizer": 0.25}
+VARIANTS = {
+    "z_plus_conv3d": (
+        Variant("non-negative", {"non_negative": True}),
+        Variant("signed"),
+        Variant("signed, bias, stabilizer", STABLE, bias=True),
+    ),
+    "z_beta_conv3d": (
+        Variant("box of numbers", box="number"),
+        Variant("box of channels, bias", bias=True, box="channel"),
+        Variant("box of pixels, stabilizer", STABLE, box="pixel"),
+        Variant("pixels outside of their box", STABLE, box="violated", exact_only=True),
+    ),
+    "conv3d": (Variant("no bias"), Variant("bias", bias=True)),
+    "max_pool3d_relevance": (
+        Variant("proportional"),
+        Variant("proportional, stabilizer", STABLE),
+        Variant("winner", {"winner_takes_all": True}),
+    ),
+}
+
+
+def box(kind: str, x: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """Shapes of low and high, which broadcast to x."""
+    _, c, *size = x
+    return {
+        "number": ((), (1,)),
+        "channel": ((1, c, 1, 1, 1), (c, 1, 1, 1)),
+        "pixel": ((c, *size), tuple(x)),
+        "violated": ((1, 1, 1, 1, 1), (size[-1],)),
+    }[kind]
+
+
+@lru_cache(maxsize=8)
+def problem(
+    op: str, case: Conv | Pool, variant: Variant, dtype: torch.dtype, short: bool, short_quotients: bool = True
+) -> Problem:
+    """What the operation gets, and what it must answer. Short operands may be had with quotients s that are full."""
+    x = draw(case, "x", case.x, short).clamp(-2, 2)
+    if variant.options.get("non_negative"):
+        x = pos(x)
+    if isinstance(case, Pool):
+        return pool_problem(case, variant, rounded(x, dtype), dtype, short)
+    if case.frozen:
+        x = x[:1, :, :1].expand(case.x)
+    weight, V = jacobian(case, dtype, short)
+    tensors = {"x": rounded(x, dtype), "weight": weight}
+    if variant.bias:
+        tensors["bias"] = rounded(draw(case, "bias", (case.out,), short), dtype)
+    if variant.box:
+        inside = {"violated": 0.0}.get(variant.box, 2.0 if short else 2.25)
+        for name, sign, shape in zip(("low", "high"), (-1, 1), box(variant.box, case.x), strict=True):
+            distance = inside + draw(case, name, shape, short).abs()
+            tensors[name] = rounded(sign * distance, accumulator(dtype))
+
+    bias = tensors.get("bias", torch.zeros(case.out, dtype=torch.float64))
+    out = case(tensors["x"], weight).shape
+    b = bias.repeat_interleave(math.prod(out[2:]))
+    if op == "conv3d":
+        expected = tensors["x"].flatten(1) @ V.T + b
+        scale = tensors["x"].flatten(1).abs() @ V.T.abs() + b.abs()
+        return Problem(op, tensors, case.options, expected.view(out), scale.view(out))
+
+    # Z (N, outputs, inputs): what every input gave to every output.
+    u = tensors["x"].flatten(1).unsqueeze(1)
+    if variant.box:
+        low, high = (tensors[name].expand(case.x).flatten(1).unsqueeze(1) for name in ("low", "high"))
+        Z = u * V - low * pos(V) - high * neg(V)
+    else:
+        Z = pos(u) * pos(V) + neg(u) * neg(V)
+    R = rounded(draw(case, "relevance", out, short and short_quotients).flatten(1), accumulator(dtype))
+    if short and short_quotients:
+        z = Z.sum(2) + pos(b)
+        R = rounded(R * (z + torch.where(z < 0, -variant.stabilizer, variant.stabilizer)), torch.float32)
+    expected, scale = shared(Z, R, pos(b), variant.stabilizer)
+    tensors["relevance"] = R.view(out)
+    return Problem(op, tensors, case.options | variant.options, expected.view(case.x), scale.view(case.x))
+
+
+def shared(Z: Tensor, R: Tensor, bias: Tensor | float, stabilizer: float) -> tuple[Tensor, Tensor]:
+    """Relevance by the shares Z (N, outputs, inputs), and the sum of |terms| of each, in which roundoff is counted.
+
+    A denominator whose terms cancel is that much less certain, and so is all that is divided by it.
+    """
+    expected = [share(one, r, bias, stabilizer) for one, r in zip(Z, R, strict=True)]
+    z = (Z.sum(2) + bias).abs() + stabilizer
+    doubt = torch.where(z > 0, (Z.abs().sum(2) + bias + stabilizer) / z, 0.0)
+    scale = [share(one, r, bias, stabilizer).abs() for one, r in zip(Z.abs(), R.abs() * doubt**2, strict=True)]
+    return (torch.stack(each) if each else R.new_zeros(0, Z.shape[2]) for each in (expected, scale))
+
+
+@cache
+def windows(case: Pool) -> Tensor:
+    """(outputs, inputs) of one channel: whether the input is in the output's window."""
+    plane = torch.zeros(1, 1, *case.x[2:], dtype=torch.float64)
+    out = case(plane).shape[2:]
+    member = torch.zeros(math.prod(out), *case.x[2:], dtype=torch.bool)
+    stride = case.kernel if case.stride is None else case.stride
+    axes = [tuples(v, 3) for v in (case.kernel, stride, case.padding, case.dilation)]
+    for number, o in enumerate(itertools.product(*map(range, out))):
+        for tap in itertools.product(*map(range, axes[0])):
+            at = [a * s - p + k * d for a, k, s, p, d in zip(o, tap, *axes[1:], strict=True)]
+            if all(0 <= i < n for i, n in zip(at, case.x[2:], strict=True)):
+                member[(number, *at)] = True
+    return member.flatten(1)
+
+
+def pool_problem(case: Pool, variant: Variant, x: Tensor, dtype: torch.dtype, short: bool) -> Problem:
+    """Every channel of every example is a plane by itself. Short operands have ties."""
+    out = case(x).shape
+    R = rounded(draw(case, "relevance", out, short), accumulator(dtype))
+    member, u = windows(case), x.reshape(math.prod(case.x[:2]), 1, math.prod(case.x[2:]))
+    if variant.options.get("winner_takes_all"):
+        candidates = torch.where(member, u, -math.inf)
+        highest = member & (candidates == candidates.amax(2, keepdim=True))
+        Z = (highest & (highest.cumsum(2) == 1)).double()
+    else:
+        Z = pos(u) * member
+    expected, scale = shared(Z, R.reshape(len(Z), len(member)), 0.0, variant.stabilizer)
+    options = case.options | variant.options
+    return Problem(
+        "max_pool3d_relevance", {"x": x, "relevance": R}, options, expected.view(x.shape), scale.view(x.shape)
+    )
+
+
+# ------------------------------------------------------------------------------------------------- tolerances
+
+
+SUMS = {torch.float32: 1e-5, torch.float64: 1e-12}
+"""Roundoff of a whole sum relative to its |terms|: about 100 (5000) units, where random ones make the root of their number."""
+
+UNITS = {
+    "reference": (0.0, 0.0),
+    "ieee": (0.0, 0.0),
+    "bf16x3": (2**-16, 2**-16),
+    "tf32x3": (2**-22, 2**-22),
+    "mixed": (2**-8, 2**-16),
+    "tf32": (2**-11, 2**-11),
+    "bf16": (2**-8, 2**-8),
+    "f16": (2**-11, 2**-11),
+}
+"""What an arithmetic leaves of u and of w, and of s: the largest relative error of one operand.
+
+Half a unit in the last place is 2^-8 for bfloat16, 2^-11 for tf32 and float16; two halves (hi + lo) keep it squared.
+"""
+
+
+def tolerance(op: str, kernel: str, dtype: torch.dtype, short: bool, short_quotients: bool = True) -> float:
+    """How far a kernel may be off, relative to the sum of |terms|: the roundoff of every operand that is not short."""
+    arithmetic = kernel.split("/")[-1]
+    operand, quotient = UNITS[arithmetic]
+    left_out = operand if arithmetic.endswith("x3") else 0.0  # the product lo lo
+    allowed = SUMS[accumulator(dtype)]
+    if not short:
+        allowed += 2 * operand + left_out
+        if op != "conv3d":
+            allowed += operand + quotient + left_out
+    elif not short_quotients:
+        allowed += quotient
+    if op == "conv3d":
+        allowed += torch.finfo(dtype).eps / 2  # the result has the type of x
+    return allowed
+
+
+def disagreement(actual: Tensor, problem: Problem, tolerance: float) -> str | None:
+    """None where every element is within tolerance of its |terms|, else the worst one. What has no terms must be zero."""
+    expected, scale = problem.expected, problem.scale
+    if actual.shape != expected.shape:
+        return f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    error = (actual.detach().cpu().double() - expected).abs().nan_to_num(math.inf)
+    # Shares in float64 are themselves rounded, in the last places of the largest.
+    allowed = (tolerance * scale + 1e-15 * scale.amax() * (scale > 0)) if scale.numel() else scale
+    wrong = error > allowed
+    if not wrong.any():
+        return None
+    worst = tuple(int(i) for i in torch.unravel_index((error / allowed.clamp(min=1e-300)).argmax(), error.shape))
+    terms = scale[worst].item()
+    return (
+        f"worst of {int(wrong.sum())} (of {error.numel()}) at {worst}: {actual[worst].item():.9g}, expected "
+        f"{expected[worst].item():.9g}; off by {error[worst].item():.3g}, its |terms| are {terms:.3g}, tolerance {tolerance:.3g}"
+    )

@@ -1,0 +1,188 @@
+"""What setup.py makes of a machine: kernels where it can, else a package that computes in plain ATen and says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from captum_dtd import kernels, native
+from captum_dtd.ops import SCHEMAS
+
+ROOT = Path(__file__).parents[1]
+
+USE = """
+import torch
+from captum_dtd import kernels, native, ops
+
+x, relevance = torch.tensor([1.0, 3.0]).view(1, 1, 1, 1, 2), torch.tensor([8.0]).view(1, 1, 1, 1, 1)
+assert ops.max_pool3d_relevance(x, relevance, (1, 1, 2)).flatten().tolist() == [2, 6]
+assert kernels.available("max_pool3d_relevance", "cpu", x.dtype) == ["reference"]
+assert not native.loaded
+try:
+    ops.max_pool3d_relevance(x, relevance, (1, 1, 2), kernel="generic/ieee")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("CAPTUM_DTD_")}
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=inherited | environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="session")
+def setup() -> dict[str, Any]:
+    """What setup.py defines, without building anything."""
+    setuptools = pytest.importorskip("setuptools", reason="setuptools is needed to build")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **_: None)
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, setup: dict[str, Any]) -> Path:
+    """A copy of the sources with nothing built in it."""
+    unbuilt = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "weights")
+    for folder in ("captum_dtd", "csrc"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=unbuilt)
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tmp_path)
+    return tmp_path
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_loaded_modules_have_registered_every_operation_of_their_device() -> None:
+    if not native.loaded:
+        pytest.skip(f"no compiled kernels here: {native.missing}")
+    for device in native.loaded:
+        for op in SCHEMAS:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"captum_dtd::{op}", device.upper()), (device, op)
+
+
+def test_devices_are_loaded_or_have_a_reason() -> None:
+    assert native.loaded.keys() | native.missing.keys() == native.MODULES.keys()
+    assert not native.loaded.keys() & native.missing.keys()
+    assert all(native.missing.values())
+
+
+def test_kernels_of_the_cpu_are_those_of_its_features() -> None:
+    if "cpu" not in native.loaded:
+        pytest.skip(f"no compiled kernels here: {native.missing['cpu']}")
+    features = native.loaded["cpu"].cpu_features().split()
+    names = kernels.available("max_pool3d_relevance", "cpu", torch.float32)
+    assert names == [*(f"{isa}/ieee" for isa in ("avx512", "avx2") if isa in features), "generic/ieee", "reference"]
+    with pytest.raises(ValueError, match=r"dtype must be 'float32'.*got 'int8'"):
+        native.loaded["cpu"].conv3d_kernels("int8")
+
+
+def test_kernels_can_be_turned_off() -> None:
+    done = run("-c", USE, cwd=ROOT, CAPTUM_DTD_DISABLE_NATIVE="1")
+    assert done.returncode == 0, done.stderr
+    assert "cpu kernels are not loaded (turned off by CAPTUM_DTD_DISABLE_NATIVE)" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are built on Linux only")
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("/bin/false", "its compilation failed"), ("no-such-compiler", "no C++ compiler was found")],
+)
+def test_without_a_working_compiler_the_package_is_pure_and_says_why(
+    checkout: Path, compiler: str, reason: str
+) -> None:
+    for stale in ("_C.abi3.so", "_C_cuda.abi3.so"):
+        (checkout / "captum_dtd" / stale).touch()
+    done = run("setup.py", "build_ext", "--inplace", cwd=checkout, CXX=compiler, CAPTUM_DTD_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert "captum_dtd._C is left out, plain ATen will serve" in done.stderr
+    assert not list(checkout.rglob("*.so"))
+    record = json.loads((checkout / "captum_dtd" / "_build.json").read_text())
+    assert reason in record["cpu"] and "CAPTUM_DTD_CUDA=0" in record["cuda"]
+
+    # Without the site module, an editable installation of the original is not found.
+    folders = os.pathsep.join([str(checkout), str(Path(torch.__file__).parents[1])])
+    done = run("-S", "-c", USE, cwd=checkout, PYTHONPATH=folders)
+    assert done.returncode == 0, done.stderr
+    assert f"cpu kernels are not loaded ({record['cpu']})" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are built on Linux only")
+def test_required_kernels_that_cannot_be_built_are_an_error(checkout: Path) -> None:
+    switches = {"CXX": "/bin/false", "CAPTUM_DTD_CUDA": "0", "CAPTUM_DTD_REQUIRE_EXT": "1"}
+    done = run("setup.py", "build_ext", "--inplace", cwd=checkout, **switches)
+    assert done.returncode != 0
+    assert "captum_dtd._C: its compilation failed" in done.stderr
+    assert not (checkout / "captum_dtd" / "_build.json").exists()
+
+
+def test_every_source_of_a_module_is_listed(setup: dict[str, Any]) -> None:
+    cpu = {"csrc/ops.cpp", *setup["CPU_SOURCES"], *setup["X86_SOURCES"]}
+    cuda = {"csrc/cuda/dispatch.cpp", *setup["CUDA_SOURCES"]}
+    there = {path.relative_to(ROOT).as_posix() for kind in ("cpp", "cu") for path in ROOT.glob(f"csrc/**/*.{kind}")}
+    assert cpu | cuda == there
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86 instruction sets")
+def test_flags_that_the_compiler_does_not_know_are_left_out(
+    setup: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = script(tmp_path / "g++-8", 'case "$*" in *amx*) exit 1;; esac')
+    flags = setup["x86_flags"]([old])
+    assert setup["X86_SOURCES"].keys() - flags.keys() == {"csrc/cpu/kernel_bf16_amx.cpp"}
+    assert "kernel_bf16_amx.cpp is built without its kernels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("", ["80/sm_80", "90/sm_90", "90/compute_90"]),
+        ("9.0a", ["90a/sm_90a"]),
+        ("8.6+PTX 12.0", ["86/sm_86", "86/compute_86", "120/sm_120"]),
+        ("Ampere;Hopper", ["80/sm_80", "86/sm_86", "86/compute_86", "90/sm_90", "90/compute_90"]),
+    ],
+)
+def test_gpus_are_those_of_torch_cuda_arch_list(
+    setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch, listed: str, expected: list[str]
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    pairs = [entry.split("/") for entry in expected]
+    assert list(setup["gencode"]()) == [f"-gencode=arch=compute_{arch},code={code}" for arch, code in pairs]
+
+
+def test_an_unknown_gpu_is_named(setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Fermi")
+    with pytest.raises(setup["CannotBuildError"], match="TORCH_CUDA_ARCH_LIST has 'Fermi'"):
+        list(setup["gencode"]())
+
+
+def test_nvcc_is_that_of_cuda_home_before_the_path(
+    setup: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("home", "path"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        script(tmp_path / name / "bin" / "nvcc", "true")
+    monkeypatch.setenv("PATH", str(tmp_path / "path" / "bin"))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert setup["nvcc"]() == str(tmp_path / "path" / "bin" / "nvcc")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert setup["nvcc"]() == str(tmp_path / "home" / "bin" / "nvcc")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(setup["LeftOutError"], match="no CUDA compiler"):
+        setup["nvcc"]()

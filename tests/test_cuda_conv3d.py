@@ -1,0 +1,295 @@
+"""The CUDA convolution kernels, run by the emulator (tests/emulator): against the oracle, in every layout, tile and order."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from emulator.build import load, run_sanitized
+from numpy.typing import NDArray
+from op_cases import CONVS, LAYOUTS, VARIANTS, Conv, Problem, disagreement, problem, tolerance
+from oracle import tuples
+from torch import Tensor
+
+KERNELS = {
+    torch.float32: ["cuda/tf32x3", "cuda/tf32", "cuda/bf16"],
+    torch.bfloat16: ["cuda/bf16", "cuda/tf32", "cuda/tf32x3"],
+    torch.float16: ["cuda/f16", "cuda/tf32", "cuda/tf32x3"],
+}
+PAIRS = [(dtype, kernel) for dtype, kernels in KERNELS.items() for kernel in kernels]
+OPS = ("z_plus_conv3d", "z_beta_conv3d", "conv3d")
+EVERY_VARIANT = [(op, variant.name) for op in OPS for variant in VARIANTS[op]]
+TILES = [(128, 128), (128, 64), (64, 64), (128, 16)]
+CASES = {case.name: case for case in CONVS}
+
+
+@pytest.fixture
+def front() -> Iterator[ModuleType]:
+    module = load("conv3d_front")
+    yield module
+    module.set_seed(0)
+
+
+def array(tensor: Tensor | None) -> NDArray[Any] | None:
+    if tensor is None:
+        return None
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def triples(case: Conv) -> tuple[Any, ...]:
+    """Stride, padding before the input, and dilation."""
+    kernel, stride, dilation = (tuples(v, 3) for v in (case.kernel, case.stride, case.dilation))
+    if case.padding == "same":
+        padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
+    else:
+        assert not isinstance(case.padding, str)
+        padding = tuples(case.padding, 3)
+        padding = padding[::2] if len(padding) == 6 else padding
+    return stride, padding, dilation
+
+
+def run(
+    front: ModuleType,
+    case: Conv,
+    posed: Problem,
+    dtype: torch.dtype,
+    kernel: str,
+    layout: str = "contiguous",
+    tile: tuple[int, int] = (0, 0),
+    splits: int = 0,
+) -> Tensor:
+    given = posed.on("cpu", dtype, layout)
+    x, weight = given["x"], given["weight"].contiguous()
+    bias = given["bias"].contiguous() if "bias" in given else None
+    shared = array(x), array(weight), array(bias)
+    geometry = *triples(case), case.groups
+    if posed.op == "conv3d":
+        out = torch.full_like(x, torch.nan).new_full(posed.expected.shape, torch.nan)
+        front.forward(*shared, array(out), *geometry, kernel, (*tile, splits))
+        return out
+    low, high = (given[name].expand(x.shape) if name in given else None for name in ("low", "high"))
+    lift = "box" if low is not None else "none" if posed.options.get("non_negative") else "signed"
+    out = torch.full_like(x, torch.nan, dtype=torch.float32)
+    bounds = array(given["relevance"]), array(low), array(high)
+    stabilizer = posed.options.get("stabilizer", 0.0)
+    front.relevance(*shared, *bounds, array(out), *geometry, lift, stabilizer, kernel, (*tile, splits))
+    return out
+
+
+def posed_for(case: Conv, op: str, name: str, dtype: torch.dtype, short: bool = False) -> tuple[Problem, bool]:
+    """The problem, and whether its operands have so few bits that products are exact."""
+    (variant,) = (v for v in VARIANTS[op] if v.name == name)
+    short = short or variant.exact_only
+    return problem(op, case, variant, dtype, short), short
+
+
+def assert_right(
+    front: ModuleType,
+    case: Conv,
+    op: str,
+    name: str,
+    dtype: torch.dtype,
+    kernel: str,
+    short: bool = False,
+    **options: Any,
+) -> Tensor:
+    posed, short = posed_for(case, op, name, dtype, short)
+    actual = run(front, case, posed, dtype, kernel, **options)
+    wrong = disagreement(actual, posed, tolerance(op, kernel, dtype, short))
+    assert wrong is None, f"{case.name}, {op}, {name}, {dtype}, {kernel}, {options}: {wrong}"
+    return actual
+
+
+@pytest.mark.parametrize(("op", "name"), EVERY_VARIANT)
+def test_every_shape_and_lift(front: ModuleType, op: str, name: str) -> None:
+    for case in CONVS:
+        assert_right(front, case, op, name, torch.float32, "cuda/tf32x3")
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), PAIRS[1:])
+def test_every_shape_and_arithmetic(front: ModuleType, dtype: torch.dtype, kernel: str) -> None:
+    """Variants take turns, and so do operands with few bits, which every arithmetic multiplies exactly."""
+    first = PAIRS.index((dtype, kernel))
+    for number, case in enumerate(CONVS):
+        op, name = EVERY_VARIANT[(first + number) % len(EVERY_VARIANT)]
+        assert_right(front, case, op, name, dtype, kernel, short=number % 2 == 0)
+
+
+@pytest.mark.parametrize("splits", [1, 3, 17])
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}")
+def test_every_tile_and_split(front: ModuleType, tile: tuple[int, int], splits: int) -> None:
+    """The second case has 16 phases, in two launches; 17 splits are more than its stages."""
+    cases = ("48 channels to 80, stride 2", "dilation 4x2x3, stride 2x4x6", "2 groups of 17, stride 2")
+    kernels = ("cuda/bf16", "cuda/tf32", "cuda/tf32x3")
+    for case, kernel in itertools.product(cases, kernels):
+        if tile == (128, 128) and kernel == "cuda/tf32x3":
+            continue
+        options = {"dtype": torch.float32, "kernel": kernel, "tile": tile, "splits": splits}
+        assert_right(front, CASES[case], "z_plus_conv3d", "non-negative", **options)
+        assert_right(front, CASES[case], "z_beta_conv3d", "box of channels, bias", **options)
+        assert_right(front, CASES[case], "conv3d", "bias", **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "kernel"), [PAIRS[0], PAIRS[3], PAIRS[6]])
+def test_layouts(front: ModuleType, dtype: torch.dtype, kernel: str, layout: str) -> None:
+    for case in ("48 channels to 80, stride 2", "stem of one frame", "2 groups of 32", "frozen clip"):
+        assert_right(front, CASES[case], "z_plus_conv3d", "non-negative", dtype, kernel, layout=layout)
+        assert_right(front, CASES[case], "z_beta_conv3d", "box of pixels, stabilizer", dtype, kernel, layout=layout)
+        assert_right(front, CASES[case], "conv3d", "bias", dtype, kernel, layout=layout)
+
+
+@pytest.mark.parametrize(("op", "name"), [("z_plus_conv3d", "non-negative"), ("z_beta_conv3d", "box of numbers")])
+def test_order_of_threads_does_not_matter(front: ModuleType, op: str, name: str) -> None:
+    case = CASES["48 channels to 80, stride 2"]
+    for kernel, splits in itertools.product(("cuda/tf32x3", "cuda/bf16"), (1, 3)):
+        results = []
+        for seed in range(4):
+            front.set_seed(seed)
+            results.append(assert_right(front, case, op, name, torch.float32, kernel, splits=splits))
+        assert all(torch.equal(one, results[0]) for one in results)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_shared_memory_has_no_bank_conflicts(front: ModuleType, layout: str) -> None:
+    case = CASES["48 channels to 80, stride 2"]
+    front.take_bank_conflicts()
+    for tile, kernel in itertools.product(TILES[1:], ("cuda/tf32", "cuda/tf32x3", "cuda/bf16")):
+        for op, name in EVERY_VARIANT[1:4]:
+            assert_right(front, case, op, name, torch.float32, kernel, layout=layout, tile=tile)
+    assert_right(front, case, "z_plus_conv3d", "signed", torch.float32, "cuda/bf16", layout=layout, tile=TILES[0])
+    assert front.take_bank_conflicts() == 0
+
+
+def relevance(
+    front: ModuleType,
+    x: Tensor,
+    weight: Tensor,
+    given: Tensor,
+    kernel: str,
+    lift: str = "none",
+    splits: int = 0,
+    padding: int = 0,
+) -> Tensor:
+    """z+ of one convolution of unit stride, without bias or stabilizer."""
+    out = torch.full_like(x, torch.nan, dtype=torch.float32)
+    geometry = (1, 1, 1), (padding,) * 3, (1, 1, 1), 1
+    arrays = array(x), array(weight), None, array(given), None, None, array(out)
+    front.relevance(*arrays, *geometry, lift, 0.0, kernel, (0, 0, splits))
+    return out
+
+
+def test_long_sums_keep_float32_grade(front: ModuleType, generator: torch.Generator) -> None:
+    """Tensor cores cut sums off, as the emulator does: over a long depth that must not add up in cuda/tf32x3."""
+    x = torch.rand(2, 8192, 1, 1, 1, generator=generator)
+    weight = torch.rand(3, 8192, 1, 1, 1, generator=generator)
+    given = torch.rand(2, 3, 1, 1, 1, generator=generator)
+    z = F.conv3d(x.double(), weight.double())
+    expected = x * torch.einsum("nothw,oiabc->nithw", given / z, weight.double())
+    actual = relevance(front, x, weight, given, "cuda/tf32x3", splits=1)
+    assert ((actual - expected).abs() / expected).max() < 2e-6
+    assert abs(actual.double().sum() / given.double().sum() - 1) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), PAIRS)
+def test_zero_and_subnormal_denominators_pass_nothing(front: ModuleType, dtype: torch.dtype, kernel: str) -> None:
+    x = torch.ones(1, 3, 1, 1, 2, dtype=dtype)
+    x[..., 0] = 0
+    weight = torch.ones(2, 3, 1, 1, 1, dtype=dtype)
+    given = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1, 1).repeat(1, 1, 1, 1, 2)
+    out = relevance(front, x, weight, given, kernel)
+    assert (out[..., 0] == 0).all()
+    torch.testing.assert_close(out[..., 1], torch.ones(1, 3, 1, 1), rtol=2**-6, atol=0)
+    if dtype != torch.float16:  # whose smallest numbers have products above float32's subnormal ones
+        tiny = torch.full_like(x, 2.0**-70)
+        assert (relevance(front, tiny, weight * 2.0**-70, given, kernel) == 0).all()
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), PAIRS)
+@pytest.mark.parametrize("lift", ["none", "signed"])
+def test_nan_reaches_what_shares_a_window_with_it(
+    front: ModuleType, lift: str, dtype: torch.dtype, kernel: str
+) -> None:
+    x = torch.ones(2, 8, 1, 1, 9, dtype=dtype)
+    x[0, 5, 0, 0, 4] = torch.nan
+    weight = torch.ones(4, 8, 1, 1, 3, dtype=dtype)
+    out = relevance(front, x, weight, torch.ones(2, 4, 1, 1, 7), kernel, lift)
+    reached = torch.zeros(2, 8, 1, 1, 9, dtype=torch.bool)
+    reached[0, ..., 2:7] = True
+    assert torch.equal(out.isnan(), reached)
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), [PAIRS[0], PAIRS[6]])
+def test_quotients_beyond_float16_keep_their_precision(front: ModuleType, dtype: torch.dtype, kernel: str) -> None:
+    """R / z of 1e9 and of 1e-9 in one tensor."""
+    x = torch.tensor([1e-5, 1.0], dtype=dtype).view(1, 1, 1, 1, 2)
+    given = torch.tensor([1e4, 1e-9]).view(1, 1, 1, 1, 2)
+    out = relevance(front, x, torch.ones(1, 1, 1, 1, 1, dtype=dtype), given, kernel)
+    torch.testing.assert_close(out, given, rtol=2**-10, atol=0)
+
+
+@pytest.mark.parametrize("lift", ["none", "signed"])
+@pytest.mark.parametrize("channels", [8, 3])
+def test_offsets_of_more_than_32_bits(front: ModuleType, tmp_path: Path, channels: int, lift: str) -> None:
+    """Two examples lie 2^31 + 64 elements apart, in sparse files."""
+    apart = 2**31 + 64
+    x = torch.rand(2, 2, 3, 3, channels).permute(0, 4, 1, 2, 3)
+    weight = torch.rand(4, channels, 1, 3, 3)
+    given = torch.rand(2, 4, 2, 1, 1)
+    far = []
+    for name, tensor in {"x": x, "relevance": given, "out": torch.full_like(x, torch.nan)}.items():
+        base = np.memmap(tmp_path / name, np.float32, "w+", shape=(apart + tensor[0].numel(),))
+        strides = [4 * apart, *(4 * s for s in tensor.stride()[1:])]
+        far.append(np.lib.stride_tricks.as_strided(base, tensor.shape, strides, writeable=True))
+        far[-1][...] = tensor.numpy()
+    expected = relevance(front, x, weight, given, "cuda/tf32", lift)
+    geometry = (1, 1, 1), (0, 0, 0), (1, 1, 1), 1
+    front.relevance(
+        far[0], array(weight), None, far[1], None, None, far[2], *geometry, lift, 0.0, "cuda/tf32", (0, 0, 0)
+    )
+    assert np.array_equal(far[2], expected.numpy())
+
+
+def test_unknown_kernels_and_tiles_are_errors(front: ModuleType) -> None:
+    x, weight, given = torch.ones(1, 4, 1, 1, 1), torch.ones(1, 4, 1, 1, 1), torch.ones(1, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"named cuda/f16.*cuda/tf32x3, cuda/tf32, cuda/bf16"):
+        relevance(front, x, weight, given, "cuda/f16")
+    out = torch.empty(1, 1, 1, 1, 1)
+    geometry = (1, 1, 1), (0, 0, 0), (1, 1, 1), 1
+    with pytest.raises(ValueError, match="no such tile"):
+        front.forward(array(x), array(weight), None, array(out), *geometry, "cuda/tf32x3", (128, 128, 0))
+    for dtype, kernels in KERNELS.items():
+        assert front.kernels(array(x.to(dtype))) == kernels
+
+
+def test_nothing_runs_over_the_end_of_memory() -> None:
+    """Odd shapes of every lift, arithmetic and tile under the address and undefined-behaviour sanitizers."""
+    script = """if True:
+        import itertools, numpy as np, conv3d_front as front
+        rng = np.random.default_rng(0)
+        tiles = itertools.cycle([(0, 0, 0), (128, 64, 3), (64, 64, 0), (128, 16, 2)])
+        geometries = itertools.cycle([(1, 1), (2, 1), (3, 2)])
+        kernels = "cuda/tf32x3", "cuda/tf32", "cuda/bf16"
+        for c, lift, kernel in itertools.product((1, 3, 8), ("none", "signed", "box"), kernels):
+            stride, dilation = next(geometries)
+            x = rng.random((2, c, 2, 6, 5), np.float32)
+            weight, bias = rng.random((5, c, 2, 3, 2), np.float32) - 0.5, rng.random(5, np.float32)
+            size = [(n + 2 - dilation * (k - 1) - 1) // stride + 1 for n, k in zip((2, 6, 5), (2, 3, 2))]
+            given = rng.random((2, 5, *size), np.float32)
+            low, high = (np.full(x.shape, bound, np.float32) if lift == "box" else None for bound in (0, 1))
+            out, forward = np.full_like(x, np.nan), np.full_like(given, np.nan)
+            geometry = (stride,) * 3, (1, 1, 1), (dilation,) * 3, 1
+            front.relevance(x, weight, bias, given, low, high, out, *geometry, lift, 0.1, kernel, next(tiles))
+            front.forward(x, weight, bias, forward, *geometry, kernel, next(tiles))
+            assert np.isfinite(out).all() and np.isfinite(forward).all()
+        print("all ran")
+    """
+    done = run_sanitized("conv3d_front", script)
+    assert done.stdout == "all ran\n", done.stderr[-4000:]

@@ -1,0 +1,251 @@
+"""What only a GPU can show: streams, graphs, devices, repetition, layers of real size, and compute-sanitizer's verdict.
+
+The oracle meets the device in test_ops.py, shape by shape; here kernels meet the definition in float64.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from op_cases import tolerance
+from torch import Tensor
+
+from captum_dtd import kernels, ops
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of real proportions: its operation, the size of its input and of its weight, and its geometry."""
+
+    name: str
+    op: str
+    x: tuple[int, ...]
+    out: tuple[int, ...]
+    weight: tuple[int, ...] | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+def layer(name: str, op: str, x: tuple[int, ...], out: tuple[int, ...], *weight: int, **options: Any) -> Layer:
+    return Layer(name, op, x, out, weight or None, tuple(options.items()))
+
+
+LAYERS = (
+    layer("conv4a", "z_plus_conv3d", (2, 256, 4, 14, 14), (2, 512, 4, 14, 14), 512, 256, 3, 3, 3, padding=1),
+    layer("signed", "z_plus_conv3d", (2, 64, 4, 28, 28), (2, 64, 4, 28, 28), 64, 64, 3, 3, 3, padding=1),
+    layer("strided", "z_plus_conv3d", (1, 64, 8, 28, 28), (1, 128, 4, 14, 14), 128, 64, 3, 3, 3, stride=2, padding=1),
+    layer("shortcut", "z_plus_conv3d", (2, 64, 8, 28, 28), (2, 128, 4, 14, 14), 128, 64, 1, 1, 1, stride=2),
+    layer("grouped", "z_plus_conv3d", (1, 60, 4, 14, 14), (1, 40, 4, 14, 14), 40, 15, 3, 3, 3, padding=1, groups=4),
+    layer("linear", "z_plus_conv3d", (16, 4096, 1, 1, 1), (16, 101, 1, 1, 1), 101, 4096, 1, 1, 1),
+    layer(
+        *("stem", "z_beta_conv3d", (1, 3, 8, 56, 56), (1, 64, 8, 28, 28), 64, 3, 3, 7, 7),
+        **{"stride": (1, 2, 2), "padding": (1, 3, 3)},
+    ),
+    layer("forward", "conv3d", (2, 64, 4, 28, 28), (2, 96, 4, 28, 28), 96, 64, 3, 3, 3, padding=1),
+    layer("pool", "max_pool3d_relevance", (2, 64, 8, 28, 28), (2, 64, 4, 14, 14), kernel_size=2),
+    layer("pool5", "max_pool3d_relevance", (2, 64, 2, 7, 7), (2, 64, 1, 4, 4), kernel_size=2, padding=(0, 1, 1)),
+    layer(
+        *("overlapping", "max_pool3d_relevance", (2, 64, 8, 28, 28), (2, 64, 8, 28, 28)),
+        **{"kernel_size": 3, "stride": 1, "padding": 1},
+    ),
+    layer(
+        *("winner", "max_pool3d_relevance", (2, 64, 8, 28, 28), (2, 64, 4, 14, 14)),
+        **{"kernel_size": 3, "stride": 2, "padding": 1, "winner_takes_all": True},
+    ),
+)
+SMALL = tuple(
+    replace(each, x=(1, *each.x[1:2], *(min(n, 6) for n in each.x[2:])), out=())
+    for each in LAYERS
+    if each.name != "linear"
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = (torch.contiguous_format, torch.channels_last_3d)
+
+
+def operands(
+    layer: Layer, dtype: torch.dtype, layout: torch.memory_format, device: str = "cuda", seed: int = 0
+) -> dict[str, Any]:
+    """Random arguments; denominators are sums of many terms of one sign, so every arithmetic can be held to its roundoff."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+        values = torch.randn(shape, generator=generator).to(device, kind)
+        return values.contiguous(memory_format=layout) if values.dim() == 5 else values
+
+    given: dict[str, Any] = {**dict(layer.options), "x": random(layer.x, dtype)}
+    if layer.weight:
+        given["weight"] = random(layer.weight, dtype)
+    if layer.op == "z_plus_conv3d" and layer.name != "signed":
+        given |= {"x": given["x"].relu(), "non_negative": True}
+    if layer.op == "z_beta_conv3d":
+        given |= {
+            "low": given["x"].float().amin((0, 2, 3, 4), keepdim=True) - 0.1,
+            "high": torch.full((1,), 6.0, device=device),
+        }
+    if layer.op != "conv3d":
+        given["relevance"] = random(layer.out or output(layer, given), torch.float32)
+    return given
+
+
+def output(layer: Layer, given: dict[str, Any]) -> tuple[int, ...]:
+    """Shape of the layer's output, where it is not written down."""
+    x = torch.zeros(layer.x, device="meta")
+    triples = {name: given.get(name, 0 if name == "padding" else 1) for name in ("stride", "padding")}
+    if layer.weight:
+        weight = torch.zeros(layer.weight, device="meta")
+        return tuple(torch.nn.functional.conv3d(x, weight, groups=given.get("groups", 1), **triples).shape)
+    triples["stride"] = given.get("stride", given["kernel_size"])
+    return tuple(torch.nn.functional.max_pool3d(x, given["kernel_size"], **triples).shape)
+
+
+def call(layer: Layer, given: dict[str, Any], kernel: str = "auto") -> Tensor:
+    result = getattr(ops, layer.op)(**given, kernel=kernel)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def names(layer: Layer, dtype: torch.dtype) -> list[str]:
+    return [name for name in kernels.available(layer.op, "cuda", dtype) if name != "reference"]
+
+
+@pytest.fixture(autouse=True)
+def device() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New memory is NaN, so that an element that no kernel writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+def test_agrees_with_the_definition_in_float64(layer: Layer, layout: torch.memory_format, poisoned: None) -> None:
+    failures = []
+    for dtype in DTYPES:
+        given = operands(layer, dtype, layout)
+        wide = {name: value.double() if isinstance(value, Tensor) else value for name, value in given.items()}
+        expected = call(layer, wide, "reference")
+        for kernel in names(layer, dtype):
+            actual = call(layer, given, kernel).double()
+            error = float((actual - expected).norm() / expected.norm())
+            allowed = tolerance(layer.op, kernel, dtype, short=False)
+            if not error <= allowed:
+                failures.append(f"{kernel} {dtype}: relative L2 error {error:.3g}, tolerance {allowed:.3g}")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+def test_same_bits_every_time(layer: Layer) -> None:
+    """Also while another stream keeps the device busy, which changes the order of blocks."""
+    busy = torch.rand(4096, 4096, device="cuda")
+    other = torch.cuda.Stream()
+    for dtype in DTYPES:
+        given = operands(layer, dtype, torch.channels_last_3d)
+        for kernel in names(layer, dtype):
+            first = call(layer, given, kernel)
+            for _ in range(8):
+                with torch.cuda.stream(other):
+                    busy @ busy
+                assert torch.equal(call(layer, given, kernel), first), f"{kernel} {dtype}"
+            torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+def test_runs_on_the_current_stream(layer: Layer) -> None:
+    """What the stream has been told before, the kernel sees; on the default stream it would not wait for it."""
+    early, late = (operands(layer, torch.float32, torch.contiguous_format, seed=seed) for seed in (0, 1))
+    expected = call(layer, late)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        for name, value in early.items():
+            if isinstance(value, Tensor):
+                value.copy_(late[name])
+        actual = call(layer, early)
+    stream.synchronize()
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+def test_a_graph_captures_everything(layer: Layer) -> None:
+    for dtype in DTYPES:
+        given, changed = (operands(layer, dtype, torch.channels_last_3d, seed=seed) for seed in (0, 1))
+        for kernel in names(layer, dtype):
+            expected = call(layer, changed, kernel)
+            static = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                call(layer, static, kernel)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = call(layer, static, kernel)
+            for name, value in static.items():
+                if isinstance(value, Tensor):
+                    value.copy_(changed[name])
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(result, expected), f"{kernel} {dtype}"
+
+
+def test_runs_on_the_tensors_device() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("this machine has only one GPU")
+    for layer in LAYERS:
+        given = operands(layer, torch.float32, torch.contiguous_format)
+        there = {name: value.to("cuda:1") if isinstance(value, Tensor) else value for name, value in given.items()}
+        with torch.cuda.device(0):
+            actual = call(layer, there)
+            assert torch.cuda.current_device() == 0
+        assert actual.device == torch.device("cuda:1")
+        torch.testing.assert_close(actual.cpu(), call(layer, given).cpu())
+
+
+def test_operands_of_two_devices_are_refused() -> None:
+    for layer in LAYERS:
+        given = operands(layer, torch.float32, torch.contiguous_format)
+        for name, value in given.items():
+            if isinstance(value, Tensor) and name != "x":
+                with pytest.raises(RuntimeError, match=name):
+                    call(layer, {**given, name: value.cpu()})
+
+
+def small_layers() -> None:
+    """Every kernel once on small operands: what compute-sanitizer is shown."""
+    for layer in SMALL:
+        for dtype in DTYPES:
+            for layout in LAYOUTS:
+                given = operands(layer, dtype, layout)
+                for kernel in names(layer, dtype):
+                    call(layer, given, kernel)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not on the PATH: accesses of the CUDA kernels are checked in emulation only")
+    script = "import test_cuda_device; test_cuda_device.small_layers()"
+    # Without torch's cache of memory every tensor has its own bounds.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "86", sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

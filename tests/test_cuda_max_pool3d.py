@@ -1,0 +1,186 @@
+"""The CUDA kernels of max pooling, run by the emulator: against the oracle, over layouts, types and orders of threads."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from emulator.build import load, run_sanitized
+from op_cases import DTYPES, LAYOUTS, POOLS, VARIANTS, Pool, disagreement, lay_out, problem, tolerance
+from oracle import tuples
+from torch import Tensor
+
+OP = "max_pool3d_relevance"
+KERNELS = ("cuda/ieee",)
+
+CASES = (
+    *POOLS,
+    # Rows of windows that are pairs and fill vectors; vectors of channels.
+    Pool("pairs", (1, 2, 4, 4, 8), 2),
+    Pool("pairs, T kept", (2, 4, 3, 4, 4), (1, 2, 2)),
+    Pool("pairs, odd T and H", (1, 4, 5, 5, 4), 2),
+    Pool("pairs, gaps", (1, 2, 5, 7, 8), 2, (3, 3, 2)),
+    Pool("pairs, padded T and H", (1, 2, 4, 5, 4), 2, 2, (1, 1, 0)),
+    Pool("pairs, more rows than a batch", (1, 2, 6, 6, 4), (3, 3, 2)),
+    Pool("vectors, padded", (1, 8, 2, 7, 7), 2, 2, (0, 1, 1)),
+    Pool("vectors, ceil", (1, 4, 3, 5, 6), 2, 2, 0, 1, True),
+    Pool("vectors, gaps", (1, 4, 5, 7, 8), (2, 1, 2), (3, 2, 3)),
+    Pool("vectors, dilated, apart", (1, 4, 6, 7, 8), 2, (3, 3, 4), 0, (2, 2, 3)),
+    Pool("vectors, more taps than a batch", (1, 4, 6, 6, 7), 3),
+    Pool("vectors, one window, wider than its stride", (1, 4, 4, 4, 4), 3, 2),
+    Pool("vectors, overlapping", (1, 4, 4, 5, 6), 3, 2, 1),
+    Pool("vectors, overlapping in T alone", (1, 4, 5, 4, 4), (3, 2, 2), (1, 2, 2), (1, 0, 0)),
+    Pool("vectors, overlapping, ceil", (1, 4, 4, 6, 5), (3, 3, 2), (2, 2, 1), (1, 0, 1), 1, True),
+    Pool("vectors, overlapping, dilated", (1, 4, 6, 7, 8), (2, 3, 2), (1, 1, 2), (1, 1, 0), (2, 2, 3)),
+    Pool("dilation and stride share a factor", (1, 2, 9, 1, 12), (3, 1, 3), (2, 1, 4), (1, 0, 1), (4, 1, 6)),
+    Pool("one channel, half in the padding", (1, 1, 2, 3, 4), 2, 2, 1),
+)
+NAMES = {case.name: case for case in CASES}
+APART_AND_OVERLAPPING = [NAMES[name] for name in ("pairs", "vectors, padded", "overlapping", "vectors, overlapping")]
+
+Relevance = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="module")
+def front() -> ModuleType:
+    return load("max_pool3d_front")
+
+
+@pytest.fixture
+def relevance(front: ModuleType) -> Relevance:
+    """The operation by the emulated kernel."""
+
+    def run(
+        x: Tensor,
+        relevance: Tensor,
+        out: str = "contiguous",
+        winner_takes_all: bool = False,
+        ceil_mode: bool = False,
+        stabilizer: float = 0.0,
+        **options: Any,
+    ) -> Tensor:
+        result = lay_out(torch.full(x.shape, torch.nan, dtype=relevance.dtype), out)
+        if options["stride"] is None:
+            options["stride"] = options["kernel_size"]
+        windows = {name: tuples(options.pop(name), 3) for name in ("kernel_size", "stride", "padding", "dilation")}
+        name = str(x.dtype).removeprefix("torch.")
+        arrays = [as_array(t) for t in (x, relevance, result)]
+        bytes_asked = front.relevance(name, *arrays, *windows.values(), winner_takes_all, stabilizer, **options)
+        number = 4 if winner_takes_all else relevance.element_size()
+        assert bytes_asked in (0, relevance.numel() * number)
+        return result
+
+    return run
+
+
+def as_array(tensor: Tensor) -> Any:
+    """As NumPy sees it: narrow types as their bits."""
+    return (tensor.view(torch.uint16) if tensor.element_size() == 2 else tensor).numpy()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_agrees_with_the_oracle(case: Pool, relevance: Relevance) -> None:
+    failures = []
+    for variant, short in itertools.product(VARIANTS[OP], (True, False)):
+        for dtype in DTYPES:
+            posed = problem(OP, case, variant, dtype, short)
+            for layout in ("contiguous", "channels_last"):
+                actual = relevance(**posed.on("cpu", dtype, layout), out=layout)
+                wrong = disagreement(actual, posed, tolerance(OP, "cuda/ieee", dtype, short))
+                if wrong:
+                    failures.append(f"{dtype} {variant.name}, {layout}: {wrong}")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("case", APART_AND_OVERLAPPING, ids=lambda case: case.name)
+def test_strides_are_free(case: Pool, relevance: Relevance) -> None:
+    variant = VARIANTS[OP][0]
+    posed = problem(OP, case, variant, torch.float32, True)
+    for of_x, of_relevance, of_out in itertools.product(LAYOUTS, LAYOUTS[:4], LAYOUTS[:4]):
+        arguments = posed.on("cpu", torch.float32, of_x)
+        arguments["relevance"] = lay_out(arguments["relevance"].contiguous(), of_relevance)
+        actual = relevance(**arguments, out=of_out)
+        assert not disagreement(actual, posed, 1e-6), (of_x, of_relevance, of_out)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", APART_AND_OVERLAPPING, ids=lambda case: case.name)
+def test_bits_depend_on_neither_the_order_of_threads_nor_the_size_of_launches(
+    case: Pool, layout: str, relevance: Relevance, front: ModuleType
+) -> None:
+    for variant in VARIANTS[OP]:
+        arguments = problem(OP, case, variant, torch.float32, False).on("cpu", torch.float32, layout)
+        first = relevance(**arguments, out=layout)
+        for seed, threads in itertools.product((0, 1, 2), (1 << 30, 100)):
+            front.set_seed(seed)
+            again = relevance(**arguments, out=layout, threads=threads)
+            front.set_seed(0)
+            assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", APART_AND_OVERLAPPING, ids=lambda case: case.name)
+def test_vanishing_sums_pass_nothing_and_nan_is_told(case: Pool, layout: str, relevance: Relevance) -> None:
+    windows = lay_out(torch.ones(case(torch.zeros(case.x)).shape), layout)
+    for dead in (0.0, -1.0, 1e-40):
+        x = lay_out(torch.full(case.x, dead), layout)
+        assert not relevance(x, windows, layout, **case.options).any()
+        assert not relevance(x, torch.zeros_like(windows), layout, **case.options).any()
+
+    ones = torch.ones(case.x)
+    ones[0, 1, 0, 1, 1] = torch.nan
+    shared = relevance(lay_out(ones, layout), windows, layout, **case.options)
+    assert shared[0, 1, 0, 1, 1].isnan() and shared[0, 0].isfinite().all()
+    assert shared.isnan().sum() > 1, "a NaN of x makes NaN of all that shares a window with it"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", APART_AND_OVERLAPPING, ids=lambda case: case.name)
+def test_winners_are_those_of_torch(case: Pool, layout: str, relevance: Relevance) -> None:
+    """The first of equals, the last NaN, and the first place of a window in which all is minus infinity."""
+    x = torch.randint(-3, 4, case.x).float()
+    x[0, 0, 1, 1, 0:3] = torch.nan
+    x[0, 1] = -torch.inf
+    windows = [tuples(n, 3) for n in (case.kernel, case.stride or case.kernel, case.padding, case.dilation)]
+    pooled, indices = F.max_pool3d(x, *windows, case.ceil_mode, return_indices=True)
+    given = torch.randint(-8, 9, pooled.shape).float()
+    expected = torch.zeros(case.x).flatten(2).scatter_add_(2, indices.flatten(2), given.flatten(2)).view(case.x)
+    shared = relevance(lay_out(x, layout), lay_out(given, layout), layout, winner_takes_all=True, **case.options)
+    assert torch.equal(shared, expected)
+
+
+SANITIZED = """
+import json, sys
+import numpy as np
+import max_pool3d_front as front
+random = np.random.default_rng(0)
+for dtype, bits, sums in (("float32", "f4", "f4"), ("bfloat16", "u2", "f4")):
+    for shape, outputs, *windows in json.loads(sys.argv[1]):
+        for last in (False, True):
+            def array(shape, kind):
+                values = random.integers(0, 16000, shape).astype(kind)
+                return np.moveaxis(np.moveaxis(values, 1, -1).copy(), -1, 1) if last else values
+            for winner in (False, True):
+                arrays = array(shape, bits), array(outputs, sums), array(shape, sums)
+                front.relevance(dtype, *arrays, *windows, winner)
+print("clean")
+"""
+
+
+def test_nothing_runs_over_an_edge() -> None:
+    cases = []
+    for case in CASES:
+        windows = (case.kernel, case.kernel if case.stride is None else case.stride, case.padding, case.dilation)
+        cases.append((case.x, tuple(case(torch.zeros(case.x)).shape), *(tuples(numbers, 3) for numbers in windows)))
+    ran = run_sanitized("max_pool3d_front", SANITIZED, json.dumps(cases))
+    assert ran.returncode == 0 and ran.stdout.strip() == "clean", ran.stderr[-4000:]
+
+
+def test_every_kernel_is_emulated(front: ModuleType) -> None:
+    assert tuple(front.kernels()) == KERNELS

@@ -1,0 +1,70 @@
+"""The scripts for a machine with a GPU run without one as far as they can: so that no minute on the GPU is lost to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "benchmarks"
+
+
+def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "OUT": str(folder), "PYTHONPATH": str(SCRIPTS), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, *command], cwd=folder, env=variables, capture_output=True, text=True)
+
+
+def test_gpu_bench_measures_every_kind_of_case(tmp_path: Path) -> None:
+    options = ("--device", "cpu", "--smoke", "--no-compile", "--only", "pool2.*float32|S3D branch|conv3a|stem.*pixels")
+    done = run(tmp_path, str(SCRIPTS / "gpu_bench.py"), *options)
+    assert done.returncode == 0, done.stderr
+    (written,) = tmp_path.glob("gpu_bench_*.json")
+    record = json.loads(written.read_text())
+    assert {"machine", "device"} <= set(record["about"]) and record["smoke"]
+    assert {"copy", "matmul tf32", "matmul bfloat16"} <= set(record["ceilings"])
+    assert len(record["cases"]) == 2 + 4 + 4 + 4
+    for case in record["cases"]:
+        timing = case["contenders"][case["ours"]]
+        assert timing["first_quartile_ms"] <= timing["median_ms"] <= timing["third_quartile_ms"]
+        assert max(case["errors"].values()) < 1e-5, case["case"]
+    assert {row["kind"] for row in record["summary"]} == {"pooling", "convolution"}
+
+
+def test_gpu_check_forbids_skips_for_lack_of_cuda(tmp_path: Path) -> None:
+    (tmp_path / "test_skips.py").write_text(
+        "import pytest\n"
+        "def test_lacks_a_device(): pytest.skip('there is no CUDA device')\n"
+        "def test_lacks_a_network(): pytest.skip('no network')\n"
+        "def test_passes(): pass\n"
+    )
+    plugin = ("-m", "pytest", "-q", "-p", "gpu_check", "-p", "no:cacheprovider", "test_skips.py")
+    assert "1 passed, 2 skipped" in run(tmp_path, *plugin, FAIL_WITHOUT_CUDA="0").stdout
+    strict = run(tmp_path, *plugin, FAIL_WITHOUT_CUDA="1")
+    assert "1 failed, 1 passed, 1 skipped" in strict.stdout and strict.returncode == 1
+
+
+def test_gpu_check_writes_what_it_found(tmp_path: Path) -> None:
+    options = ("--smoke", "--jobs", "1", "-k", "forbids_skips", str(ROOT / "tests" / "test_gpu_scripts.py"))
+    done = run(tmp_path, str(SCRIPTS / "gpu_check.py"), *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (written,) = tmp_path.glob("gpu_check_*.json")
+    record = json.loads(written.read_text())
+    assert record["tests"]["passed"] == 1 and record["tests"]["failed"] == 0
+    assert [step["step"] for step in record["steps"]][-1] == "tests"
+
+
+def test_the_rate_of_tensor_cores_compiles(tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no CUDA compiler (nvcc) was found")
+    source = SCRIPTS / "mma_rate.cu"
+    target = str(tmp_path / "mma_rate")
+    subprocess.run(
+        [nvcc, "-std=c++17", "-arch=sm_80", f"-I{ROOT / 'csrc' / 'cuda'}", str(source), "-o", target], check=True
+    )

@@ -1,0 +1,722 @@
+# ruff: noqa: N803, N806 - matrices and relevance are named as in the formulas
+"""Every kernel of every fused operation against the oracle, and what each must keep to besides the numbers."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from typing import Any
+
+import pytest
+import torch
+from op_cases import (
+    CONVS,
+    DEVICES,
+    DTYPES,
+    LAYOUTS,
+    POOLS,
+    VARIANTS,
+    Conv,
+    Pool,
+    Problem,
+    Variant,
+    accumulator,
+    disagreement,
+    explicit,
+    problem,
+    tolerance,
+    windows,
+)
+from oracle import matrix
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+from captum_dtd import kernels, native, ops
+
+CASES = {op: POOLS if op.startswith("max_pool") else CONVS for op in VARIANTS}
+EVERY = [pytest.param(op, case, id=f"{op}-{case.name}") for op, cases in CASES.items() for case in cases]
+CONVOLUTIONS = [op for op, cases in CASES.items() if cases is CONVS]
+RULES = [op for op in VARIANTS if op != "conv3d"]
+
+NAMES = {case.name: case for case in (*CONVS, *POOLS)}
+SAMPLE = {
+    op: [NAMES[name] for name in names]
+    for op, names in (
+        *dict.fromkeys(
+            CONVOLUTIONS,
+            (
+                "3x3x3",
+                "2 groups of 17, stride 2",
+                "dilation 2x3x2, stride 2x2x3",
+                "1x1x1",
+                "linear",
+                "frozen clip",
+                "stem",
+            ),
+        ).items(),
+        ("max_pool3d_relevance", ("2x2x2", "overlapping", "ceil, padded", "dilated, padded, stride 2, ceil")),
+    )
+}
+"""A few shapes of every operation, for properties that do not hang on the shape."""
+
+AMBIGUOUS = (
+    "one example, one channel to one",
+    "empty batch",
+    "linear",
+    "depthwise",
+    "one frame",
+    "28 wide",
+    "C3D's last",
+)
+"""Shapes of which more than one layout is contiguous."""
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def every_kernel(op: str, device: str, *dtypes: torch.dtype) -> Iterator[tuple[str, torch.dtype]]:
+    for dtype in dtypes or DTYPES:
+        for kernel in kernels.available(op, device, dtype):
+            yield kernel, dtype
+
+
+def call(op: str, arguments: dict[str, Any], kernel: str = "auto") -> Tensor:
+    return getattr(ops, op)(**arguments, kernel=kernel)
+
+
+def report(failures: list[str]) -> None:
+    assert not failures, f"{len(failures)} failures:\n" + "\n".join(failures[:8])
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """For comparisons in which NaN equals itself and 0 does not equal -0."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(integers[tensor.element_size()])
+
+
+# ------------------------------------------------------------------------------------------------- the numbers
+
+
+def test_every_operation_has_an_oracle() -> None:
+    assert set(VARIANTS) == set(ops.SCHEMAS), "an operation without variants in op_cases.py is not tested"
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_compiled_kernels_are_tested(device_type: str) -> None:
+    """Where they are not, this is the one test that says so."""
+    if device_type in native.missing:
+        pytest.skip(f"no compiled kernels for {device_type}: {native.missing[device_type]}")
+    if device_type not in DEVICES:
+        pytest.skip(f"there is no {device_type} device to run its kernels")
+    for op in ops.SCHEMAS:
+        for dtype in DTYPES:
+            names = kernels.available(op, device_type, dtype)
+            # float64 would gain nothing from CUDA's tensor cores: its convolutions are left to the definition.
+            compiled = device_type == "cpu" or dtype != torch.float64 or op == "max_pool3d_relevance"
+            assert (len(names) > 1) == compiled and names[-1] == "reference", f"{op} {dtype}: {names}"
+            assert {name.split("/")[-1] for name in names[:-1]} <= set(kernels.ARITHMETICS)
+
+
+@pytest.mark.parametrize("instructions", ["amx", "avx512", "avx2", "generic"])
+def test_instruction_set_is_tested(instructions: str) -> None:
+    names = [kernel for op in ops.SCHEMAS for kernel, _ in every_kernel(op, "cpu")]
+    if not any(name.startswith(f"{instructions}/") for name in names):
+        pytest.skip(f"no kernel for {instructions} runs on this machine, or none is compiled")
+
+
+@pytest.mark.parametrize(("op", "case"), EVERY)
+def test_agrees_with_the_oracle(op: str, case: Conv | Pool, device: str) -> None:
+    failures = []
+    for variant in VARIANTS[op]:
+        for short in (True, False):
+            if variant.exact_only and not short:
+                continue
+            shared = problem(op, case, variant, torch.float32, True)
+            for dtype in DTYPES:
+                # Short operands are the same in every type.
+                posed = shared if short else problem(op, case, variant, dtype, False)
+                arguments = posed.on(device, dtype)
+                for kernel in kernels.available(op, device, dtype):
+                    actual = call(op, arguments, kernel)
+                    assert actual.dtype == (dtype if op == "conv3d" else accumulator(dtype))
+                    wrong = disagreement(actual, posed, tolerance(op, kernel, dtype, short))
+                    if wrong:
+                        operands = "short" if short else "full"
+                        failures.append(f"{op} {kernel} {dtype} [{case.name}] {variant.name}, {operands}: {wrong}")
+    report(failures)
+
+
+@pytest.mark.parametrize("op", [op for op in RULES if op in CONVOLUTIONS])
+def test_quotients_are_rounded_as_the_arithmetic_says(op: str, device: str) -> None:
+    """Where only s has more bits than any arithmetic takes: two halves of it are no less than two."""
+    failures = []
+    for case in SAMPLE[op]:
+        posed = problem(op, case, VARIANTS[op][0], torch.float32, True, short_quotients=False)
+        for kernel in kernels.available(op, device, torch.float32):
+            actual = call(op, posed.on(device, torch.float32), kernel)
+            wrong = disagreement(actual, posed, tolerance(op, kernel, torch.float32, True, short_quotients=False))
+            if wrong:
+                failures.append(f"{op} {kernel} [{case.name}]: {wrong}")
+    report(failures)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", VARIANTS)
+def test_strides_are_free(op: str, layout: str, device: str) -> None:
+    """A slice's surroundings are NaN, so that nothing beside it may be read; and inputs stay as they are."""
+    failures = []
+    for case in SAMPLE[op]:
+        for variant in VARIANTS[op]:
+            posed = problem(op, case, variant, torch.float32, True)
+            for kernel, dtype in every_kernel(op, device):
+                arguments = posed.on(device, dtype, layout)
+                actual = call(op, arguments, kernel)
+                where = f"{op} {kernel} {dtype} [{case.name}] {variant.name}, {layout}"
+                wrong = disagreement(actual, posed, tolerance(op, kernel, dtype, True))
+                if wrong:
+                    failures.append(f"{where}: {wrong}")
+                for name, value in posed.on(device, dtype, layout).items():
+                    if isinstance(value, Tensor) and not torch.equal(value, arguments[name]):
+                        failures.append(f"{where}: {name} was written to")
+                format = torch.channels_last_3d if layout == "channels_last" else torch.contiguous_format
+                if not actual.is_contiguous(memory_format=format):
+                    failures.append(f"{where}: the result has strides {actual.stride()}")
+    report(failures)
+
+
+# ------------------------------------------------------------------------------------------------- one answer
+
+
+LARGE = {
+    op: [Pool("overlapping", (1, 17, 5, 80, 31), 3, 2, 1), Pool("apart", (1, 17, 8, 40, 30), 2)]
+    if cases is POOLS
+    else [
+        Conv("many positions", (1, 24, 5, 18, 31), 17, 3, (1, 2, 1), 1),
+        Conv("long rows of many channels", (1, 96, 1, 2, 150), 50, (1, 3, 3), (1, 1, 2), (0, 1, 1)),
+        Conv("wide and linear", (5, 1100, 1, 1, 1), 130, 1),
+        Conv("many examples", (1001, 150, 1, 1, 1), 17, 1),
+        Conv("many small examples", (97, 9, 2, 5, 5), 20, (1, 3, 3), padding=(0, 1, 1)),
+    ]
+    for op, cases in CASES.items()
+}
+"""Enough work to be split over threads, blocks and caches. Their Jacobians are too large."""
+
+
+def unanswered(op: str, case: Conv | Pool, variant: Variant, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Operands of a case that is too large for a Jacobian."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, type: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, type)
+
+    arguments: dict[str, Any] = {"x": normal(*case.x).relu()} | case.options | variant.options
+    if isinstance(case, Pool):
+        out = case(arguments["x"].float())
+    else:
+        arguments["weight"] = normal(*case.weight)
+        if variant.bias:
+            arguments["bias"] = normal(case.out)
+        if variant.box:
+            arguments["low"] = -normal(1, type=accumulator(dtype)).abs()
+            arguments["high"] = 5 + normal(1, case.x[1], 1, 1, 1, type=accumulator(dtype)).abs()
+        out = case(arguments["x"].float(), arguments["weight"].float())
+    if op != "conv3d":
+        arguments["relevance"] = normal(*out.shape, type=accumulator(dtype))
+    return arguments
+
+
+@pytest.mark.parametrize("op", VARIANTS)
+def test_same_bits_in_every_run_and_for_any_number_of_threads(op: str, device: str) -> None:
+    failures = []
+    for case in LARGE[op]:
+        for kernel, dtype in every_kernel(op, device, torch.float32, torch.float64):
+            if kernel == "reference":
+                continue  # torch's own convolutions may split their sums otherwise
+            arguments = unanswered(op, case, VARIANTS[op][1], dtype, device)
+            once, again = call(op, arguments, kernel), call(op, arguments, kernel)
+            torch.set_num_threads(2)
+            threaded = call(op, arguments, kernel)
+            torch.set_num_threads(1)
+            where = f"{op} {kernel} {dtype} [{case.name}]"
+            if not torch.equal(bits(once), bits(again)):
+                failures.append(f"{where}: two runs differ")
+            if not torch.equal(bits(once), bits(threaded)):
+                failures.append(f"{where}: one and two threads differ")
+    report(failures)
+
+
+@pytest.mark.parametrize("op", VARIANTS)
+def test_large_results_agree_with_the_definition(op: str, device: str) -> None:
+    """In float64 the definition agrees with the oracle to the last places, on whatever shape the oracle can serve."""
+    failures = []
+    for case in LARGE[op]:
+        variants = VARIANTS[op] if CASES[op] is POOLS else VARIANTS[op][1:2]
+        for variant in variants:
+            for dtype in DTYPES if CASES[op] is POOLS else (torch.float32, torch.float64):
+                arguments = unanswered(op, case, variant, dtype, device)
+                wide = {k: v.cpu().double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+                signless = {name: wide[name].abs() for name in ("relevance",) if op != "conv3d"}
+                if op == "conv3d":
+                    signless = {name: wide[name].abs() for name in ("x", "weight", "bias") if name in wide}
+                posed = Problem(op, {}, {}, call(op, wide, "reference"), call(op, wide | signless, "reference"))
+                for kernel in kernels.available(op, device, dtype):
+                    wrong = disagreement(call(op, arguments, kernel), posed, tolerance(op, kernel, dtype, False))
+                    if wrong:
+                        failures.append(f"{op} {kernel} {dtype} [{case.name}] {variant.name}: {wrong}")
+    report(failures)
+
+
+TWINS = (
+    Conv("twin", (1, 3, 3, 5, 5), 4, padding=1),
+    Conv("twin", (1, 6, 3, 5, 5), 4, padding=1, groups=2),
+    Conv("twin", (1, 3, 3, 5, 5), 4, stride=2, padding=1),
+    Conv("twin", (1, 3, 3, 5, 5), 4, stride=(1, 2, 1), padding=1, dilation=(1, 1, 2)),
+    Conv("twin", (1, 4, 3, 5, 5), 3, padding=1),
+    Conv("twin", (1, 12, 3, 5, 5), 12, padding=1, groups=12),
+    Conv("twin", (1, 3, 5, 9, 1), 4, (3, 9, 1)),
+    Conv("twin", (2, 81, 1, 1, 1), 4, 1),
+)
+"""Convolutions whose weights are the same bytes."""
+
+
+@pytest.mark.parametrize("op", CONVOLUTIONS)
+def test_calls_do_not_take_each_other_s_weights(op: str, device: str) -> None:
+    """Kernels may keep what they made of a weight: not for another geometry, rule, type or kernel that reads it otherwise."""
+    failures = []
+    posed = [problem(op, case, variant, torch.float32, True) for case in TWINS for variant in VARIANTS[op]]
+    calls = [(each, kernel, dtype) for each in posed for kernel, dtype in every_kernel(op, device)]
+    random.Random(0).shuffle(calls)
+    for each, kernel, dtype in calls:
+        wrong = disagreement(call(op, each.on(device, dtype), kernel), each, tolerance(op, kernel, dtype, True))
+        if wrong:
+            failures.append(f"{op} {kernel} {dtype} {each.options}: {wrong}")
+    report(failures)
+
+
+@pytest.mark.parametrize("op", CONVOLUTIONS)
+def test_a_weight_is_read_at_every_call(op: str, device: str) -> None:
+    """Also where it was changed behind torch's back, and where the same bits are numbers of another type."""
+    for kernel, dtype in every_kernel(op, device):
+        arguments = problem(op, NAMES["3x3x3"], VARIANTS[op][0], dtype, True).on(device, dtype)
+        before = call(op, arguments, kernel)
+        arguments["weight"].data[-1, -1, -1, -1, -1] = 5
+        after = call(op, arguments, kernel)
+        assert not torch.equal(before, after), f"{kernel} {dtype}"
+        fresh = call(op, arguments | {"weight": arguments["weight"].clone()}, kernel)
+        assert torch.equal(after, fresh), f"{kernel} {dtype}"
+    for kernel in kernels.available(op, device, torch.float16):
+        half = problem(op, NAMES["3x3x3"], VARIANTS[op][0], torch.float16, True).on(device, torch.float16)
+        brain = half | {name: half[name].view(torch.bfloat16) for name in ("x", "weight")}
+        wide = brain | {name: brain[name].float() for name in ("x", "weight")}
+        call(op, half, kernel)
+        actual, expected = call(op, brain, kernel).float(), call(op, wide, kernel)
+        assert torch.allclose(actual, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()), kernel
+
+
+def test_calls_from_several_threads_at_once(device: str) -> None:
+    calls = []
+    for op in VARIANTS:
+        for case in SAMPLE[op]:
+            arguments = problem(op, case, VARIANTS[op][0], torch.float32, False).on(device, torch.float32)
+            calls += [(op, arguments, kernel) for kernel in kernels.available(op, device, torch.float32)]
+    expected = [call(*each) for each in calls]
+    with ThreadPoolExecutor(4) as pool:
+        actual = list(pool.map(lambda each: call(*each), calls * 4))
+    failures = [
+        f"{op} {kernel}"
+        for n, (op, _, kernel) in enumerate(calls * 4)
+        if not torch.equal(actual[n], expected[n % len(calls)])
+    ]
+    report(failures)
+
+
+@pytest.mark.parametrize("op", VARIANTS)
+def test_a_batch_is_its_clips(op: str, device: str) -> None:
+    """To rounding: a kernel may choose its blocks by the size of the batch."""
+    case = NAMES["batch of 3, 33 channels" if CASES[op] is POOLS else "batch of 3"]
+    failures = []
+    for variant in VARIANTS[op]:
+        for kernel, dtype in every_kernel(op, device):
+            posed = problem(op, case, variant, dtype, False)
+            batch = posed.on(device, dtype)
+            together = call(op, batch, kernel)
+            for n in range(case.x[0]):
+                clip = {
+                    name: value[n : n + 1]
+                    if isinstance(value, Tensor) and value.shape[:1] == (3,) and value.dim() == 5
+                    else value
+                    for name, value in batch.items()
+                }
+                alone = call(op, clip, kernel)
+                expected = Problem(op, {}, {}, together[n : n + 1].cpu().double(), posed.scale[n : n + 1])
+                wrong = disagreement(alone, expected, 2 * tolerance(op, kernel, dtype, False))
+                if wrong:
+                    failures.append(f"{op} {kernel} {dtype} {variant.name}, clip {n}: {wrong}")
+    report(failures)
+
+
+# ------------------------------------------------------------------------------------------------- algebra
+
+
+@pytest.mark.parametrize("op", RULES)
+def test_linear_in_the_relevance(op: str, device: str) -> None:
+    failures = []
+    for case in SAMPLE[op]:
+        for variant in VARIANTS[op]:
+            for kernel, dtype in every_kernel(op, device, torch.float32, torch.float64):
+                posed = problem(op, case, variant, dtype, variant.exact_only)
+                arguments = posed.on(device, dtype)
+                R = arguments["relevance"]
+                halves = [R.clone(), R.clone()]
+                halves[0][..., ::2], halves[1][..., 1::2] = 0, 0
+                parts = [call(op, arguments | {"relevance": part * 2}, kernel) for part in halves]
+                both = Problem(op, {}, {}, call(op, arguments, kernel).cpu().double() * 2, posed.scale)
+                wrong = disagreement(parts[0] + parts[1], both, 4 * tolerance(op, kernel, dtype, variant.exact_only))
+                if wrong:
+                    failures.append(f"{op} {kernel} {dtype} [{case.name}] {variant.name}: {wrong}")
+    report(failures)
+
+
+@pytest.mark.parametrize("op", RULES)
+def test_relevance_is_conserved(op: str, device: str) -> None:
+    """All of it arrives where every window has something positive, whatever the arithmetic rounds."""
+    failures = []
+    for case in SAMPLE[op]:
+        for variant in VARIANTS[op]:
+            if variant.stabilizer or variant.bias:
+                continue
+            for kernel, dtype in every_kernel(op, device):
+                arguments = problem(op, case, variant, dtype, False).on(device, dtype)
+                arguments["x"] = arguments["x"].abs() + 0.5
+                if "weight" in arguments:
+                    arguments["weight"] = arguments["weight"].abs() + 0.125
+                R = arguments["relevance"]
+                gap = (call(op, arguments, kernel).double().sum() - R.double().sum()).abs() / R.double().abs().sum()
+                if not gap <= tolerance(op, kernel, dtype, False):
+                    failures.append(
+                        f"{op} {kernel} {dtype} [{case.name}] {variant.name}: {gap:.3g} of the relevance is lost"
+                    )
+    report(failures)
+
+
+@pytest.mark.parametrize("case", SAMPLE["conv3d"], ids=lambda case: case.name)
+def test_adjoint_identity(case: Conv, device: str) -> None:
+    """<conv(y), s> = <y, adj(s)>, where z+ on u > 0 with v > 0 is u adj(R / conv(u))."""
+    for kernel, dtype in every_kernel("conv3d", device, torch.float32, torch.float64):
+        given = problem("z_plus_conv3d", case, VARIANTS["z_plus_conv3d"][0], dtype, False).on(device, dtype)
+        u, v, s = given["x"] + 0.5, given["weight"].abs() + 0.1, given["relevance"]
+        y = torch.randn(case.x, dtype=dtype).to(device)
+        geometry = {**case.options, "kernel": kernel}
+        adjoint = ops.z_plus_conv3d(u, v, s * ops.conv3d(u, v, **geometry), non_negative=True, **geometry) / u
+        left, right = ops.conv3d(y, v, **geometry) * s, y * adjoint
+        terms = (ops.conv3d(y.abs(), v, **geometry) * s.abs()).double().sum()
+        gap = (left.double().sum() - right.double().sum()).abs()
+        allowed = 3 * sum(tolerance(op, kernel, dtype, False) for op in ("conv3d", "z_plus_conv3d"))
+        assert gap <= allowed * terms, f"{kernel} {dtype}: {gap / terms:.3g} of the terms"
+
+
+# ------------------------------------------------------------------------------------------------- special values
+
+
+def tiny_case(op: str, x: float, dtype: torch.dtype, device: str, R: float = 1.0) -> dict[str, Any]:
+    """Every denominator is x itself: windows of one element, weights of one, a box that begins at zero."""
+    wide = accumulator(dtype)
+    shape = (1, 1, 1, 2, 9)
+    arguments: dict[str, Any] = {
+        "x": torch.full(shape, x, dtype=wide).to(device, dtype),
+        "relevance": torch.full(shape, R, dtype=wide, device=device),
+    }
+    if op == "max_pool3d_relevance":
+        return arguments | {"kernel_size": 1}
+    if op == "z_beta_conv3d":
+        arguments |= {
+            "low": torch.zeros(1, dtype=wide, device=device),
+            "high": torch.ones(1, dtype=wide, device=device),
+        }
+    return arguments | {"weight": torch.ones(1, 1, 1, 1, 1, dtype=dtype, device=device)}
+
+
+@pytest.mark.parametrize("op", RULES)
+def test_tiny_denominators_do_not_overflow(op: str, device: str) -> None:
+    """A subnormal z passes nothing: R / z would overflow. Float16 has no subnormal that is one in float32."""
+    failures = []
+    for kernel, dtype in every_kernel(op, device):
+        for x in {torch.float16: (0.0,), torch.float64: (0.0, 1e-310, 5e-324)}.get(dtype, (0.0, 1e-39, 1e-40, 1e-45)):
+            for R in (1.0, 0.0, -3e4):
+                shared = call(op, tiny_case(op, x, dtype, device, R), kernel)
+                if shared.count_nonzero():
+                    failures.append(f"{op} {kernel} {dtype}, x = {x}, R = {R}: {shared.flatten()[0]}")
+    report(failures)
+
+
+@pytest.mark.parametrize("op", RULES)
+@pytest.mark.parametrize("x", [6e-8, 1e-5, 65504.0])
+def test_float16_range(op: str, x: float, device: str) -> None:
+    """Quotients of float16 subnormals, and sums of its largest numbers, lie beyond float16; relevance is still conserved."""
+    failures = []
+    for kernel, dtype in every_kernel(op, device, torch.float16):
+        arguments = tiny_case(op, x, dtype, device)
+        if op != "max_pool3d_relevance":
+            arguments["weight"] = torch.ones(1, 1, 1, 1, 3, dtype=dtype, device=device)
+            arguments["padding"] = (0, 0, 1)
+        else:
+            arguments |= {"kernel_size": (1, 1, 3), "stride": 1, "padding": (0, 0, 1)}
+        if op == "z_beta_conv3d":
+            arguments["high"] = arguments["high"] * 1e5
+        total = call(op, arguments, kernel).double().sum().item()
+        if not abs(total - 18) <= 18 * tolerance(op, kernel, dtype, False):
+            failures.append(f"{op} {kernel}: {total} of 18 arrive")
+    report(failures)
+
+
+@pytest.mark.parametrize("op", RULES)
+def test_nothing_comes_from_zeros(op: str, device: str) -> None:
+    """R = 0, z = 0, or both: exact zeros, no NaN."""
+    failures = []
+    for case in SAMPLE[op]:
+        variant = VARIANTS[op][0]
+        for kernel, dtype in every_kernel(op, device):
+            given = problem(op, case, variant, dtype, False).on(device, dtype)
+            zeros = {name: torch.zeros_like(value) for name, value in given.items() if isinstance(value, Tensor)}
+            silent: dict[str, dict[str, Any]] = {"R = 0": {"relevance": zeros["relevance"]}}
+            if op == "z_beta_conv3d":
+                silent["x = low = high"] = {name: zeros[name] for name in ("x", "low", "high")}
+            else:
+                silent["x = 0"] = {"x": zeros["x"]}
+                silent["x = R = 0"] = {"x": zeros["x"], "relevance": zeros["relevance"]}
+            if "weight" in given:
+                silent["v = 0"] = {"weight": zeros["weight"]}
+            if op == "z_plus_conv3d":
+                silent["x >= 0, v < 0"] = {"x": given["x"].abs(), "weight": -given["weight"].abs()}
+            for why, changed in silent.items():
+                shared = call(op, given | changed, kernel)
+                if shared.count_nonzero():
+                    failures.append(f"{op} {kernel} {dtype} [{case.name}] {why}: {shared.abs().max()}")
+    report(failures)
+
+
+@lru_cache(maxsize=4)
+def reached(case: Conv | Pool, place: int) -> Tensor:
+    """What shares a window, and of a convolution a group, with one place of x; and that place."""
+    marked = torch.zeros(case.x, dtype=torch.float64)
+    marked.view(-1)[place] = 1.0
+    if isinstance(case, Pool):
+        member = windows(case).double()
+    else:
+        member = matrix(partial(case, weight=torch.ones(case.weight, dtype=torch.float64)), marked[:1].shape)[0]
+    rows = marked.reshape(-1, member.shape[1])
+    return ((rows @ member.T @ member) + rows > 0).view(case.x)
+
+
+@pytest.mark.parametrize("op", RULES)
+def test_nan_stays_visible(op: str, device: str) -> None:
+    """A NaN of x makes NaN of whatever shares a window with it, and of nothing else."""
+    failures = []
+    for case in SAMPLE[op]:
+        for variant in VARIANTS[op]:
+            if variant.options.get("winner_takes_all") or variant.exact_only:
+                continue
+            for kernel, dtype in every_kernel(op, device):
+                posed = problem(op, case, variant, dtype, False)
+                arguments = posed.on(device, dtype)
+                place = arguments["x"].numel() // 3
+                arguments["x"] = arguments["x"].clone()
+                arguments["x"].view(-1)[place] = math.nan
+                expected = reached(case, place)
+                shared = call(op, arguments, kernel).cpu()
+                where = f"{op} {kernel} {dtype} [{case.name}] {variant.name}"
+                if not torch.equal(shared.isnan(), expected):
+                    failures.append(f"{where}: NaN at {int(shared.isnan().sum())} of {int(expected.sum())} elements")
+                else:
+                    rest = Problem(
+                        op, {}, {}, posed.expected.masked_fill(expected, 0), posed.scale.masked_fill(expected, 0)
+                    )
+                    wrong = disagreement(shared.masked_fill(expected, 0), rest, tolerance(op, kernel, dtype, False))
+                    if wrong:
+                        failures.append(f"{where}: beside the NaN, {wrong}")
+    report(failures)
+
+
+@pytest.mark.parametrize("name", ["relevance", "weight", "bias", "low"])
+def test_nan_of_other_arguments_stays_visible(name: str, device: str) -> None:
+    op = "z_plus_conv3d" if name == "bias" else "z_beta_conv3d"
+    variant = next(v for v in VARIANTS[op] if v.bias)
+    for kernel, dtype in every_kernel(op, device):
+        arguments = problem(op, NAMES["3x3x3"], variant, dtype, False).on(device, dtype)
+        arguments[name] = arguments[name].clone()
+        arguments[name].view(-1)[0] = math.nan
+        assert call(op, arguments, kernel).isnan().any(), f"{kernel} {dtype}"
+
+
+def test_nan_wins_its_window(device: str) -> None:
+    """As in torch: the winner's index is that of the NaN, and relevance stays a number."""
+    op = "max_pool3d_relevance"
+    for kernel, dtype in every_kernel(op, device):
+        x = torch.arange(8.0).view(1, 1, 1, 1, 8).to(device, dtype)
+        x[..., 1], x[..., 4] = math.nan, math.nan
+        R = torch.tensor([3.0, 5.0]).view(1, 1, 1, 1, 2).to(device, accumulator(dtype))
+        shared = ops.max_pool3d_relevance(x, R, (1, 1, 4), winner_takes_all=True, kernel=kernel)
+        assert shared.flatten().tolist() == [0, 3, 0, 0, 5, 0, 0, 0], f"{kernel} {dtype}"
+
+
+def test_windows_without_a_winner(device: str) -> None:
+    """All negative, all zero, all -inf: proportionally nobody gets anything; the first of equals always wins."""
+    op = "max_pool3d_relevance"
+    x = torch.tensor([[-3.0, -1.0, -1.0], [0.0, -0.0, 0.0], [-math.inf] * 3, [-5.0, 2.0, 2.0]]).view(1, 1, 1, 4, 3)
+    for kernel, dtype in every_kernel(op, device):
+        R = torch.ones(1, 1, 1, 4, 1, device=device, dtype=accumulator(dtype))
+        options = {"x": x.to(device, dtype), "relevance": R, "kernel_size": (1, 1, 3)}
+        shared = call(op, options, kernel).view(4, 3).tolist()
+        assert shared == [[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0.5, 0.5]], f"{kernel} {dtype}"
+        shared = call(op, options | {"winner_takes_all": True}, kernel).view(4, 3).tolist()
+        assert shared == [[0, 1, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0]], f"{kernel} {dtype}"
+
+
+def test_the_promise_of_no_negative_element_is_taken(device: str) -> None:
+    """With ``non_negative`` x is read as it is; on an x that keeps the promise both ways agree."""
+    case = NAMES["3x3x3"]
+    posed = problem("z_plus_conv3d", case, VARIANTS["z_plus_conv3d"][0], torch.float32, True)
+    unpromised = Problem(posed.op, posed.tensors, case.options, posed.expected, posed.scale)
+    for kernel, dtype in every_kernel(posed.op, device):
+        wrong = disagreement(
+            call(posed.op, unpromised.on(device, dtype), kernel), posed, tolerance(posed.op, kernel, dtype, True)
+        )
+        assert wrong is None, f"{kernel} {dtype}: {wrong}"
+
+
+def test_a_batch_too_large_for_one_workspace(device: str) -> None:
+    """Quotients of 3 examples take 192 MiB: a kernel may walk them in pieces. Every weight is one, and so is every share."""
+    x = torch.rand(3, 1, 1, 512, 512).to(device) + 0.5
+    relevance = torch.randn(3, 64, 1, 1, 1).to(device).expand(3, 64, 1, 512, 512)
+    weight = torch.ones(64, 1, 1, 1, 1, device=device)
+    expected = relevance[..., :1, :1].double().sum(1, keepdim=True).expand(x.shape)
+    for kernel in kernels.available("z_plus_conv3d", device, torch.float32)[:1]:
+        shared = ops.z_plus_conv3d(x, weight, relevance, kernel=kernel)
+        assert torch.allclose(shared.double(), expected, rtol=1e-4, atol=1e-4), kernel
+
+
+@pytest.mark.slow
+def test_pooling_of_more_than_two_to_the_31_elements(device: str) -> None:
+    """Indices do not fit into 32 bits: 4 GiB of float16, and 8 GiB of relevance that comes out. Kernels share their indexing."""
+    kernel = kernels.available("max_pool3d_relevance", device, torch.float16)[0]
+    if kernel == "reference":
+        pytest.skip(f"no compiled kernels for {device}; the definition would need 40 GiB")
+    side = 1 << 10
+    x = torch.zeros(1, 2, side + 2, side, side, dtype=torch.float16, device=device)
+    assert x.numel() > 1 << 31
+    x[0, 1, -1, -1, -2:] = torch.tensor([1.0, 3.0])
+    relevance = torch.zeros(1, 2, (side + 2) // 2, side // 2, side // 2, device=device)
+    relevance[0, 1, -1, -1, -1] = 8.0
+    shared = ops.max_pool3d_relevance(x, relevance, 2, kernel=kernel)
+    assert shared[0, 1, -1, -1, -2:].tolist() == [2.0, 6.0]
+    assert [shared[0, channel].amax().item() for channel in (0, 1)] == [0.0, 6.0]
+
+
+# ------------------------------------------------------------------------------------------------- torch's operators
+
+
+def operator(op: str) -> Any:
+    return getattr(torch.ops.captum_dtd, op).default
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [("contiguous", torch.float32), ("channels_last", torch.bfloat16), ("permuted", torch.float64)],
+)
+@pytest.mark.parametrize("op", VARIANTS)
+def test_opcheck(op: str, layout: str, dtype: torch.dtype, device: str) -> None:
+    for case, variant in zip(SAMPLE[op][1:3], VARIANTS[op], strict=False):
+        opcheck(operator(op), (), explicit(op, problem(op, case, variant, dtype, False).on(device, dtype, layout)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", VARIANTS)
+def test_fake_results_look_like_real_ones(op: str, layout: str, device: str) -> None:
+    failures = []
+    for case in SAMPLE[op] + [NAMES[name] for name in AMBIGUOUS if NAMES[name] in CASES[op]]:
+        for dtype in (torch.float32, torch.bfloat16):
+            arguments = problem(op, case, VARIANTS[op][0], torch.float32, True).on(device, dtype, layout)
+            with FakeTensorMode() as mode:
+                fakes = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+                fake = call(op, fakes)
+            for kernel in kernels.available(op, device, dtype):
+                real = call(op, arguments, kernel)
+                for what, f, r in (
+                    ("shape", fake.shape, real.shape),
+                    ("strides", fake.stride(), real.stride()),
+                    ("dtype", fake.dtype, real.dtype),
+                    ("device", fake.device.type, real.device.type),
+                ):
+                    if f != r:
+                        failures.append(f"{op} {kernel} {dtype} [{case.name}]: {what} {r}, as a fake {f}")
+    report(failures)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("op", VARIANTS)
+def test_compiles_into_one_graph(op: str, layout: str, device: str) -> None:
+    """Between pointwise steps that a compiler would like to fuse and lay out its own way."""
+    case, variant = SAMPLE[op][0], VARIANTS[op][-1]
+    arguments = problem(op, case, variant, torch.float32, True).on(device, torch.float32, layout)
+
+    def around(**given: Any) -> Tensor:
+        return call(op, given | {"x": given["x"] * 2}) + 1
+
+    expected = around(**arguments)
+    torch._dynamo.reset()
+    actual = torch.compile(around, fullgraph=True, backend="aot_eager")(**arguments)
+    assert torch.equal(actual, expected)
+    assert actual.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("op", VARIANTS)
+def test_one_compiled_graph_serves_any_batch_and_length(op: str) -> None:
+    case, graphs = NAMES["2x2x2" if CASES[op] is POOLS else "3x3x3"], []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda given: call(op, given | case.options), fullgraph=True, backend=backend, dynamic=True
+    )
+    for n, t in ((7, 10), (8, 14), (9, 16)):  # unequal to all other sizes, which a tracer would take for the same
+        resized = type(case)(**{**vars(case), "x": (n, case.x[1], t, *case.x[3:])})
+        posed = problem(op, resized, VARIANTS[op][-1], torch.float32, True)
+        given = {k: v for k, v in posed.on("cpu", torch.float32).items() if isinstance(v, Tensor)}
+        assert torch.equal(compiled(given), call(op, given | case.options)), (n, t)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("op", VARIANTS)
+def test_is_not_differentiable_in_any_mode(op: str, mode: Callable[[], Any], device: str) -> None:
+    """The same numbers in every mode, and no gradient is made up for inputs that want one."""
+    posed = problem(op, SAMPLE[op][0], VARIANTS[op][-1], torch.float32, True)
+    for kernel in kernels.available(op, device, torch.float32):
+        plain = posed.on(device, torch.float32)
+        expected = call(op, plain, kernel)
+        wanting = {
+            k: v.requires_grad_() if isinstance(v, Tensor) else v for k, v in posed.on(device, torch.float32).items()
+        }
+        with mode():
+            actual = call(op, wanting, kernel)
+        assert not actual.requires_grad, kernel
+        assert torch.equal(actual, expected), kernel
+        assert all(v.grad is None for v in wanting.values() if isinstance(v, Tensor))
+
+
+def test_an_inference_tensor_is_taken() -> None:
+    """Weights made under inference mode refuse whatever would be recorded of them."""
+    for op in VARIANTS:
+        with torch.inference_mode():
+            arguments = problem(op, SAMPLE[op][0], VARIANTS[op][0], torch.float32, True).on("cpu", torch.float32)
+        for kernel in kernels.available(op, "cpu", torch.float32):
+            assert not call(op, arguments, kernel).is_inference(), f"{op} {kernel}"
