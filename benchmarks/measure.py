@@ -63,7 +63,7 @@ class Case:
 
     Attributes:
         name: of the layer or network.
-        precision: of ours; None where the comparisons name it.
+        precision: of ours.
         flops: of one run, to tell the rate; 0 if not counted.
         reference: what the results are compared with, to show that all compute the same.
         contenders: everything that is timed.
@@ -72,7 +72,7 @@ class Case:
     """
 
     name: str
-    precision: str | None
+    precision: str
     flops: int
     reference: Callable[[], Tensor]
     contenders: Contenders = field(default_factory=dict)
@@ -162,8 +162,11 @@ def _by_name(found: list[rivals.Rival]) -> Contenders:
     return {rival.name: rival.run for rival in found}
 
 
-def explanation_case(precisions: list[Precision], small: bool) -> Case:
-    """One explanation of C3D: ours in every precision, the plain walk, zennit, and Captum's LRP."""
+def explanation_case(precision: Precision, small: bool) -> Case:
+    """One explanation of C3D: ours, the plain walk, zennit, and Captum's LRP.
+
+    One precision at a time, as a user runs it: the packed weights of several would push each other out of their cache.
+    """
     model = workloads.c3d(thinner=16 if small else 1)
     clip, target = workloads.pixels(), 7
     low, high = (torch.tensor(bound).view(1, 3, 1, 1, 1) for bound in (workloads.LOW, workloads.HIGH))
@@ -178,11 +181,10 @@ def explanation_case(precisions: list[Precision], small: bool) -> Case:
         others["zennit"] = rivals.zennit_walk(rivals.one_by_one(model), clip, target, low, high)
     else:
         print("zennit is not installed: C3D is explained without it")
-    case = Case("C3D explained", None, 0, plain, others=frozenset(others))
-    for precision in precisions:
-        ours = {f"captum_dtd {precision}": explained(precision=precision)}
-        for name, run in {"plain torch": plain, **others}.items():
-            case.add(f"explanation of C3D / {name}", precision, ours, {name: run})
+    case = Case("C3D explained", precision, 0, plain, others=frozenset(others))
+    ours = {f"captum_dtd {precision}": explained(precision=precision)}
+    for name, run in {"plain torch": plain, **others}.items():
+        case.add(f"explanation of C3D / {name}", precision, ours, {name: run})
     return case
 
 
@@ -193,7 +195,7 @@ def measured(case: Case, protocol: Protocol) -> dict[str, Any]:
     timings = interleaved(case.contenders, protocol)
     return {
         "case": case.name,
-        **({"precision": case.precision} if case.precision else {}),
+        "precision": case.precision,
         "comparisons": [
             _compared(kind, precision, timings, ours, theirs) for kind, precision, ours, theirs in case.comparisons
         ],
@@ -244,7 +246,7 @@ def summary(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def show(record: dict[str, Any]) -> None:
     """Print one case: every contender, the fastest first, and the ratios."""
-    print(f"\n{record['case']}  {record.get('precision', '')}")
+    print(f"\n{record['case']}  {record['precision']}")
     for name, found in sorted(record["contenders"].items(), key=lambda item: float(item[1]["median_ms"])):
         spread = found["third_quartile_ms"] - found["first_quartile_ms"]
         rate = f"{found['gflops']:8.1f} GFLOP/s" if "gflops" in found else " " * 16
@@ -294,9 +296,9 @@ def main(arguments: list[str] | None = None) -> Path:
             del case  # before the next is drawn
             torch._dynamo.reset()
         if wanted("C3D explained"):
-            every = [p for p in precisions if p in given.precision or p == "ieee"]
-            found.append(measured(explanation_case(every, given.small), protocol))
-            show(found[-1])
+            for precision in [p for p in precisions if p in given.precision or p == "ieee"]:
+                found.append(measured(explanation_case(precision, given.small), protocol))
+                show(found[-1])
     rows = summary(found)
     show_summary(rows)
     path = given.out or RESULTS / f"cpu_kernels_{about['date']}_{about['feature_level']}.json"

@@ -31,7 +31,7 @@ PRECISIONS = get_args(Precision)
 
 ABOUT = {
     "what": "The fastest kernel by device, feature level, operation, precision and kind of shape; written by make tune.",
-    "how": "Single clips, channels last, least geometric mean of the times over a kind's layers; within 5 % the more precise.",
+    "how": "Single clips, channels last, least geometric mean of the times over a kind's layers; within 10 % the more precise.",
     "feature levels": "The best of amx_bf16, avx512_bf16, avx512, avx2, generic that a CPU has; sm_<major><minor> of a GPU.",
     "kinds": {
         "pixels": "at most 4 input channels in a group",
@@ -48,7 +48,7 @@ ABOUT = {
 # A kernel this many times slower than the best on a small layer is not tried on larger ones, unless it is quick anyway.
 _HOPELESS = 3.0
 _QUICK = 0.02
-_ABOUT_EQUAL = 1.05
+_ABOUT_EQUAL = 1.1
 
 Times = dict[str, float]
 """Seconds by kernel."""
