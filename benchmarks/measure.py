@@ -162,30 +162,30 @@ def _by_name(found: list[rivals.Rival]) -> Contenders:
     return {rival.name: rival.run for rival in found}
 
 
-def explanation_case(precision: Precision, small: bool) -> Case:
-    """One explanation of C3D: ours, the plain walk, zennit, and Captum's LRP.
+def explanation_cases(precision: Precision, small: bool) -> Iterator[Case]:
+    """One explanation of C3D: ours against the plain walk, against Captum's LRP, and against zennit.
 
-    One precision at a time, as a user runs it: the packed weights of several would push each other out of their cache.
+    Each rival and each precision by itself, as a user runs them: memory that one keeps, and packed weights of several
+    precisions that push each other out of their cache, would weigh on the others.
     """
     model = workloads.c3d(thinner=16 if small else 1)
     clip, target = workloads.pixels(), 7
     low, high = (torch.tensor(bound).view(1, 3, 1, 1, 1) for bound in (workloads.LOW, workloads.HIGH))
-
-    def explained(**options: Any) -> Callable[[], Tensor]:
-        method = DeepTaylor(model, workloads.LOW, workloads.HIGH, **options)
-        return partial(method.attribute, clip, target)
-
-    plain = explained(backend="reference")
-    others = {"captum": rivals.captum_walk(rivals.one_by_one(model), clip, target)}
+    plain = partial(DeepTaylor(model, workloads.LOW, workloads.HIGH, backend="reference").attribute, clip, target)
+    theirs: dict[str, Callable[[], Contenders]] = {
+        "plain torch": lambda: {"plain torch": plain},
+        "captum": lambda: {"captum": rivals.captum_walk(rivals.one_by_one(model), clip, target)},
+    }
     if importlib.util.find_spec("zennit"):
-        others["zennit"] = rivals.zennit_walk(rivals.one_by_one(model), clip, target, low, high)
+        theirs["zennit"] = lambda: {"zennit": rivals.zennit_walk(rivals.one_by_one(model), clip, target, low, high)}
     else:
         print("zennit is not installed: C3D is explained without it")
-    case = Case("C3D explained", precision, 0, plain, others=frozenset(others))
-    ours = {f"captum_dtd {precision}": explained(precision=precision)}
-    for name, run in {"plain torch": plain, **others}.items():
-        case.add(f"explanation of C3D / {name}", precision, ours, {name: run})
-    return case
+    for name, rival in theirs.items():
+        ours = partial(DeepTaylor(model, workloads.LOW, workloads.HIGH, precision=precision).attribute, clip, target)
+        others = frozenset() if name == "plain torch" else frozenset({name})
+        case = Case(f"C3D explained, {name}", precision, 0, plain, others=others)
+        case.add(f"explanation of C3D / {name}", precision, {f"captum_dtd {precision}": ours}, rival())
+        yield case
 
 
 def measured(case: Case, protocol: Protocol) -> dict[str, Any]:
@@ -297,8 +297,9 @@ def main(arguments: list[str] | None = None) -> Path:
             torch._dynamo.reset()
         if wanted("C3D explained"):
             for precision in [p for p in precisions if p in given.precision or p == "ieee"]:
-                found.append(measured(explanation_case(precision, given.small), protocol))
-                show(found[-1])
+                for case in explanation_cases(precision, given.small):
+                    found.append(measured(case, protocol))
+                    show(found[-1])
     rows = summary(found)
     show_summary(rows)
     path = given.out or RESULTS / f"cpu_kernels_{about['date']}_{about['feature_level']}.json"

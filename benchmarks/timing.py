@@ -62,17 +62,23 @@ class Timing:
         return {**found, "least_ms": round(1e3 * min(self.samples), 4), "runs": len(self.samples)}
 
 
+_LONG = 0.5
+"""Seconds."""
+
+
 def interleaved(contenders: Mapping[str, Callable[[], Tensor]], protocol: Protocol) -> dict[str, Timing]:
     """Time all contenders in turn, A B C A B C ...: what disturbs the machine disturbs all alike. They have warmed up before."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     collecting = gc.isenabled()
-    gc.disable()  # a collection takes longer than most layers
+    gc.disable()  # a collection takes longer than most layers, so it comes before the long ones, and is not timed
     now = time.perf_counter if protocol.clock == "wall" else time.thread_time
     begun = now()
     for repetition in range(protocol.most):
         if repetition >= protocol.repetitions and now() - begun > protocol.seconds:
             break
         for name, run in contenders.items():
+            if not samples[name] or samples[name][-1] > _LONG:
+                gc.collect()  # what a contender leaves in cycles must not weigh on the next
             start = now()
             run()
             samples[name].append(now() - start)

@@ -16,6 +16,7 @@ from captum_dtd.graph import operation_name
 from captum_dtd.kernels import Precision
 from captum_dtd.layers import Call
 from captum_dtd.operations import AVERAGE_POOLS, CONVOLUTIONS, MAX_POOLS, aten
+from captum_dtd.reference import accumulator
 from captum_dtd.rules import MaxPoolRule, Proportional, Rule, WinnerTakesAll, ZBeta, ZPlus
 
 Kind: TypeAlias = Literal["convolution", "linear", "max pool", "average pool"]
@@ -82,6 +83,7 @@ def redistribute(
 ) -> tuple[Tensor]:
     """Relevance of the signal that entered an operation, by the kernel that `kernel_for` named."""
     (x,) = call.signals
+    relevance = relevance.to(accumulator(x.dtype))
     if kind_of(call.node) in ("max pool", "average pool"):
         pool = _Pool.of(call)
         shared = ops.max_pool3d_relevance(
@@ -110,7 +112,8 @@ def redistribute(
         shared = ops.z_plus_conv3d(u, conv.weight, r, non_negative=non_negative, **options)
     else:
         assert bounds is not None
-        low, high = (_to_3d(bound, conv.dims) for (bound,) in bounds)
+        # Where a cast leads to the pixel layer, the bounds went through it too.
+        low, high = (_to_3d(bound.to(r.dtype), conv.dims) for (bound,) in bounds)
         shared = ops.z_beta_conv3d(u, low, high, conv.weight, r, **options)
     return (_from_3d(shared, x, conv.dims),)
 

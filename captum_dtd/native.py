@@ -29,6 +29,8 @@ def load() -> None:
             continue
         try:
             loaded[device] = importlib.import_module(name)
+        except ModuleNotFoundError:
+            missing[device] = unbuilt.get(device, "they are not part of this installation")
         except ImportError as error:
             missing[device] = unbuilt.get(device, str(error))
 

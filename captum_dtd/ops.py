@@ -14,6 +14,7 @@ Nothing here is differentiable.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -269,6 +270,16 @@ def _check_tensor(name: str, tensor: Tensor, dims: int, dtype: torch.dtype, devi
 def _check_numbers(name: str, values: Sequence[int], count: int, least: int) -> None:
     _check(len(values) == count, f"{name} must have {count} numbers, got {list(values)}")
     _check(all(value >= least for value in values), f"{name} must be at least {least}, got {list(values)}")
+    most = 2**31 - 1
+    _check(all(value <= most for value in values), f"{name} must be at most {most}, got {list(values)}")
+
+
+def _check_padded(x: Tensor, padded: Sequence[int], padding: Sequence[int]) -> None:
+    """With this, no product of sizes that a kernel forms leaves 64 bits."""
+    _check(
+        x.shape[1] * math.prod(padded) <= 2**40,
+        f"padding {list(padding)} makes an example of x of shape {tuple(x.shape)} larger than 2**40 elements",
+    )
 
 
 def _check_x(x: Tensor) -> None:
@@ -293,6 +304,7 @@ def _check_conv3d(
     _check_numbers("stride", stride, 3, 1)
     _check_numbers("padding", padding, 6, 0)
     _check_numbers("dilation", dilation, 3, 1)
+    _check(weight.shape[1] >= 1, f"weight must have at least one input channel, got shape {tuple(weight.shape)}")
     _check(groups >= 1, f"groups must be at least 1, got {groups}")
     _check(
         x.shape[1] == weight.shape[1] * groups and weight.shape[0] % groups == 0,
@@ -305,6 +317,7 @@ def _check_conv3d(
             f"bias must have {weight.shape[0]} elements as weight has output channels, got {bias.shape[0]}",
         )
     _check(stabilizer >= 0, f"stabilizer must be zero or positive, got {stabilizer}")
+    _check_padded(x, [n + padding[2 * a] + padding[2 * a + 1] for a, n in enumerate(x.shape[2:])], padding)
     expected = output_shape(x, weight, stride, padding, dilation)
     _check(
         all(size > 0 for size in expected[2:]),
@@ -348,6 +361,7 @@ def _check_max_pool3d(
         f"padding must be at most half of kernel_size {list(kernel_size)}, got {list(padding)}",
     )
     _check(stabilizer >= 0, f"stabilizer must be zero or positive, got {stabilizer}")
+    _check_padded(x, [n + 2 * p for n, p in zip(x.shape[2:], padding, strict=True)], padding)
     _check_tensor("relevance", relevance, 5, accumulator(x.dtype), x.device)
     expected = (*x.shape[:2], *map(_pooled, x.shape[2:], kernel_size, stride, padding, dilation, [ceil_mode] * 3))
     _check(

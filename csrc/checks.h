@@ -85,6 +85,9 @@ inline std::string device(const Tensor& tensor) {
   return text.str();
 }
 
+constexpr int64_t kLargestNumber = 2147483647;
+constexpr double kMostElements = 1099511627776.0;
+
 inline void check_tensor(const char* argument, const Tensor& tensor, int64_t dims, ScalarType type, const Tensor& x) {
   require(tensor.dim() == dims, argument, " must have ", dims, " dimensions, got shape ", shape(tensor));
   require(tensor.scalar_type() == type, argument, " must be ", name(type), ", got ", name(tensor.scalar_type()), " of shape ",
@@ -96,6 +99,16 @@ inline void check_numbers(const char* argument, const Numbers& values, size_t co
   require(values.size() == count, argument, " must have ", count, " numbers, got ", list(values));
   require(std::all_of(values.begin(), values.end(), [&](int64_t value) { return value >= least; }), argument,
           " must be at least ", least, ", got ", list(values));
+  require(std::all_of(values.begin(), values.end(), [](int64_t value) { return value <= kLargestNumber; }), argument,
+          " must be at most ", kLargestNumber, ", got ", list(values));
+}
+
+// With this, no product of sizes that a kernel forms leaves 64 bits.
+inline void check_padded(const Tensor& x, const Numbers& padded, const Numbers& padding) {
+  double elements = static_cast<double>(x.size(1));
+  for (const int64_t size : padded) elements *= static_cast<double>(size);
+  require(elements <= kMostElements, "padding ", list(padding), " makes an example of x of shape ", shape(x),
+          " larger than 2**40 elements");
 }
 
 inline void check_x(const Tensor& x) {
@@ -131,6 +144,7 @@ inline Conv3d check_conv3d(const Tensor& x, const Tensor& weight, const std::opt
   check_numbers("stride", stride, 3, 1);
   check_numbers("padding", padding, 6, 0);
   check_numbers("dilation", dilation, 3, 1);
+  require(weight.size(1) >= 1, "weight must have at least one input channel, got shape ", shape(weight));
   require(groups >= 1, "groups must be at least 1, got ", groups);
   require(x.size(1) == weight.size(1) * groups && weight.size(0) % groups == 0, "weight of shape ", shape(weight),
           " does not fit x of shape ", shape(x), " with groups=", groups);
@@ -140,6 +154,9 @@ inline Conv3d check_conv3d(const Tensor& x, const Tensor& weight, const std::opt
             bias->size(0));
   }
   check_stabilizer(stabilizer);
+  Numbers padded;
+  for (int a = 0; a < 3; ++a) padded.push_back(x.size(a + 2) + padding[2 * a] + padding[2 * a + 1]);
+  check_padded(x, padded, padding);
   Conv3d conv{};
   conv.n = x.size(0);
   conv.c_in = x.size(1);
@@ -186,6 +203,9 @@ inline MaxPool3d check_max_pool3d(const Tensor& x, const Tensor& relevance, cons
   for (int a = 0; a < 3; ++a) half = half && padding[a] <= kernel[a] / 2;
   require(half, "padding must be at most half of kernel_size ", list(kernel), ", got ", list(padding));
   check_stabilizer(stabilizer);
+  Numbers padded;
+  for (int a = 0; a < 3; ++a) padded.push_back(x.size(a + 2) + 2 * padding[a]);
+  check_padded(x, padded, padding);
   check_tensor("relevance", relevance, 5, accumulator(x.scalar_type()), x);
   MaxPool3d pool{};
   pool.n = x.size(0);

@@ -6,6 +6,7 @@
 // stride, written to a strided part of the output. Phases cover every input position exactly once.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -21,9 +22,11 @@ struct Conv3d {
   int64_t kernel[3], stride[3], padding[3], dilation[3];
 };
 
-// For every n and every q in grid:
-//   acc[q, k] = sum over taps j < taps and channels c of  w[first_tap + j * tap_skip][c][k] * in[n, q * stride + base + j * step,
-//   c] out[n, out_base + q * out_step, k] = epilogue(acc[q, k])
+// For every n and every q in grid, over taps j < taps and channels c:
+//
+//   acc[q, k] = sum of  w[first_tap + j * tap_skip][c][k] * in[n, q * stride + base + j * step, c]
+//   out[n, out_base + q * out_step, k] = epilogue(acc[q, k])
+//
 // A position outside the input contributes nothing. A sweep without taps writes epilogue(0).
 struct Sweep {
   int64_t n;
@@ -101,9 +104,9 @@ inline void set_phase(Sweep& s, const Conv3d& conv, int a, int64_t residue) {
 // Taps of an axis without taps are zero; the sweep then has no taps at all and writes epilogue(0).
 inline std::vector<Sweep> adjoint_sweeps(const Conv3d& conv) {
   std::vector<Sweep> sweeps;
-  for (int64_t t = 0; t < conv.stride[0]; ++t)
-    for (int64_t h = 0; h < conv.stride[1]; ++h)
-      for (int64_t w = 0; w < conv.stride[2]; ++w) {
+  for (int64_t t = 0; t < std::min(conv.stride[0], conv.in[0]); ++t)
+    for (int64_t h = 0; h < std::min(conv.stride[1], conv.in[1]); ++h)
+      for (int64_t w = 0; w < std::min(conv.stride[2], conv.in[2]); ++w) {
         Sweep s{};
         s.n = conv.n;
         s.groups = conv.groups;
@@ -111,7 +114,7 @@ inline std::vector<Sweep> adjoint_sweeps(const Conv3d& conv) {
         s.c_out = conv.c_in / conv.groups;
         const int64_t residue[3] = {t, h, w};
         for (int a = 0; a < 3; ++a) detail::set_phase(s, conv, a, residue[a]);
-        if (s.grid[0] * s.grid[1] * s.grid[2] > 0) sweeps.push_back(s);
+        sweeps.push_back(s);
       }
   return sweeps;
 }

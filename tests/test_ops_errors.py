@@ -120,6 +120,14 @@ REFUSALS = {
     "padding negative": Refusal(
         CONVOLUTIONS, "padding", value([0, 0, 0, -1, 0, 0]), r"padding must be at least 0.*\[0, 0, 0, -1, 0, 0\]"
     ),
+    "stride beyond 31 bits": Refusal(ALL, "stride", value([1, 2**31, 1]), r"stride must be at most 2147483647"),
+    "dilation beyond 31 bits": Refusal(ALL, "dilation", value([2**60, 1, 1]), r"dilation must be at most 2147483647"),
+    "padding beyond memory": Refusal(
+        CONVOLUTIONS, "padding", value([2**20, 2**20, 2**20, 2**20, 0, 0]), r"padding .* makes .* larger than 2\*\*40"
+    ),
+    "weight without input channels": Refusal(
+        CONVOLUTIONS, "weight", of(4, 0, 3, 3, 3), r"weight must have at least one input channel.*\(4, 0, 3, 3, 3\)"
+    ),
     "groups zero": Refusal(CONVOLUTIONS, "groups", value(0), r"groups must be at least 1.*0"),
     "groups negative": Refusal(CONVOLUTIONS, "groups", value(-2), r"groups must be at least 1.*-2"),
     "groups that do not divide": Refusal(CONVOLUTIONS, "groups", value(4), r"groups=4"),

@@ -34,7 +34,7 @@ bool tiles_of_bfloat16() {
 Features detect() {
   __builtin_cpu_init();
   Features found;
-  found.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  found.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   found.avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                  __builtin_cpu_supports("avx512vl");
   found.avx512_bf16 = found.avx512 && __builtin_cpu_supports("avx512bf16");

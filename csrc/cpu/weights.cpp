@@ -6,6 +6,8 @@
 #include <list>
 #include <map>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -89,8 +91,13 @@ class Cache {
   };
 
   static size_t limit() {
-    const char* megabytes = std::getenv("CAPTUM_DTD_WEIGHT_CACHE_MB");
-    return static_cast<size_t>(megabytes != nullptr ? std::strtoull(megabytes, nullptr, 10) : 1024) << 20;
+    const char* given = std::getenv("CAPTUM_DTD_WEIGHT_CACHE_MB");
+    if (given == nullptr) return size_t{1024} << 20;
+    char* end = nullptr;
+    const unsigned long long megabytes = std::strtoull(given, &end, 10);
+    if (end == given || *end != '\0' || *given == '-' || megabytes >= (1ull << 40))
+      throw std::invalid_argument(std::string("CAPTUM_DTD_WEIGHT_CACHE_MB must be a number of megabytes, got '") + given + "'");
+    return static_cast<size_t>(megabytes) << 20;
   }
 
   std::mutex mutex_;
