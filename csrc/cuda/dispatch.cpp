@@ -20,7 +20,8 @@ using cuda::View;
 std::string choose(const std::string& asked, const std::vector<std::string>& there, const Tensor& x) {
   for (const std::string& kernel : there)
     if (kernel == asked || asked == "auto") return kernel;
-  checks::require(!there.empty(), "no CUDA kernel serves ", checks::name(x.scalar_type()), ": use captum_dtd.ops with kernel='reference'");
+  checks::require(!there.empty(), "no CUDA kernel serves ", checks::name(x.scalar_type()),
+                  ": use captum_dtd.ops with kernel='reference'");
   checks::require(false, "kernel '", asked, "' does not exist here: there are ", checks::joined(there));
   return {};
 }
