@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from emulator.build import compiler
 
 TESTS = Path(__file__).parent
 SOURCES = TESTS.parent / "csrc" / "cpu"
@@ -28,13 +29,6 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 KERNELS = ["generic", "avx512", "amx", "amx emulated"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 FLAGS = {"generic": [], "avx512": [*AVX512, "-mavx512bf16"], "amx": [*AVX512, "-mamx-tile", "-mamx-bf16"]}
-
-
-def compiler() -> str:
-    found = shutil.which(os.environ.get("CXX", "g++"))
-    if found is None:
-        pytest.skip("no C++ compiler: g++, or what CXX names, compiles the kernels for these tests")
-    return found
 
 
 def instructions(isa: str) -> list[str]:
