@@ -219,7 +219,7 @@ def _call(name: str, *arguments: Any) -> Tensor:
     uncompiled = x.is_cuda and x.dtype == torch.float64 and name != "max_pool3d_relevance"
     if kernel == "reference" or (kernel == "auto" and uncompiled):
         with torch.no_grad():
-            return _DEFINITIONS[name][0](*arguments)
+            return _DEFINITIONS[name](*arguments)
     result = getattr(torch.ops.captum_dtd, name).default(*arguments)
     assert isinstance(result, Tensor)
     return result
@@ -401,81 +401,6 @@ def _only_definition(kernel: str) -> None:
     )
 
 
-def _define_z_plus(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    relevance: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    non_negative: bool,
-    stabilizer: float,
-    kernel: str,
-) -> Tensor:
-    _only_definition(kernel)
-    arguments = (x, weight, bias, relevance, stride, padding, dilation, groups)
-    _check_conv3d(*arguments, stabilizer)
-    return _like_x(x, relevance.dtype).copy_(reference.z_plus_conv3d(*arguments, non_negative, stabilizer))
-
-
-def _define_z_beta(
-    x: Tensor,
-    low: Tensor,
-    high: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    relevance: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    stabilizer: float,
-    kernel: str,
-) -> Tensor:
-    _only_definition(kernel)
-    arguments = (weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
-    _check_conv3d(x, *arguments)
-    _check_bounds(x, low, high, relevance)
-    return _like_x(x, relevance.dtype).copy_(reference.z_beta_conv3d(x, low, high, *arguments))
-
-
-def _define_max_pool3d(
-    x: Tensor,
-    relevance: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    winner_takes_all: bool,
-    stabilizer: float,
-    kernel: str,
-) -> Tensor:
-    _only_definition(kernel)
-    arguments = (x, relevance, kernel_size, stride, padding, dilation, ceil_mode)
-    _check_max_pool3d(*arguments, stabilizer)
-    shared = reference.max_pool3d_relevance(*arguments, winner_takes_all, stabilizer)
-    return _like_x(x, relevance.dtype).copy_(shared)
-
-
-def _define_conv3d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    kernel: str,
-) -> Tensor:
-    _only_definition(kernel)
-    _check_conv3d(x, weight, bias, None, stride, padding, dilation, groups, 0.0)
-    result = reference.conv3d(x, weight, bias, stride, padding, dilation, groups)
-    return _like_x(x, x.dtype, result.shape).copy_(result)
-
-
 def _fake_z_plus(x: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any) -> Tensor:
     stride, padding, dilation, groups, _, stabilizer, _ = options
     _check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
@@ -503,21 +428,31 @@ def _fake_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) 
     return _like_x(x, x.dtype, output_shape(x, weight, stride, padding, dilation))
 
 
-_DEFINITIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "z_plus_conv3d": (_define_z_plus, _fake_z_plus),
-    "z_beta_conv3d": (_define_z_beta, _fake_z_beta),
-    "max_pool3d_relevance": (_define_max_pool3d, _fake_max_pool3d),
-    "conv3d": (_define_conv3d, _fake_conv3d),
+def _definition(fake: Callable[..., Tensor], compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operator in plain ATen: the checks and the layout of its fake kernel, filled in."""
+
+    def define(*arguments: Any) -> Tensor:
+        _only_definition(arguments[-1])
+        return fake(*arguments).copy_(compute(*arguments[:-1]))
+
+    return define
+
+
+_FAKES: dict[str, Callable[..., Tensor]] = {
+    "z_plus_conv3d": _fake_z_plus,
+    "z_beta_conv3d": _fake_z_beta,
+    "max_pool3d_relevance": _fake_max_pool3d,
+    "conv3d": _fake_conv3d,
 }
+_DEFINITIONS = {name: _definition(fake, getattr(reference, name)) for name, fake in _FAKES.items()}
 
 _Library: Any = torch.library.Library
 _library = _Library("captum_dtd", "DEF")
 for _name, _schema in SCHEMAS.items():
-    _define, _fake = _DEFINITIONS[_name]
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    _library.impl(_name, _define, "CompositeExplicitAutograd")
+    _library.impl(_name, _DEFINITIONS[_name], "CompositeExplicitAutograd")
     # Without this, torch hands out results that require grad and have none.
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"captum_dtd::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"captum_dtd::{_name}", _FAKES[_name], lib=_library)
 
 native.load()
