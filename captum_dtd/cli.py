@@ -230,6 +230,8 @@ def _explain(args: argparse.Namespace) -> int:
             "normalize": args.normalize or ("max" if args.preset else "none"),
             "seed": "one" if args.preset else "logit",
             "composite": args.composite,
+            "precision": explainer.method.precision,
+            "kernels": sorted({row.kernel for row in explainer.method.rule_table(inputs).rows}),
             "low": low.tolist(),
             "high": high.tolist(),
             "preprocessing": prepare.to_dict(),

@@ -125,6 +125,8 @@ def test_explain_writes_three_files_and_says_what_they_show(folder: Path, capsys
     assert record["indices_from_start"] == [0, 1, 2, 3]
     assert record["start"] == pytest.approx(0.8)
     assert not record["loop_padded"]
+    assert record["precision"] == "float32"
+    assert (set(record["kernels"]) > {"reference"}) == ("cpu" in native.loaded)
     assert record["readout"] == "own"
     assert record["normalize"] == "none"
     assert record["preset"] == "none"
@@ -358,6 +360,15 @@ def test_usage(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"captum-dtd {__version__}\n"
     assert main(["explain", "--help"]) == 0
     assert "--preset" in capsys.readouterr().out
+
+
+def test_precision_is_recorded_and_changes_little(folder: Path) -> None:
+    assert main(["explain", "clip.mp4", *OWN, "--quiet", "--precision", "bfloat16", "-o", "rough"]) == 0
+    assert main(["explain", "clip.mp4", *OWN, "--quiet", "--precision", "ieee", "-o", "exact"]) == 0
+    (rough, record), (exact, _) = read(folder / "rough"), read(folder / "exact")
+    assert record["precision"] == "bfloat16"
+    distance = (rough["total"] - exact["total"]).norm() / exact["total"].norm()
+    assert distance <= 0.05
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
