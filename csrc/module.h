@@ -1,7 +1,9 @@
-// What the modules of all devices share: torch's tensors as the kernels see them, and the answers to Python.
+// What the modules of all devices share: the operators, written over what a device does differently, and the answers to
+// Python.
 #pragma once
 
 #include <Python.h>
+#include <torch/csrc/stable/library.h>
 
 #include <optional>
 #include <string>
@@ -9,11 +11,11 @@
 #include <vector>
 
 #include "checks.h"
+#include "problems.h"
 
 namespace captum_dtd {
 
-template <typename Element>
-Element element(ScalarType type) {
+inline Element element(ScalarType type) {
   switch (type) {
     case ScalarType::Float: return Element::Float32;
     case ScalarType::Double: return Element::Float64;
@@ -24,14 +26,126 @@ Element element(ScalarType type) {
 
 // A tensor of at most five dimensions, broadcast over those that it lacks and those of size 1 if it is a bound. Inputs are only
 // read: a view serves them and the result alike.
-template <typename View>
-View view(const Tensor& tensor, bool broadcasts = false) {
+inline View view(const Tensor& tensor, bool broadcasts = false) {
   View v;
   v.data = const_cast<void*>(tensor.const_data_ptr());
   const int64_t leading = 5 - tensor.dim();
   for (int64_t a = 0; a < tensor.dim(); ++a) v.stride[leading + a] = broadcasts && tensor.size(a) == 1 ? 0 : tensor.stride(a);
   return v;
 }
+
+// The operators on one device. Beside its kernels' own names, `conv3d_kernels(Element)` and `max_pool3d_kernels()`, it has
+//
+//   Guard                            whose lifetime is spent on x's device
+//   serves_auto(kernel)              whether "auto" may mean this kernel; the first that it may is taken
+//   result_like(x, type, shape)      a result, not yet written, in x's layout
+//   run(problem, kernel, x)          for each kind of problem
+template <typename Device>
+struct Operators {
+  static Tensor z_plus_conv3d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& relevance,
+                              const Numbers& stride, const Numbers& padding, const Numbers& dilation, int64_t groups,
+                              bool non_negative, double stabilizer, const std::string& kernel) {
+    Conv3dRelevance problem{};
+    problem.conv = check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer);
+    problem.lift = non_negative ? Lift::None : Lift::Signed;
+    problem.stabilizer = stabilizer;
+    return share(problem, x, weight, bias, relevance, kernel);
+  }
+
+  static Tensor z_beta_conv3d(const Tensor& x, const Tensor& low, const Tensor& high, const Tensor& weight,
+                              const std::optional<Tensor>& bias, const Tensor& relevance, const Numbers& stride,
+                              const Numbers& padding, const Numbers& dilation, int64_t groups, double stabilizer,
+                              const std::string& kernel) {
+    Conv3dRelevance problem{};
+    problem.conv = check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer);
+    check_bound("low", low, x);
+    check_bound("high", high, x);
+    problem.lift = Lift::Box;
+    problem.low = view(low, true);
+    problem.high = view(high, true);
+    problem.stabilizer = stabilizer;
+    return share(problem, x, weight, bias, relevance, kernel);
+  }
+
+  static Tensor max_pool3d_relevance(const Tensor& x, const Tensor& relevance, const Numbers& kernel_size, const Numbers& stride,
+                                     const Numbers& padding, const Numbers& dilation, bool ceil_mode, bool winner_takes_all,
+                                     double stabilizer, const std::string& asked) {
+    MaxPool3dRelevance problem{};
+    problem.pool = check_max_pool3d(x, relevance, kernel_size, stride, padding, dilation, ceil_mode, stabilizer);
+    const typename Device::Guard guard(x);
+    const std::string kernel = choose(asked, Device::max_pool3d_kernels(), x);
+    Tensor out = Device::result_like(x, relevance.scalar_type(), {x.sizes().begin(), x.sizes().end()});
+    if (out.numel() == 0) return out;
+    problem.winner_takes_all = winner_takes_all;
+    problem.stabilizer = stabilizer;
+    problem.element = element(x.scalar_type());
+    problem.x = view(x);
+    problem.relevance = view(relevance);
+    problem.out = view(out);
+    Device::run(problem, kernel, x);
+    return out;
+  }
+
+  static Tensor conv3d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Numbers& stride,
+                       const Numbers& padding, const Numbers& dilation, int64_t groups, const std::string& asked) {
+    Conv3dForward problem{};
+    problem.conv = check_conv3d(x, weight, bias, std::nullopt, stride, padding, dilation, groups);
+    const int64_t (&size)[3] = problem.conv.out;
+    const typename Device::Guard guard(x);
+    return run(problem, x, weight, bias, x.scalar_type(), {x.size(0), weight.size(0), size[0], size[1], size[2]}, asked);
+  }
+
+  // Adds the operators' kernels to torch's dispatcher.
+  template <typename Library>
+  static void add_to(Library& library) {
+    library.impl("conv3d", TORCH_BOX(&conv3d));
+    library.impl("z_plus_conv3d", TORCH_BOX(&z_plus_conv3d));
+    library.impl("z_beta_conv3d", TORCH_BOX(&z_beta_conv3d));
+    library.impl("max_pool3d_relevance", TORCH_BOX(&max_pool3d_relevance));
+  }
+
+ private:
+  static Tensor share(Conv3dRelevance& problem, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                      const Tensor& relevance, const std::string& asked) {
+    const typename Device::Guard guard(x);
+    problem.relevance = view(relevance);
+    const Numbers shape{x.sizes().begin(), x.sizes().end()};
+    if (relevance.numel() == 0) {
+      choose(asked, Device::conv3d_kernels(element(x.scalar_type())), x);
+      Tensor nothing = Device::result_like(x, relevance.scalar_type(), shape);
+      return torch::stable::zero_(nothing);
+    }
+    return run(problem, x, weight, bias, relevance.scalar_type(), shape, asked);
+  }
+
+  // Fills in what all convolutions have, and runs them.
+  template <typename Problem>
+  static Tensor run(Problem& problem, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, ScalarType type,
+                    const Numbers& shape, const std::string& asked) {
+    problem.element = element(x.scalar_type());
+    const std::string kernel = choose(asked, Device::conv3d_kernels(problem.element), x);
+    Tensor out = Device::result_like(x, type, shape);
+    if (out.numel() == 0) return out;
+    const Tensor dense_weight = torch::stable::contiguous(weight);
+    const Tensor dense_bias = bias ? torch::stable::contiguous(*bias) : Tensor();
+    problem.x = view(x);
+    problem.out = view(out);
+    problem.weight = dense_weight.const_data_ptr();
+    problem.bias = bias ? dense_bias.const_data_ptr() : nullptr;
+    Device::run(problem, kernel, x);
+    return out;
+  }
+
+  // The kernel that a name asks for.
+  static std::string choose(const std::string& asked, const std::vector<std::string>& there, const Tensor& x) {
+    for (const std::string& kernel : there)
+      if (kernel == asked || (asked == "auto" && Device::serves_auto(kernel))) return kernel;
+    checks::require(!there.empty(), "no compiled kernel serves ", checks::name(x.scalar_type()),
+                    " here: use captum_dtd.ops with kernel='reference'");
+    checks::require(false, "kernel '", asked, "' does not exist here: there are ", checks::joined(there));
+    return {};
+  }
+};
 
 inline PyObject* to_python(const std::vector<std::string>& names) {
   PyObject* result = PyList_New(0);
@@ -44,8 +158,7 @@ inline PyObject* to_python(const std::vector<std::string>& names) {
 }
 
 // The element type that a Python argument names; null, with an exception set, where there is none.
-template <typename Element>
-std::optional<Element> parse_element(PyObject* arguments) {
+inline std::optional<Element> parse_element(PyObject* arguments) {
   const char* dtype = nullptr;
   if (!PyArg_ParseTuple(arguments, "s", &dtype)) return std::nullopt;
   const std::string_view asked = dtype;
@@ -56,5 +169,26 @@ std::optional<Element> parse_element(PyObject* arguments) {
   PyErr_Format(PyExc_ValueError, "dtype must be 'float32', 'float64', 'bfloat16' or 'float16', got '%s'", dtype);
   return std::nullopt;
 }
+
+// What Python asks a module itself.
+
+template <typename Device>
+PyObject* conv3d_kernels(PyObject*, PyObject* arguments) {
+  const std::optional<Element> asked = parse_element(arguments);
+  return asked ? to_python(Device::conv3d_kernels(*asked)) : nullptr;
+}
+
+template <typename Device>
+PyObject* max_pool3d_kernels(PyObject*, PyObject* arguments) {
+  return parse_element(arguments) ? to_python(Device::max_pool3d_kernels()) : nullptr;
+}
+
+template <typename Device>
+constexpr PyMethodDef kConv3dKernels = {"conv3d_kernels", conv3d_kernels<Device>, METH_VARARGS,
+                                        "Kernels of convolutions for inputs of a type ('float32', ...), best first."};
+
+template <typename Device>
+constexpr PyMethodDef kMaxPool3dKernels = {"max_pool3d_kernels", max_pool3d_kernels<Device>, METH_VARARGS,
+                                           "Kernels of max pooling for inputs of a type, best first."};
 
 }  // namespace captum_dtd

@@ -1,5 +1,4 @@
-// What the CUDA convolution kernels are given, and how one is asked for. Free of torch: the caller checks, allocates and
-// names the stream.
+// The CUDA convolution kernels, and how one is asked for. The caller checks, allocates and names the stream.
 #pragma once
 
 #include <cstddef>
@@ -7,32 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "../geometry.h"
-#include "../lift.h"
-#include "view.h"
+#include "../problems.h"
 
 namespace captum_dtd::cuda {
-
-// Relevance of x, given relevance of the convolution's output. `x`, `weight` (c_out, c_in / groups, kT, kH, kW) and `bias`
-// have the type `element`, not Float64; `relevance`, `low`, `high` and `out` are float32.
-struct Conv3dRelevance {
-  Conv3d conv;
-  Lift lift;
-  Element element;
-  View x, low, high, relevance, out;
-  const void* weight;  // contiguous
-  const void* bias;    // c_out values or null; its positive part joins the denominator
-  double stabilizer;
-};
-
-// The plain convolution, out = conv(x, weight) + bias; everything has the type `element`, not Float64.
-struct Conv3dForward {
-  Conv3d conv;
-  Element element;
-  View x, out;
-  const void* weight;  // contiguous
-  const void* bias;    // c_out values or null
-};
 
 // How a sweep is cut into blocks of positions, columns and depth. Zero: chosen from the shape. Results do not depend on
 // the device, but the order of sums, and so the last bits, depend on this.
@@ -41,7 +17,7 @@ struct Tiling {
   int splits = 0;             // parts of the depth, summed up in a fixed order afterwards
 };
 
-// Kernels for inputs of this type, best first; none for Float64:
+// Kernels for inputs of this type, best first; none for Float64, which tensor cores would not serve faster:
 //   cuda/tf32x3   float32-grade: both operands split in two tfloat32, three products
 //   cuda/tf32     operands rounded to tfloat32
 //   cuda/bf16     operands rounded to bfloat16

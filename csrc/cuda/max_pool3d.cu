@@ -423,7 +423,7 @@ Tensor over_rows(const View& view) {
   return {view.data, {view.stride[0], view.stride[1], view.stride[2], view.stride[3], 0, view.stride[4]}};
 }
 
-Plan plan_for(const MaxPool3dRelevance& problem) {
+Plan plan_for(const MaxPool3dRelevance& problem, void* workspace) {
   Plan plan{};
   Pooling& p = plan.pooling;
   const MaxPool3d& pool = problem.pool;
@@ -484,7 +484,7 @@ Plan plan_for(const MaxPool3dRelevance& problem) {
   p.taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
   for (int a = 0; a < 3; ++a) p.gaps = p.gaps || p.dilation[a] > 1 || p.stride[a] > p.kernel[a];
 
-  p.workspace.data = problem.workspace;
+  p.workspace.data = workspace;
   int64_t step = 1;
   const int64_t sizes[kLoops] = {plan.outer[0], plan.outer[1], p.windows[0], p.windows[1], p.windows[2], plan.lanes};
   for (int a = kLoops - 1; a >= 0; --a) {
@@ -556,8 +556,8 @@ int64_t max_pool3d_workspace(const MaxPool3dRelevance& problem) {
   return windows * (problem.winner_takes_all ? 4 : size_of_sum(problem.element));
 }
 
-void max_pool3d_relevance(const MaxPool3dRelevance& problem, void* stream, int64_t threads) {
-  const Plan plan = plan_for(problem);
+void max_pool3d_relevance(const MaxPool3dRelevance& problem, void* workspace, void* stream, int64_t threads) {
+  const Plan plan = plan_for(problem, workspace);
   switch (problem.element) {
     case Element::Float32: return run_type<float>(problem.winner_takes_all, plan, stream, threads);
     case Element::Float64: return run_type<double>(problem.winner_takes_all, plan, stream, threads);

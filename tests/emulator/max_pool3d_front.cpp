@@ -6,29 +6,29 @@
 #include "../../csrc/cuda/max_pool3d.cu"
 
 namespace py = pybind11;
-namespace cuda = captum_dtd::cuda;
+using namespace captum_dtd;
 using Triple = std::array<int64_t, 3>;
 
 namespace {
 
-cuda::View view(const py::array& array) {
-  cuda::View view{const_cast<void*>(array.data())};
+View view(const py::array& array) {
+  View view{const_cast<void*>(array.data())};
   for (int a = 0; a < 5; ++a) view.stride[a] = array.strides(a) / array.itemsize();
   return view;
 }
 
-cuda::Element element(const std::string& dtype) {
-  if (dtype == "float32") return cuda::Element::Float32;
-  if (dtype == "float64") return cuda::Element::Float64;
-  if (dtype == "bfloat16") return cuda::Element::BFloat16;
-  if (dtype == "float16") return cuda::Element::Float16;
+Element element(const std::string& dtype) {
+  if (dtype == "float32") return Element::Float32;
+  if (dtype == "float64") return Element::Float64;
+  if (dtype == "bfloat16") return Element::BFloat16;
+  if (dtype == "float16") return Element::Float16;
   throw std::invalid_argument(dtype);
 }
 
 // Narrow types cross as their bits in uint16. Returns how many bytes of workspace were asked for.
 int64_t relevance(const std::string& dtype, py::array x, py::array relevance, py::array out, Triple kernel, Triple stride,
                   Triple padding, Triple dilation, bool winner_takes_all, double stabilizer, int64_t threads) {
-  cuda::MaxPool3dRelevance problem{};
+  MaxPool3dRelevance problem{};
   problem.pool.n = x.shape(0);
   problem.pool.c = x.shape(1);
   for (int a = 0; a < 3; ++a) {
@@ -48,8 +48,7 @@ int64_t relevance(const std::string& dtype, py::array x, py::array relevance, py
   const int64_t bytes = cuda::max_pool3d_workspace(problem);
   const std::unique_ptr<void, decltype(&std::free)> workspace(std::malloc(bytes), std::free);
   std::memset(workspace.get(), emulator::kPoison, bytes);
-  problem.workspace = workspace.get();
-  cuda::max_pool3d_relevance(problem, nullptr, threads);
+  cuda::max_pool3d_relevance(problem, workspace.get(), nullptr, threads);
   return bytes;
 }
 
