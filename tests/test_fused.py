@@ -126,3 +126,14 @@ def test_stabilizer_of_an_average_is_not_that_of_a_sum() -> None:
     method = DeepTaylor(model, LOW, HIGH, composite={"layer": ZPlus(stabilizer=0.5)})
     table = method.rule_table(torch.zeros(1, 3, 4, 4, 4))
     assert {row.module: row.kernel for row in table.rows}["layer"] == "reference"
+
+
+def test_forward_is_torchs_own_where_no_kernel_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_table", dict)
+    kernels._choose.cache_clear()
+    chosen = {
+        op: kernels.choose(op, "cpu", torch.float32, "float32", "dense") for op in set(FUSED.values()) | {"conv3d"}
+    }
+    kernels._choose.cache_clear()
+    assert chosen["conv3d"] == "reference"
+    assert (chosen["z_plus_conv3d"] == "reference") == ("cpu" in native.missing)
