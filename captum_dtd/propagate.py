@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from captum_dtd import fused
+from captum_dtd import fused, native
 from captum_dtd.bounds import Bound, broadcast_bound
 from captum_dtd.canonizers import canonize, only_output
 from captum_dtd.composites import Composite, Selector
@@ -238,7 +238,8 @@ class Network:
                 if node is not None:
                     values[node] = ordinary(argument) if isinstance(argument, Tensor) else argument
             if self.precision is not None:
-                values.update((node, _channels_last(values[node])) for node in self.inputs)
+                compiled = (node for node in self.inputs if values[node].device.type in native.loaded)
+                values.update((node, _channels_last(values[node])) for node in compiled)
             for node in self._nodes:
                 if node not in values:
                     values[node] = self._run_forward(node, values)
