@@ -8,9 +8,11 @@ import os
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from captum._utils.common import _select_targets
@@ -21,10 +23,11 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from captum_dtd.bounds import Bound, broadcast_bound
+from captum_dtd.collapse import FrozenNetwork, Wanted
 from captum_dtd.composites import Composite, Selector, as_composite
 from captum_dtd.graph import InputMismatchError, operation_name, source_line, structure_of, trace, unwrap
 from captum_dtd.kernels import Precision
-from captum_dtd.propagate import Network, Observer, Step
+from captum_dtd.propagate import Network, Observer, Step, Values
 from captum_dtd.rules import MaxPoolRule, Rule
 from captum_dtd.tables import Ledger, LedgerRow, RuleRow, RuleTable
 
@@ -104,14 +107,16 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         self.precision = precision
         self._lock = threading.Lock()
         self._networks: OrderedDict[object, Network] = OrderedDict()
+        self._frozen: WeakKeyDictionary[Network, FrozenNetwork] = WeakKeyDictionary()
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the traces, which are made again where they are needed."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_networks")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_networks", "_frozen")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock(), _networks=OrderedDict())
+        fresh = {"_lock": threading.Lock(), "_networks": OrderedDict(), "_frozen": WeakKeyDictionary()}
+        self.__dict__.update(state, **fresh)
 
     @log_usage()  # type: ignore[untyped-decorator]
     @torch.inference_mode(False)
@@ -164,17 +169,50 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         Raises:
             ValueError: as `attribute` does for inputs that the model does not take.
         """
-        network = self._network(checked_inputs(inputs), as_arguments(additional_forward_args))
-        return RuleTable(
-            self.composite.name,
-            tuple(
-                RuleRow(
-                    s.node.name, operation_name(s.node), s.path, s.rule_text, network.kernel_of(s), source_line(s.node)
-                )
-                for s in network.steps
-            ),
-            network.notes,
+        return self._rule_table(
+            self._network(checked_inputs(inputs), as_arguments(additional_forward_args)), lambda _: ""
         )
+
+    def frozen_rule_table(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...]) -> RuleTable:
+        """The rule table, with the times of a frozen clip that every operation computes; arguments as for `frozen_clips`."""
+        frozen = self.frozen_clips(clips, extra)
+        return self._rule_table(
+            self._network(clips, extra), (lambda _: "every time") if frozen is None else frozen.network.summary
+        )
+
+    def _rule_table(self, network: Network, times: Callable[[Step], str]) -> RuleTable:
+        rows = (
+            RuleRow(
+                step.node.name,
+                operation_name(step.node),
+                step.path,
+                step.rule_text,
+                network.kernel_of(step),
+                source_line(step.node),
+                times(step),
+            )
+            for step in network.steps
+        )
+        return RuleTable(self.composite.name, tuple(rows), network.notes)
+
+    def frozen_clips(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...]) -> FrozenClips | None:
+        """What explains frozen clips of this shape at distinct times only, with the weights as they are now.
+
+        Args:
+            clips: checked inputs (N, C, T, H, W); shapes and types matter, values do not.
+            extra: additional arguments of the model's forward, likewise.
+
+        Returns:
+            None where frozen clips can only be explained as any clip: pixel bounds vary over time, or the model's code fixes
+            the number of examples.
+        """
+        network = self._network(clips, extra)
+        if not network.any_batch or any(_varies_in_time(bound) for bound in (self.low, self.high)):
+            return None
+        with self._lock:
+            if network not in self._frozen:
+                self._frozen[network] = FrozenNetwork(network, clips[0].shape[2])
+            return FrozenClips(self, self._frozen[network], network.weights(unwrap(self.model)))
 
     @torch.inference_mode(False)
     def ledger(
@@ -195,7 +233,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         first = slice(0, min(1, count))
         network = self._network(take(tensors, first), take_arguments(extra, first, count))
         weights = network.weights(unwrap(self.model))
-        bounds = self._bounds(tensors)
+        bounds = self.bounds_of(tensors)
         columns: list[list[tuple[Step, Tensor, Tensor]]] = []
         seeds, sums = [], []
         # Example by example: inside a network the batch dimension may be merged with others, so sums per example need this.
@@ -266,7 +304,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             first = slice(0, min(internal_batch_size or count, count))
             network = self._network(take(tensors, first), take_arguments(extra, first, count))
             progress.set_postfix_str("")
-            bounds = self._bounds(tensors)
+            bounds = self.bounds_of(tensors)
             if count == 0:
                 return tuple(torch.zeros_like(tensor) for tensor in tensors), bounds[0][0].new_zeros(0)
             self._warn_about(self._findings(network, tensors, bounds))
@@ -309,7 +347,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
                 f"the model returns scores of shape {shape} for {given} examples; their first dimension must be the examples "
                 "(does a squeeze or view in the model merge or drop it?)"
             )
-        seed = self._seed(activations.output, take_target(target, range(rows.start, rows.stop), count))
+        seed = self.seed_of(activations.output, take_target(target, range(rows.start, rows.stop), count))
         box = [(low[rows], high[rows]) for low, high in bounds]
         return network.backward(activations, seed, box, observe), seed
 
@@ -337,7 +375,8 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
                 self._networks.popitem(last=False)
             return network
 
-    def _bounds(self, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
+    def bounds_of(self, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
+        """(low, high) for every input, shaped like it, in the precision of the walk."""
         lows, highs = (_per_input(name, bound, len(inputs)) for name, bound in (("low", self.low), ("high", self.high)))
         pairs: list[tuple[Tensor, Tensor]] = []
         for tensor, lower, upper in zip(inputs, lows, highs, strict=True):
@@ -349,7 +388,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             pairs.append((low, high))
         return pairs
 
-    def _seed(self, output: Tensor, target: Target) -> Tensor:
+    def seed_of(self, output: Tensor, target: Target) -> Tensor:
         """Relevance of the output: the target's score (or 1) where the target is, zero elsewhere."""
         scores = output.detach() if output.dtype == torch.float64 else output.detach().float()
         chosen = _chosen(scores, target)
@@ -381,6 +420,44 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             if message not in self._warned:
                 self._warned.add(message)
                 warnings.warn(message, UserWarning, stacklevel=_level_of_caller())
+
+
+@dataclass(frozen=True)
+class FrozenClips:
+    """Explains frozen clips of one shape, each given by the frame that it repeats.
+
+    Attributes:
+        method: how they are explained.
+        network: the method's network on them.
+        weights: the model's, as they were when this was made.
+    """
+
+    method: DeepTaylor
+    network: FrozenNetwork
+    weights: Values
+
+    def explain(
+        self, frames: tuple[Tensor, ...], target: Target, extra: tuple[Any, ...], wanted: Wanted
+    ) -> tuple[Tensor, ...]:
+        """Relevance of frozen clips at the times that are wanted.
+
+        Args:
+            frames: of every explained input (N, C, 1, H, W).
+            target: as for `DeepTaylor.attribute`.
+            extra: additional arguments of the model's forward.
+            wanted: as for `captum_dtd.collapse.FrozenNetwork.backward`, which also says what is returned.
+        """
+        activations = self.network.forward(self.weights, pytree.tree_leaves((*frames, *extra)))
+        seed = self.method.seed_of(activations.output, target)
+        return self.network.backward(activations, seed, self.method.bounds_of(frames), wanted)
+
+
+def _varies_in_time(bound: Bound | tuple[Bound, ...]) -> bool:
+    """Whether a pixel bound, or one of several, has a time axis of more than one time."""
+    if isinstance(bound, tuple) and not all(isinstance(value, (int, float)) for value in bound):
+        return any(map(_varies_in_time, bound))
+    shape = torch.as_tensor(bound).shape
+    return len(shape) >= 3 and shape[-3] > 1
 
 
 _MOSTLY_LOST = (

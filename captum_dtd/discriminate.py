@@ -12,6 +12,7 @@ appearance alone earns; what the clip itself earns beyond that is due to motion 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -38,8 +39,10 @@ from captum_dtd.attribution import (
     take_target,
 )
 from captum_dtd.bounds import Bound
+from captum_dtd.collapse import Wanted
 from captum_dtd.graph import ordinary
 from captum_dtd.kernels import Precision
+from captum_dtd.tables import RuleTable
 
 Readout: TypeAlias = Literal["own", "first", "mean"]
 """Which slice of a frozen clip's explanation is frame t's spatial relevance: slice t, slice 0, or the mean over slices."""
@@ -162,28 +165,49 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
             progress.update(count)
             size = internal_batch_size or self._frozen_batch(clips, extra)
             looks = tuple(torch.empty_like(part) for part in unscaled)
+            jobs: list[_Job] = []
             for row in range(count):
-                clip = tuple(part[row] for part in clips)
-                alike = _first_alike(clip)
-                shown = sorted(set(alike))
-                for chosen in (shown[start : start + size] for start in range(0, len(shown), size)):
-                    if len(shown) == 1:
-                        # All frames are equal: the clip is its own frozen clip, and one explanation serves as both.
-                        maps = tuple(part[row : row + 1] for part in unscaled)
-                    else:
-                        frozen = tuple(freeze(part, chosen) for part in clip)
-                        maps = _over_channels(explain(frozen, [row] * len(chosen)))
-                    for look, part in zip(looks, maps, strict=True):
-                        for frame, explanation in zip(chosen, normalised(part, self.normalize), strict=True):
-                            times = [t for t in range(frames) if alike[t] == frame]
-                            look[row, times] = read_out(explanation, times, self.readout)
-                    progress.update(sum(alike[t] in chosen for t in range(frames)))
+                alike = _first_alike(tuple(part[row] for part in clips))
+                times_of = {frame: tuple(t for t in range(frames) if alike[t] == frame) for frame in sorted(set(alike))}
+                if len(times_of) > 1:
+                    jobs += [_Job(row, frame, times) for frame, times in times_of.items()]
+                    continue
+                # All frames are equal: the clip is its own frozen clip, and one explanation serves as both.
+                for look, part in zip(looks, unscaled, strict=True):
+                    look[row] = read_out(
+                        normalised(part[row : row + 1], self.normalize)[0], range(frames), self.readout
+                    )
+                progress.update(frames)
+            reader = self._reader(clips, extra, target, explain) if jobs else None
+            for chosen in (jobs[start : start + size] for start in range(0, len(jobs), size)):
+                assert reader is not None
+                for look, maps in zip(looks, reader(chosen), strict=True):
+                    for job, spatial in zip(chosen, maps, strict=True):
+                        look[job.row, list(job.times)] = spatial
+                progress.update(sum(len(job.times) for job in chosen))
             totals = tuple(normalised(part, self.normalize) for part in unscaled)
         results = tuple(
             SpatioTemporalRelevance(look, total - look, total) for look, total in zip(looks, totals, strict=True)
         )
         result = results if len(results) > 1 else results[0]
         return (result, delta) if return_convergence_delta else result
+
+    def _reader(
+        self, clips: tuple[Tensor, ...], extra: tuple[Any, ...], target: Target, explain: Callable[..., Any]
+    ) -> _Reader:
+        """What gives frames' spatial relevance: here by explaining whole frozen clips as the method explains any clip."""
+
+        def read(jobs: list[_Job]) -> list[list[Tensor]]:
+            frozen = tuple(_frames(part, jobs).expand(-1, -1, part.shape[2], -1, -1) for part in clips)
+            explained = _over_channels(explain(frozen, [job.row for job in jobs]))
+            return [self._read_out(maps, jobs) for maps in explained]
+
+        return read
+
+    def _read_out(self, explanations: Tensor, jobs: Sequence[_Job]) -> list[Tensor]:
+        """What whole explanations of frozen clips (N, T, H, W) say about their frames, normalised."""
+        scaled = normalised(explanations, self.normalize)
+        return [read_out(one, job.times, self.readout) for one, job in zip(scaled, jobs, strict=True)]
 
     def _batching(self, internal_batch_size: int | None) -> dict[str, Any]:
         """How the method is told to bound its batch; other Captum methods use that option's name for other things."""
@@ -324,6 +348,58 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
             show_progress=show_progress,
         )
 
+    def rule_table(self, inputs: Tensor | tuple[Tensor, ...], additional_forward_args: Any = None) -> RuleTable:
+        """As `DeepTaylor.rule_table`, with how many times of a frozen clip every operation computes.
+
+        Args:
+            inputs: clips (N, C, T, H, W), as for `attribute`; shapes and types matter, values do not.
+            additional_forward_args: as for `attribute`.
+
+        Raises:
+            ValueError: as `attribute` does for inputs that the model does not take.
+
+        Example:
+            >>> import torch
+            >>> from captum_dtd.models import c3d_mini
+            >>> method = DiscriminativeDeepTaylor(c3d_mini().eval(), low=0.0, high=1.0)
+            >>> [row.times for row in method.rule_table(torch.rand(1, 3, 16, 32, 32)).rows][:3]
+            ['1 -> 3 of 16', '3 -> 3 of 16', '3 -> 3 of 16']
+        """
+        clips = checked_inputs(inputs)
+        check_clips(clips)
+        return self.method.frozen_rule_table(clips, as_arguments(additional_forward_args))
+
+    def _reader(
+        self, clips: tuple[Tensor, ...], extra: tuple[Any, ...], target: Target, explain: Callable[..., Any]
+    ) -> _Reader:
+        """Explains frozen clips at distinct times only, and walks relevance back no further than it is read."""
+        frozen = self.method.frozen_clips(clips, extra)
+        if frozen is None:
+            return super()._reader(clips, extra, target, explain)
+        count, length = clips[0].shape[0], clips[0].shape[2]
+
+        def relevance(jobs: Sequence[_Job], wanted: Wanted) -> tuple[Tensor, ...]:
+            rows = [job.row for job in jobs]
+            picked = torch.tensor(rows, dtype=torch.long, device=clips[0].device)
+            frames = tuple(_frames(part, jobs) for part in clips)
+            return _over_channels(
+                frozen.explain(frames, take_target(target, rows, count), take_arguments(extra, picked, count), wanted)
+            )
+
+        def read(jobs: list[_Job]) -> list[list[Tensor]]:
+            if self.normalize != "none":
+                return [self._read_out(maps, jobs) for maps in relevance(jobs, "all")]
+            if self.readout == "mean":
+                return [list(maps / length) for maps in relevance(jobs, "classes")]
+            if self.readout == "first":
+                return [list(maps) for maps in relevance(jobs, [(0,)] * len(jobs))]
+            wanted = [job.times for job in jobs]
+            return [
+                [one[: len(job.times)] for one, job in zip(maps, jobs, strict=True)] for maps in relevance(jobs, wanted)
+            ]
+
+        return read
+
     def _batching(self, internal_batch_size: int | None) -> dict[str, Any]:
         return {"internal_batch_size": internal_batch_size}
 
@@ -390,9 +466,21 @@ def check_clips(clips: tuple[Tensor, ...]) -> None:
             )
 
 
-def freeze(clip: Tensor, frames: list[int]) -> Tensor:
-    """Frozen clips: for each of some frames of a clip (C, T, H, W), that frame at every time, (len(frames), C, T, H, W)."""
-    return clip[:, frames].transpose(0, 1).unsqueeze(2).expand(-1, -1, clip.shape[1], -1, -1)
+class _Job(NamedTuple):
+    """A frame that is to be explained: in which example it stands, where first, and at which times it is shown."""
+
+    row: int
+    frame: int
+    times: tuple[int, ...]
+
+
+_Reader: TypeAlias = Callable[[list[_Job]], list[list[Tensor]]]
+"""Gives, for every input and every job, spatial relevance (times, H, W) at the times at which its frame is shown."""
+
+
+def _frames(clips: Tensor, jobs: Sequence[_Job]) -> Tensor:
+    """The jobs' frames of clips (N, C, T, H, W), as (jobs, C, 1, H, W)."""
+    return torch.stack([clips[job.row, :, job.frame] for job in jobs]).unsqueeze(2)
 
 
 def distinct_frames(clip: Tensor) -> Tensor:
@@ -410,10 +498,10 @@ def distinct_frames(clip: Tensor) -> Tensor:
     return torch.tensor(first)
 
 
-def read_out(explanation: Tensor, times: list[int], readout: Readout) -> Tensor:
+def read_out(explanation: Tensor, times: Sequence[int], readout: Readout) -> Tensor:
     """What a frozen clip's explanation (T, H, W) says about its frame, for the times the frame is shown: (len(times), H, W)."""
     if readout == "own":
-        return explanation[times]
+        return explanation[list(times)]
     return (explanation[0] if readout == "first" else explanation.mean(0)).expand(len(times), -1, -1)
 
 

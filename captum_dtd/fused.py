@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from captum_dtd import kernels, native, ops
 from captum_dtd.graph import operation_name
 from captum_dtd.kernels import Precision
-from captum_dtd.layers import Call
+from captum_dtd.layers import Call, Limits
 from captum_dtd.operations import AVERAGE_POOLS, CONVOLUTIONS, MAX_POOLS, aten
 from captum_dtd.reference import accumulator
 from captum_dtd.rules import MaxPoolRule, Proportional, Rule, WinnerTakesAll, ZBeta, ZPlus
@@ -77,11 +77,15 @@ def redistribute(
     call: Call,
     relevance: Tensor,
     rule: Rule | MaxPoolRule,
-    bounds: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    bounds: Limits | None,
     non_negative: bool,
     kernel: str,
+    divided: bool = False,
 ) -> tuple[Tensor]:
-    """Relevance of the signal that entered an operation, by the kernel that `kernel_for` named."""
+    """Relevance of the signal that entered an operation, by the kernel that `kernel_for` named.
+
+    With ``divided`` the relevance of a convolution or linear layer is ``R / z`` already (see `denominator`).
+    """
     (x,) = call.signals
     relevance = relevance.to(accumulator(x.dtype))
     if kind_of(call.node) in ("max pool", "average pool"):
@@ -105,6 +109,7 @@ def redistribute(
         **conv.geometry,
         "bias": conv.bias if rule.bias == "absorbed" else None,
         "stabilizer": rule.stabilizer,
+        "divided": divided,
         "kernel": kernel,
     }
     u, r = _to_3d(x, conv.dims), _to_3d(relevance, conv.dims)
@@ -116,6 +121,22 @@ def redistribute(
         low, high = (_to_3d(bound.to(r.dtype), conv.dims) for (bound,) in bounds)
         shared = ops.z_beta_conv3d(u, low, high, conv.weight, r, **options)
     return (_from_3d(shared, x, conv.dims),)
+
+
+def denominator(call: Call, rule: Rule, bounds: Limits | None, non_negative: bool, kernel: str) -> Tensor:
+    """The denominator z of z+ or z-beta on a 3D convolution, before the bias, by the kernel that `kernel_for` named."""
+    (x,) = call.signals
+    conv = _Convolution.of(call)
+    x = x.to(accumulator(x.dtype))
+    weight = conv.weight.to(x.dtype)
+    if isinstance(rule, ZBeta):
+        assert bounds is not None
+        inputs = [x - bound.to(x.dtype) for (bound,) in bounds]
+    else:
+        inputs = [x] if non_negative else [x.clamp(min=0), x.clamp(max=0)]
+    weights = (weight.clamp(min=0), weight.clamp(max=0))
+    z, *rest = (ops.conv3d(u, v, **conv.geometry, kernel=kernel) for u, v in zip(inputs, weights, strict=False))
+    return z.add_(rest[0]) if rest else z
 
 
 def forward(call: Call, kernel: str) -> Tensor:

@@ -26,6 +26,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -48,9 +49,13 @@ from captum_dtd.operations import (
     maximum_over,
 )
 from captum_dtd.reference import divide
-from captum_dtd.rules import MaxPoolRule, Rule, WeightPart, WinnerTakesAll
+from captum_dtd.rules import Group, MaxPoolRule, Rule, WeightPart, WinnerTakesAll
 
 aten = torch.ops.aten
+
+
+Limits: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""The pixel bounds low and high of every signal of a layer."""
 
 
 class Call:
@@ -60,9 +65,15 @@ class Call:
     position, so ``x + x`` has two.
     """
 
-    def __init__(self, node: fx.Node, positions: Sequence[int], value_of: Callable[[fx.Node], Any]) -> None:
+    def __init__(
+        self,
+        node: fx.Node,
+        positions: Sequence[int],
+        value_of: Callable[[fx.Node], Any],
+        args: tuple[Any, ...] | None = None,
+    ) -> None:
         self.node = node
-        leaves, self._spec = pytree.tree_flatten((node.args, dict(node.kwargs)))
+        leaves, self._spec = pytree.tree_flatten((node.args if args is None else args, dict(node.kwargs)))
         self.arguments = [value_of(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
         self.positions = tuple(positions)
 
@@ -81,6 +92,12 @@ class Call:
         """The keyword arguments."""
         return dict(pytree.tree_unflatten(self.arguments, self._spec)[1])
 
+    def to(self, dtype: torch.dtype) -> Call:
+        """The same call in another precision."""
+        other = copy(self)
+        other.arguments = [in_type(argument, dtype) for argument in self.arguments]
+        return other
+
     def __call__(self, signals: Sequence[Tensor], replaced: dict[int, Any] | None = None) -> Any:
         """Run the operation on other signals, and with further arguments replaced by position."""
         arguments = list(self.arguments)
@@ -88,6 +105,13 @@ class Call:
             arguments[position] = value
         args, kwargs = pytree.tree_unflatten(arguments, self._spec)
         return self.node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def in_type(value: Any, dtype: torch.dtype) -> Any:
+    """A value with its floating-point tensors in a type."""
+    return pytree.tree_map_only(
+        Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, value
+    )
 
 
 @contextmanager
@@ -141,40 +165,58 @@ class LinearMap(Layer):
         """The part of the bias, shaped to be added to ``output``; 0 if there is none."""
         return 0.0
 
-    def redistribute(
-        self, call: Call, relevance: Tensor, rule: Rule, bounds: tuple[Sequence[Tensor], Sequence[Tensor]] | None
-    ) -> tuple[Tensor, ...]:
+    def redistribute(self, call: Call, relevance: Tensor, rule: Rule, bounds: Limits | None) -> tuple[Tensor, ...]:
         """Share relevance by a rule: the one place where every rule meets every linear layer."""
         shared = [torch.zeros_like(signal) for signal in call.signals]
         for group in rule.groups:
             with local_gradients():
-                leaves: list[Tensor] = []
-                values: list[tuple[Tensor, ...]] = []
-                z: Tensor | None = None
-                for term in group.terms:
-                    inputs = tuple(part.requires_grad_() for part in input_parts(call.signals, term.input, bounds))
-                    output = self.apply(call, inputs, term.weight)
-                    if output is None:
-                        continue
-                    output = output if term.scale == 1 else output * term.scale
-                    z = output if z is None else z + output
-                    leaves += inputs
-                    values.append(inputs)
-                if z is None:
-                    continue
-                denominator = z.detach()
-                for part, scale in group.bias:
-                    denominator = denominator + scale * self.bias(call, denominator, part)
-                s = divide(relevance * group.coefficient, denominator, rule.stabilizer)
-                pulled = adjoint([z], leaves, [s])
-            for i, (value, gradient) in enumerate(zip(leaves, pulled, strict=True)):
-                shared[i % len(shared)].addcmul_(value.detach(), gradient)
+                z, leaves = self._contributions(call, group, bounds)
+                if z is not None:
+                    s = self.quotient(call, relevance, z.detach(), group, rule.stabilizer)
+                    self._pull(shared, z, leaves, s)
         return tuple(shared)
 
+    def denominator(self, call: Call, group: Group, bounds: Limits | None) -> Tensor | None:
+        """The denominator of a group's terms, before the bias; None where it has none."""
+        z, _ = self._contributions(call, group, bounds)
+        return None if z is None else z.detach()
 
-def input_parts(
-    signals: Sequence[Tensor], part: str, bounds: tuple[Sequence[Tensor], Sequence[Tensor]] | None
-) -> tuple[Tensor, ...]:
+    def quotient(self, call: Call, relevance: Tensor, z: Tensor, group: Group, stabilizer: float) -> Tensor:
+        """``s = coefficient R / (z + bias)``, given the denominator before the bias."""
+        for part, scale in group.bias:
+            z = z + scale * self.bias(call, z, part)
+        return divide(relevance * group.coefficient, z, stabilizer)
+
+    def pull(self, call: Call, s: Tensor, group: Group, bounds: Limits | None) -> tuple[Tensor, ...]:
+        """``sum over terms of input * adjoint(s)``: what is left of a group where the quotients s are known."""
+        shared = [torch.zeros_like(signal) for signal in call.signals]
+        with local_gradients():
+            z, leaves = self._contributions(call, group, bounds)
+            if z is not None:
+                self._pull(shared, z, leaves, s)
+        return tuple(shared)
+
+    def _contributions(self, call: Call, group: Group, bounds: Limits | None) -> tuple[Tensor | None, list[Tensor]]:
+        """The sum of a group's terms, and the inputs that it is made of, term by term."""
+        leaves: list[Tensor] = []
+        z: Tensor | None = None
+        for term in group.terms:
+            inputs = tuple(part.requires_grad_() for part in input_parts(call.signals, term.input, bounds))
+            output = self.apply(call, inputs, term.weight)
+            if output is None:
+                continue
+            output = output if term.scale == 1 else output * term.scale
+            z = output if z is None else z + output
+            leaves += inputs
+        return z, leaves
+
+    @staticmethod
+    def _pull(shared: list[Tensor], z: Tensor, leaves: list[Tensor], s: Tensor) -> None:
+        for i, (value, gradient) in enumerate(zip(leaves, adjoint([z], leaves, [s]), strict=True)):
+            shared[i % len(shared)].addcmul_(value.detach(), gradient)
+
+
+def input_parts(signals: Sequence[Tensor], part: str, bounds: Limits | None) -> tuple[Tensor, ...]:
     """The part of every signal that a term reads, as new leaves to differentiate by."""
     if part in ("x-low", "x-high"):
         if bounds is None:

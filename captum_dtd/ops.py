@@ -30,9 +30,9 @@ _GEOMETRY = "int[] stride, int[] padding, int[] dilation"
 
 SCHEMAS = {
     "z_plus_conv3d": f"(Tensor x, Tensor weight, Tensor? bias, Tensor relevance, {_GEOMETRY}, int groups, "
-    "bool non_negative, float stabilizer, str kernel) -> Tensor",
+    "bool non_negative, float stabilizer, bool divided, str kernel) -> Tensor",
     "z_beta_conv3d": "(Tensor x, Tensor low, Tensor high, Tensor weight, Tensor? bias, Tensor relevance, "
-    f"{_GEOMETRY}, int groups, float stabilizer, str kernel) -> Tensor",
+    f"{_GEOMETRY}, int groups, float stabilizer, bool divided, str kernel) -> Tensor",
     "max_pool3d_relevance": f"(Tensor x, Tensor relevance, int[] kernel_size, {_GEOMETRY}, bool ceil_mode, "
     "bool winner_takes_all, float stabilizer, str kernel) -> Tensor",
     "conv3d": f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, int groups, str kernel) -> Tensor",
@@ -55,6 +55,7 @@ def z_plus_conv3d(
     groups: int = 1,
     non_negative: bool = False,
     stabilizer: float = 0.0,
+    divided: bool = False,
     kernel: str = "auto",
 ) -> Tensor:
     """Relevance of a convolution's input by z+: ``R_in = x+ adj_v+(s) + x- adj_v-(s)``.
@@ -72,6 +73,8 @@ def z_plus_conv3d(
         groups: of the convolution.
         non_negative: a promise that ``x`` has no negative element; then it is read as it is, and x- is not looked at.
         stabilizer: added to the denominator, away from zero.
+        divided: ``relevance`` is s already, for denominators known from elsewhere (shared by several targets or by equal
+            times): what is left is the adjoint. ``bias`` and ``stabilizer`` are of no use then.
         kernel: which kernel shall serve, one of `captum_dtd.kernels.available`, or "auto".
 
     Returns:
@@ -89,7 +92,8 @@ def z_plus_conv3d(
         True
     """
     geometry = _geometry(stride, padding, dilation, weight)
-    return _call("z_plus_conv3d", x, weight, bias, relevance, *geometry, groups, non_negative, stabilizer, kernel)
+    options = (groups, non_negative, stabilizer, divided)
+    return _call("z_plus_conv3d", x, weight, bias, relevance, *geometry, *options, kernel)
 
 
 def z_beta_conv3d(
@@ -105,6 +109,7 @@ def z_beta_conv3d(
     dilation: Triple = 1,
     groups: int = 1,
     stabilizer: float = 0.0,
+    divided: bool = False,
     kernel: str = "auto",
 ) -> Tensor:
     """Relevance of pixels in a box by z-beta: ``R_in = x adj_v(s) - low adj_v+(s) - high adj_v-(s)``.
@@ -125,7 +130,8 @@ def z_beta_conv3d(
         torch.Size([1, 3, 4, 8, 8])
     """
     geometry = _geometry(stride, padding, dilation, weight)
-    return _call("z_beta_conv3d", x, low, high, weight, bias, relevance, *geometry, groups, stabilizer, kernel)
+    options = (groups, stabilizer, divided)
+    return _call("z_beta_conv3d", x, low, high, weight, bias, relevance, *geometry, *options, kernel)
 
 
 def max_pool3d_relevance(
@@ -402,7 +408,7 @@ def _only_definition(kernel: str) -> None:
 
 
 def _fake_z_plus(x: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any) -> Tensor:
-    stride, padding, dilation, groups, _, stabilizer, _ = options
+    stride, padding, dilation, groups, _, stabilizer, _, _ = options
     _check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
     return _like_x(x, relevance.dtype)
 
@@ -410,7 +416,7 @@ def _fake_z_plus(x: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tens
 def _fake_z_beta(
     x: Tensor, low: Tensor, high: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any
 ) -> Tensor:
-    stride, padding, dilation, groups, stabilizer, _ = options
+    stride, padding, dilation, groups, stabilizer, _, _ = options
     _check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
     _check_bounds(x, low, high, relevance)
     return _like_x(x, relevance.dtype)

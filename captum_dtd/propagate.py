@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -33,11 +33,13 @@ from captum_dtd.layers import (
     Elementwise,
     Gate,
     Layer,
+    Limits,
     LinearMap,
     MaxPool,
     Rearrangement,
     Weighted,
     holds_numbers,
+    in_type,
     is_non_negative,
     layer_for,
     signal_positions,
@@ -69,13 +71,33 @@ class Step:
 Observer: TypeAlias = Callable[[Step, Any, Sequence[Tensor | None]], None]
 """Is told, after every step, what relevance arrived at its output and what left to each of its inputs."""
 
+Values: TypeAlias = dict[fx.Node, Any]
+ValueOf: TypeAlias = Callable[[fx.Node], Any]
+Compute: TypeAlias = Callable[[fx.Node, Values], Any]
+Share: TypeAlias = Callable[[Step, Values, "Box", Any], Sequence[Tensor | None]]
+
 
 @dataclass(frozen=True)
 class Activations:
     """What a forward pass leaves for the walk back: values where a rule needs them, shapes elsewhere."""
 
-    values: dict[fx.Node, Any]
+    values: Values
     output: Tensor
+
+
+@dataclass(frozen=True)
+class Box:
+    """Pixel bounds at every node between the inputs and their first linear layers."""
+
+    low: Values
+    high: Values
+
+    def around(self, step: Step, value_of: Callable[[Values, fx.Node], Any]) -> Limits | None:
+        """The bounds of what a pixel layer reads, where its rule needs them; ``value_of`` takes them from low and high."""
+        if not (step.is_pixel_layer and isinstance(step.rule, ZBeta)):
+            return None
+        low, high = ([value_of(end, source) for source in step.sources] for end in (self.low, self.high))
+        return low, high
 
 
 class Network:
@@ -111,7 +133,7 @@ class Network:
             raise ValueError(f"{self._model_name} must return one tensor of scores, (N,) or (N, classes, ...)")
         self.output = output
         self.inputs = tuple(node for node in traced.inputs[:explained] if node is not None)
-        self._nodes = [node for node in traced.graph.nodes if node.op in ("placeholder", "call_function")]
+        self.nodes = [node for node in traced.graph.nodes if node.op in ("placeholder", "call_function")]
         self._non_negative: set[fx.Node] = set()
         self._pixels: set[fx.Node] = set(self.inputs)
         self.steps = self._plan(model, composite)
@@ -156,7 +178,7 @@ class Network:
         """
         signals: set[fx.Node] = set(self.inputs)
         found: list[tuple[fx.Node, Layer | None, tuple[int, ...]]] = []
-        for node in self._nodes:
+        for node in self.nodes:
             if node.op == "placeholder" or node.target in _SHAPE_READERS or not holds_numbers(node):
                 continue
             positions = signal_positions(node, signals.__contains__)
@@ -183,7 +205,7 @@ class Network:
 
     def _find_last_uses(self) -> dict[fx.Node, list[fx.Node]]:
         last: dict[fx.Node, fx.Node] = {}
-        for node in self._nodes:
+        for node in self.nodes:
             for source in node.all_input_nodes:
                 last[source] = node
         uses: dict[fx.Node, list[fx.Node]] = {}
@@ -203,7 +225,7 @@ class Network:
         fresh = CONVOLUTIONS | {aten.linear.default, aten.add.Tensor}
         return frozenset(
             node
-            for node in self._nodes
+            for node in self.nodes
             if node.target is aten.relu.default
             and (source := node.all_input_nodes[0]).target in fresh
             and len(source.users) == 1
@@ -212,26 +234,30 @@ class Network:
 
     def _estimate_bytes(self) -> int:
         """About how much memory one example takes: every value that is kept, and some of the largest for the layer at work."""
-        sizes = {node: _bytes(node) for node in self._nodes}
+        sizes = {node: _bytes(node) for node in self.nodes}
         return (sum(sizes[node] for node in self._kept) + 6 * max(sizes.values())) // max(1, self._traced.batch)
 
-    def weights(self, model: nn.Module) -> dict[fx.Node, Any]:
+    def weights(self, model: nn.Module) -> Values:
         """The model's tensors as they are now, and everything the graph derives from them alone (folded weights).
 
         Derived weights are made anew by every call, so they cannot be stale however the model was changed.
         """
         with plain_modes():
-            values: dict[fx.Node, Any] = dict(self._traced.constants)
+            values: Values = dict(self._traced.constants)
             values.update((node, tensor_of(model, name).detach()) for node, name in self._traced.tensors.items())
             values = {node: ordinary(value) for node, value in values.items()}
-            for node in self._nodes:
+            for node in self.nodes:
                 sources = node.all_input_nodes
                 if node.op == "call_function" and all(source in values for source in sources):
                     values[node] = _run(node, values.__getitem__)
             return values
 
-    def forward(self, weights: dict[fx.Node, Any], arguments: Sequence[Any]) -> Activations:
-        """Run the network on ``arguments`` (tensors in order, explained ones first), keeping what the walk back needs."""
+    def forward(self, weights: Values, arguments: Sequence[Any], compute: Compute | None = None) -> Activations:
+        """Run the network on ``arguments`` (tensors in order, explained ones first), keeping what the walk back needs.
+
+        ``compute`` gives a node's value, by default `compute` on the values before it.
+        """
+        compute = compute or (lambda node, values: self.compute(node, values.__getitem__))
         with plain_modes():
             values = dict(weights)
             for node, argument in zip(self._traced.inputs, arguments, strict=True):
@@ -240,9 +266,9 @@ class Network:
             if self.precision is not None:
                 compiled = (node for node in self.inputs if values[node].device.type in native.loaded)
                 values.update((node, _channels_last(values[node])) for node in compiled)
-            for node in self._nodes:
+            for node in self.nodes:
                 if node not in values:
-                    values[node] = self._run_forward(node, values)
+                    values[node] = compute(node, values)
                 for source in self._last_uses.get(node, ()):
                     if source not in weights and source not in self._kept and source is not self.output:
                         values[source] = pytree.tree_map_only(Tensor, _shape_only, values[source])
@@ -250,22 +276,29 @@ class Network:
             assert isinstance(output, Tensor)
             return Activations(values, output)
 
-    def _run_forward(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    def compute(self, node: fx.Node, value_of: ValueOf, args: tuple[Any, ...] | None = None) -> Any:
+        """A node's value, by its kernel; ``args`` stand for its own arguments, nodes of the graph among them."""
         if node in self._overwrites:
-            return values[node.all_input_nodes[0]].relu_()
+            return value_of(node.all_input_nodes[0]).relu_()
         if self.precision is not None and fused.kind_of(node) in ("convolution", "linear"):
-            call = Call(node, (0,), values.__getitem__)
-            kernel = fused.forward_kernel_for(call, node.meta["val"].shape, self.precision)
+            call = Call(node, (0,), value_of, args)
+            kernel = self.forward_kernel(call)
             if kernel != "reference":
                 return fused.forward(call, kernel)
-        return _run(node, values.__getitem__)
+        return _run(node, value_of, args)
 
-    def kernel_of(self, step: Step, values: Mapping[fx.Node, Any] | None = None) -> str:
-        """Name of the kernel that shares a step's relevance, for these values or for any like the traced ones."""
+    def forward_kernel(self, call: Call) -> str:
+        """Name of the kernel that computes a convolution or linear layer on the way forward; "reference" is torch's own."""
+        if self.precision is None:
+            return "reference"
+        return fused.forward_kernel_for(call, call.node.meta["val"].shape, self.precision)
+
+    def kernel_of(self, step: Step, call: Call | None = None) -> str:
+        """Name of the kernel that shares a step's relevance, for this call or for any like the traced one."""
         if self.precision is None or step.rule is None:
             return "reference"
-        value_of = (lambda node: node.meta["val"]) if values is None else values.__getitem__
-        call = Call(step.node, step.positions, value_of)
+        if call is None:
+            call = Call(step.node, step.positions, lambda node: node.meta["val"])
         return fused.kernel_for(call, step.node.meta["val"].shape, step.rule, self.precision)
 
     def backward(
@@ -287,19 +320,16 @@ class Network:
             Relevance of every explained input, shaped like it.
         """
         values = activations.values
-        relevance: dict[fx.Node, Any] = {self.output: seed}
+
+        def share(step: Step, values: Values, box: Box, arriving: Any) -> Sequence[Tensor | None]:
+            leaving = self.share(step, values.__getitem__, box.around(step, dict.__getitem__), arriving)
+            if observe is not None:
+                observe(step, arriving, leaving)
+            return leaving
+
         with plain_modes():
-            box = self._bounds(values, seed, bounds)
-            for step in reversed(self.steps):
-                arriving = relevance.pop(step.node, None)
-                if arriving is not None:
-                    leaving = self._step(step, values, box, arriving)
-                    if observe is not None:
-                        observe(step, arriving, leaving)
-                    for source, part in zip(step.sources, leaving, strict=True):
-                        if part is not None:
-                            _add(relevance, step, source, part)
-                values.pop(step.node, None)
+            box = self.box(values, seed, bounds, lambda node, values: _run(node, values.__getitem__))
+            relevance = self.walk(values, seed, box, share)
             return tuple(
                 relevance[node]
                 if node in relevance
@@ -307,46 +337,65 @@ class Network:
                 for node in self.inputs
             )
 
-    def _step(self, step: Step, values: dict[fx.Node, Any], box: _Box, arriving: Any) -> tuple[Tensor | None, ...]:
+    def walk(self, values: Values, seed: Tensor, box: Box, share: Share) -> Values:
+        """The relevance of every input that any reaches; ``share`` gives that of a step's sources, given its node's.
+
+        Values are consumed: each is freed once its layer is done.
+        """
+        relevance: Values = {self.output: seed}
+        for step in reversed(self.steps):
+            arriving = relevance.pop(step.node, None)
+            if arriving is not None:
+                for source, part in zip(step.sources, share(step, values, box, arriving), strict=True):
+                    if part is not None:
+                        _add(relevance, step, source, part)
+            values.pop(step.node, None)
+        return relevance
+
+    def share(
+        self,
+        step: Step,
+        value_of: ValueOf,
+        limits: Limits | None,
+        arriving: Any,
+        args: tuple[Any, ...] | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        """The relevance of a step's sources, given that of its output; ``args`` stand for the operation's own arguments."""
         if step.node.target is operator.getitem:
             return (arriving,)
-        limits = None
-        if step.is_pixel_layer and isinstance(step.rule, ZBeta):
-            limits = ([box.low[source] for source in step.sources], [box.high[source] for source in step.sources])
-        non_negative = all(source in self._non_negative for source in step.sources)
-        kernel = self.kernel_of(step, values)
+        call = Call(step.node, step.positions, value_of, args)
+        kernel = self.kernel_of(step, call)
         if kernel != "reference" and step.rule is not None:
-            call = Call(step.node, step.positions, values.__getitem__)
-            return fused.redistribute(call, arriving, step.rule, limits, non_negative, kernel)
+            return fused.redistribute(call, arriving, step.rule, limits, self.is_non_negative(step), kernel)
         dtype = (next(iter(arriving.values())) if isinstance(arriving, dict) else arriving).dtype
-        call = Call(step.node, step.positions, lambda node: pytree.tree_map_only(Tensor, _to(dtype), values[node]))
-        rule: Any = step.rule
-        if isinstance(rule, Rule) and non_negative:
-            rule = _WithoutNegativeParts(rule)
-        return step.layer.redistribute(call, arriving, rule, limits)
+        return step.layer.redistribute(call.to(dtype), arriving, self.reference_rule(step), limits)
 
-    def _bounds(self, values: dict[fx.Node, Any], seed: Tensor, bounds: Sequence[tuple[Bound, Bound]]) -> _Box:
+    def is_non_negative(self, step: Step) -> bool:
+        """Whether nothing that a step reads can be negative."""
+        return all(source in self._non_negative for source in step.sources)
+
+    def reference_rule(self, step: Step) -> Any:
+        """The rule as layers evaluate it: without the terms that are known to be zero."""
+        if isinstance(step.rule, Rule) and self.is_non_negative(step):
+            return _WithoutNegativeParts(step.rule)
+        return step.rule
+
+    def box(self, values: Values, seed: Tensor, bounds: Sequence[tuple[Bound, Bound]], compute: Compute) -> Box:
         """The pixel bounds at every node between the inputs and their first linear layers."""
-        low: dict[fx.Node, Any] = {}
-        high: dict[fx.Node, Any] = {}
+        low: Values = {}
+        high: Values = {}
         for node, (lower, upper) in zip(self.inputs, bounds, strict=True):
             like = seed.new_zeros(()).expand(values[node].shape)
             low[node], high[node] = broadcast_bound("low", lower, like), broadcast_bound("high", upper, like)
         for step in self.steps:
             if step.node not in self._pixels:
                 continue
-            other = {n: pytree.tree_map_only(Tensor, _to(seed.dtype), values[n]) for n in step.node.all_input_nodes}
-            ends = [_run(step.node, {**other, **{n: end[n] for n in step.sources}}.__getitem__) for end in (low, high)]
+            other = {n: in_type(values[n], seed.dtype) for n in step.node.all_input_nodes}
+            ends = [compute(step.node, {**other, **{n: end[n] for n in step.sources}}) for end in (low, high)]
             if isinstance(step.layer, Elementwise):
                 ends = [torch.minimum(*ends), torch.maximum(*ends)]
             low[step.node], high[step.node] = ends
-        return _Box(low, high)
-
-
-@dataclass(frozen=True)
-class _Box:
-    low: dict[fx.Node, Any]
-    high: dict[fx.Node, Any]
+        return Box(low, high)
 
 
 @dataclass(frozen=True)
@@ -375,11 +424,10 @@ class _WithoutNegativeParts(Rule):
         )
 
 
-def _run(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
-    args = fx.map_arg(node.args, value_of)
-    kwargs = fx.map_arg(node.kwargs, value_of)
+def _run(node: fx.Node, value_of: ValueOf, args: tuple[Any, ...] | None = None) -> Any:
+    given: Any = fx.map_arg(node.args if args is None else args, value_of)
     target: Any = node.target
-    return target(*args, **kwargs)
+    return target(*given, **fx.map_arg(node.kwargs, value_of))
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -388,7 +436,7 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=formats[tensor.ndim]) if tensor.ndim in formats else tensor
 
 
-def _add(relevance: dict[fx.Node, Any], step: Step, source: fx.Node, part: Tensor) -> None:
+def _add(relevance: Values, step: Step, source: fx.Node, part: Tensor) -> None:
     """Add relevance to a node's; a node with several outputs (a split) collects it per output."""
     into: dict[Any, Any] = relevance
     key: Any = source
@@ -416,10 +464,6 @@ def _bytes(node: fx.Node) -> int:
             sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in tensor.shape]
             total += math.prod(sizes) * tensor.element_size()
     return total
-
-
-def _to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _arguments(node: fx.Node, positions: Sequence[int]) -> tuple[fx.Node, ...]:

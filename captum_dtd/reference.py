@@ -41,14 +41,15 @@ def z_plus_conv3d(
     groups: int,
     non_negative: bool,
     stabilizer: float,
+    divided: bool,
 ) -> Tensor:
     """z+ on a convolution: ``R_in = x+ adj_v+(s) + x- adj_v-(s)``, ``s = R / (conv_v+(x+) + conv_v-(x-) + bias+)``.
 
-    ``non_negative`` promises that x has no negative element: x- is then not looked at.
+    ``non_negative`` promises that x has no negative element: x- is then not looked at. Where ``divided``, ``relevance`` is s.
     """
     x = x.to(relevance.dtype)
     parts = [(x, "v+")] if non_negative else [(x.clamp(min=0), "v+"), (x.clamp(max=0), "v-")]
-    return _share(parts, weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
+    return _share(parts, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, divided)
 
 
 def z_beta_conv3d(
@@ -63,11 +64,12 @@ def z_beta_conv3d(
     dilation: Sequence[int],
     groups: int,
     stabilizer: float,
+    divided: bool,
 ) -> Tensor:
     """z-beta on a convolution: z+ of the distances to the box, ``x - low`` with v+ and ``x - high`` with v-."""
     x = x.to(relevance.dtype)
     parts = [(x - low, "v+"), (x - high, "v-")]
-    return _share(parts, weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
+    return _share(parts, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, divided)
 
 
 def max_pool3d_relevance(
@@ -130,6 +132,7 @@ def _share(
     dilation: Sequence[int],
     groups: int,
     stabilizer: float,
+    divided: bool = False,
 ) -> Tensor:
     if not relevance.numel():
         return torch.zeros_like(parts[0][0])
@@ -137,12 +140,14 @@ def _share(
     front = [padding[0], padding[2], padding[4]]
     sides = [padding[4], padding[5], padding[2], padding[3], padding[0], padding[1]]
     terms = [(F.pad(u, sides), u, v.clamp(min=0) if part == "v+" else v.clamp(max=0)) for u, part in parts]
-    z = terms[0][0].new_zeros(())
-    for padded, _, w in terms:
-        z = z + aten.convolution(padded, w, None, stride, [0] * 3, dilation, False, [0] * 3, groups)
-    if bias is not None:
-        z = z + bias.to(z.dtype).clamp(min=0).view(-1, 1, 1, 1)
-    s = divide(relevance, z, stabilizer)
+    s = relevance
+    if not divided:
+        z = terms[0][0].new_zeros(())
+        for padded, _, w in terms:
+            z = z + aten.convolution(padded, w, None, stride, [0] * 3, dilation, False, [0] * 3, groups)
+        if bias is not None:
+            z = z + bias.to(z.dtype).clamp(min=0).view(-1, 1, 1, 1)
+        s = divide(relevance, z, stabilizer)
     shared = torch.zeros_like(parts[0][0])
     for padded, u, w in terms:
         pulled, _, _ = aten.convolution_backward(

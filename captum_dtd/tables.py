@@ -19,6 +19,8 @@ class RuleRow:
         rule: how relevance is shared; ``passes``, ``follows`` and ``to the signal`` are layers without a choice.
         kernel: what computes it, ``reference`` for plain ATen.
         source: file and line in the model's code.
+        times: how many times differ in a frozen clip, of what the operation reads and makes; ``every time`` where that is
+            not known, and empty where the table is not about frozen clips.
     """
 
     name: str
@@ -27,6 +29,7 @@ class RuleRow:
     rule: str
     kernel: str
     source: str
+    times: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,10 @@ class RuleTable:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        cells = [(row.operation, row.module, row.rule, row.kernel, row.source) for row in self.rows]
-        table = _aligned([("operation", "module", "rule", "kernel", "source"), *cells])
+        names = ["operation", "module", "rule", "kernel", "times", "source"]
+        if not any(row.times for row in self.rows):
+            names.remove("times")
+        table = _aligned([names, *([getattr(row, name) for name in names] for row in self.rows)])
         return "\n".join([f"composite: {self.composite}", *table, *(f"note: {note}" for note in self.notes)])
 
 

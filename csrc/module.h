@@ -44,17 +44,18 @@ template <typename Device>
 struct Operators {
   static Tensor z_plus_conv3d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& relevance,
                               const Numbers& stride, const Numbers& padding, const Numbers& dilation, int64_t groups,
-                              bool non_negative, double stabilizer, const std::string& kernel) {
+                              bool non_negative, double stabilizer, bool divided, const std::string& kernel) {
     Conv3dRelevance problem{};
     problem.conv = check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer);
     problem.lift = non_negative ? Lift::None : Lift::Signed;
     problem.stabilizer = stabilizer;
+    problem.divided = divided;
     return share(problem, x, weight, bias, relevance, kernel);
   }
 
   static Tensor z_beta_conv3d(const Tensor& x, const Tensor& low, const Tensor& high, const Tensor& weight,
                               const std::optional<Tensor>& bias, const Tensor& relevance, const Numbers& stride,
-                              const Numbers& padding, const Numbers& dilation, int64_t groups, double stabilizer,
+                              const Numbers& padding, const Numbers& dilation, int64_t groups, double stabilizer, bool divided,
                               const std::string& kernel) {
     Conv3dRelevance problem{};
     problem.conv = check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer);
@@ -64,6 +65,7 @@ struct Operators {
     problem.low = view(low, true);
     problem.high = view(high, true);
     problem.stabilizer = stabilizer;
+    problem.divided = divided;
     return share(problem, x, weight, bias, relevance, kernel);
   }
 

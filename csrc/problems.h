@@ -19,6 +19,7 @@ struct View {
 
 // Relevance of x, given relevance of the convolution's output. `x`, `weight` (c_out, c_in / groups, kT, kH, kW) and `bias`
 // have the type `element`; `relevance`, `low`, `high` and `out` that of the accumulator (float, or double for Float64).
+// Where `divided`, `relevance` is R / z already, by whatever denominators: what is left is the adjoint, times the input.
 struct Conv3dRelevance {
   Conv3d conv;
   Lift lift;
@@ -27,6 +28,7 @@ struct Conv3dRelevance {
   const void* weight;  // contiguous
   const void* bias;    // c_out values or null; its positive part joins the denominator
   double stabilizer;
+  bool divided;
 };
 
 // The plain convolution, out = conv(x, weight) + bias; everything has the type `element`.

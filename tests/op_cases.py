@@ -233,6 +233,7 @@ def explicit(op: str, arguments: dict[str, Any], kernel: str = "auto") -> dict[s
         given["kernel_size"] = list(tuples(given["kernel_size"], 3))
     else:
         defaults |= {"bias": None, "groups": 1} | ({"non_negative": False} if op == "z_plus_conv3d" else {})
+        defaults |= {"divided": False} if op != "conv3d" else {}
     if op != "conv3d":
         defaults["stabilizer"] = 0.0
     given = defaults | {name: value for name, value in given.items() if value is not None}
@@ -281,12 +282,14 @@ VARIANTS = {
         Variant("non-negative", {"non_negative": True}),
         Variant("signed"),
         Variant("signed, bias, stabilizer", STABLE, bias=True),
+        Variant("divided", {"divided": True}),
     ),
     "z_beta_conv3d": (
         Variant("box of numbers", box="number"),
         Variant("box of channels, bias", bias=True, box="channel"),
         Variant("box of pixels, stabilizer", STABLE, box="pixel"),
         Variant("pixels outside of their box", STABLE, box="violated", exact_only=True),
+        Variant("divided", {"divided": True}, box="channel"),
     ),
     "conv3d": (Variant("no bias"), Variant("bias", bias=True)),
     "max_pool3d_relevance": (
@@ -346,10 +349,13 @@ def problem(
     else:
         Z = pos(u) * pos(V) + neg(u) * neg(V)
     R = rounded(draw(case, "relevance", out, short and short_quotients).flatten(1), accumulator(dtype))
-    if short and short_quotients:
-        z = Z.sum(2) + pos(b)
-        R = rounded(R * (z + torch.where(z < 0, -variant.stabilizer, variant.stabilizer)), torch.float32)
-    expected, scale = shared(Z, R, pos(b), variant.stabilizer)
+    if variant.options.get("divided"):  # R is s: no denominator
+        expected, scale = (torch.einsum("noi,no->ni", each, s) for each, s in ((Z, R), (Z.abs(), R.abs())))
+    else:
+        if short and short_quotients:
+            z = Z.sum(2) + pos(b)
+            R = rounded(R * (z + torch.where(z < 0, -variant.stabilizer, variant.stabilizer)), torch.float32)
+        expected, scale = shared(Z, R, pos(b), variant.stabilizer)
     tensors["relevance"] = R.view(out)
     return Problem(op, tensors, case.options | variant.options, expected.view(case.x), scale.view(case.x))
 

@@ -79,7 +79,8 @@ def run(
     out = torch.full_like(x, torch.nan, dtype=torch.float32)
     bounds = array(given["relevance"]), array(low), array(high)
     stabilizer = posed.options.get("stabilizer", 0.0)
-    front.relevance(*shared, *bounds, array(out), *geometry, lift, stabilizer, kernel, (*tile, splits))
+    divided = posed.options.get("divided", False)
+    front.relevance(*shared, *bounds, array(out), *geometry, lift, stabilizer, divided, kernel, (*tile, splits))
     return out
 
 
@@ -183,7 +184,7 @@ def relevance(
     out = torch.full_like(x, torch.nan, dtype=torch.float32)
     geometry = (1, 1, 1), (padding,) * 3, (1, 1, 1), 1
     arrays = array(x), array(weight), None, array(given), None, None, array(out)
-    front.relevance(*arrays, *geometry, lift, 0.0, kernel, (0, 0, splits))
+    front.relevance(*arrays, *geometry, lift, 0.0, False, kernel, (0, 0, splits))
     return out
 
 
@@ -253,7 +254,7 @@ def test_offsets_of_more_than_32_bits(front: ModuleType, tmp_path: Path, channel
     expected = relevance(front, x, weight, given, "cuda/tf32", lift)
     geometry = (1, 1, 1), (0, 0, 0), (1, 1, 1), 1
     front.relevance(
-        far[0], array(weight), None, far[1], None, None, far[2], *geometry, lift, 0.0, "cuda/tf32", (0, 0, 0)
+        far[0], array(weight), None, far[1], None, None, far[2], *geometry, lift, 0.0, False, "cuda/tf32", (0, 0, 0)
     )
     assert np.array_equal(far[2], expected.numpy())
 
@@ -287,7 +288,7 @@ def test_nothing_runs_over_the_end_of_memory() -> None:
             low, high = (np.full(x.shape, bound, np.float32) if lift == "box" else None for bound in (0, 1))
             out, forward = np.full_like(x, np.nan), np.full_like(given, np.nan)
             geometry = (stride,) * 3, (1, 1, 1), (dilation,) * 3, 1
-            front.relevance(x, weight, bias, given, low, high, out, *geometry, lift, 0.1, kernel, next(tiles))
+            front.relevance(x, weight, bias, given, low, high, out, *geometry, lift, 0.1, c == 3, kernel, next(tiles))
             front.forward(x, weight, bias, forward, *geometry, kernel, next(tiles))
             assert np.isfinite(out).all() and np.isfinite(forward).all()
         print("all ran")

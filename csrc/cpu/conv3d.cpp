@@ -231,28 +231,31 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
   if (is_linear(problem.conv)) {
     const Source x{problem.x, problem.element, problem.lift, problem.low, problem.high};
     return LinearLayer<Sum>(problem.conv, problem.element, problem.weight, bias.data(), loops, parallel_for)
-        .relevance(x, problem.relevance, static_cast<Sum>(problem.stabilizer), problem.out);
+        .relevance(x, problem.relevance, static_cast<Sum>(problem.stabilizer), problem.divided, problem.out);
   }
 
   const Filter weights = filter(problem.conv, problem.element, problem.weight, parallel_for);
   const int64_t* out = problem.conv.out;
   const int64_t positions = out[0] * out[1] * out[2], c_out = problem.conv.c_out;
   const int64_t example_bytes = std::max<int64_t>(positions * c_out * static_cast<int64_t>(sizeof(Sum)), 1);
-  const int64_t together = std::clamp<int64_t>(kSharesBytes / example_bytes, 1, std::max<int64_t>(problem.conv.n, 1));
-  const Workspace workspace(static_cast<size_t>(together * example_bytes));
+  const int64_t together =
+      problem.divided ? problem.conv.n : std::clamp<int64_t>(kSharesBytes / example_bytes, 1, std::max<int64_t>(problem.conv.n, 1));
+  const Workspace workspace(problem.divided ? 0 : static_cast<size_t>(together * example_bytes));
 
   for (int64_t n = 0; n < problem.conv.n; n += together) {
     Conv3d conv = problem.conv;
     conv.n = std::min(together, problem.conv.n - n);
     const Source x{skip_examples(problem.x, problem.element, n), problem.element, problem.lift,
                    skip_examples(problem.low, sum, n), skip_examples(problem.high, sum, n)};
+    const View given = skip_examples(problem.relevance, sum, n);
     const View channels_last{workspace.as<Sum>(), {positions * c_out, 1, out[1] * out[2] * c_out, out[2] * c_out, c_out}};
-    const Source shares{channels_last, sum, Lift::None, {}, {}};
+    const Source shares{problem.divided ? given : channels_last, sum, Lift::None, {}, {}};
 
-    const Divide<Sum> divide{loops, skip_examples(problem.relevance, sum, n), shares.x, static_cast<Sum>(problem.stabilizer)};
-    const Task denominator{forward_sweep(conv), arithmetic.forward, parts(problem.lift), 1, x, weights, {false, true}};
-    run_sweep(denominator, engine, problem.bias != nullptr ? bias.data() : nullptr, divide, parallel_for);
-
+    if (!problem.divided) {
+      const Divide<Sum> divide{loops, given, channels_last, static_cast<Sum>(problem.stabilizer)};
+      const Task denominator{forward_sweep(conv), arithmetic.forward, parts(problem.lift), 1, x, weights, {false, true}};
+      run_sweep(denominator, engine, problem.bias != nullptr ? bias.data() : nullptr, divide, parallel_for);
+    }
     for (const Sweep& sweep : adjoint_sweeps(conv)) {
       const Share<Sum> share{loops, sweep, x, skip_examples(problem.out, sum, n)};
       const Task pull{sweep, arithmetic.adjoint, 1, parts(problem.lift), shares, weights, {true, true}};

@@ -53,7 +53,7 @@ class LinearLayer {
     });
   }
 
-  void relevance(const Source& x, const View& relevance, Sum stabilizer, const View& out) const {
+  void relevance(const Source& x, const View& relevance, Sum stabilizer, bool divided, const View& out) const {
     const int parts = captum_dtd::parts(x.lift);
     std::vector<std::vector<Sum>> u, pulled;
     for (int part = 0; part < parts; ++part) {
@@ -65,11 +65,13 @@ class LinearLayer {
         const int64_t count = std::min(kRows, first + rows - row), channel = group * c_out_ + row;
         for (int64_t p = 0; p < positions_; ++p) {
           Sum z[kRows], s[kRows];
-          std::copy_n(bias_ + channel, count, z);
-          for (int part = 0; part < parts; ++part)
-            loops_.dot(element_, weights(channel), count, c_in_, sign(part), &u[part][input(p, group)], z);
           load(loops_, relevance, element_of<Sum>(), spot(p, channel, count), s, count);
-          loops_.divide(1, count, z, count, stabilizer, s, count, s, count);
+          if (!divided) {
+            std::copy_n(bias_ + channel, count, z);
+            for (int part = 0; part < parts; ++part)
+              loops_.dot(element_, weights(channel), count, c_in_, sign(part), &u[part][input(p, group)], z);
+            loops_.divide(1, count, z, count, stabilizer, s, count, s, count);
+          }
           for (int part = 0; part < parts; ++part)
             loops_.spread(element_, weights(channel), count, c_in_, sign(part), s,
                           &pulled[part][stretch * positions_ * conv_.c_in + input(p, group)]);

@@ -227,22 +227,23 @@ void copy(const From (&from)[3], To (&to)[3]) {
   std::copy(from, from + 3, to);
 }
 
-void launch_arrange(const Layer& layer, const Pass& forward, void* out, void* stream) {
-  const Conv3d& conv = layer.conv;
+// Copies x, or relevance, of n examples to a dense operand of `padded` channels for each group.
+void launch_arrange(const View& x, Element element, int64_t n, const int64_t (&size)[3], int64_t channels, int64_t padded,
+                    int64_t groups, Arithmetic arithmetic, void* out, void* stream) {
   Arrange arrange{};
-  arrange.x = layer.u.x;
-  arrange.element = layer.u.element;
-  arrange.n = static_cast<int>(conv.n);
-  copy(conv.in, arrange.size);
-  arrange.channels = static_cast<int>(conv.c_in / conv.groups);
-  arrange.padded = static_cast<int>(forward.padded);
-  arrange.groups = static_cast<int>(conv.groups);
+  arrange.x = x;
+  arrange.element = element;
+  arrange.n = static_cast<int>(n);
+  copy(size, arrange.size);
+  arrange.channels = static_cast<int>(channels);
+  arrange.padded = static_cast<int>(padded);
+  arrange.groups = static_cast<int>(groups);
   arrange.out = out;
-  dim3 grid = blocks_for(conv.n * volume(conv.in), kSide);
-  grid.y = blocks_for(conv.groups * forward.padded, kSide).x;
-  const auto kernel = forward.arithmetic == Arithmetic::BFloat16  ? arrange_input<bfloat16>
-                      : forward.arithmetic == Arithmetic::Float16 ? arrange_input<float16>
-                                                                  : arrange_input<float>;
+  dim3 grid = blocks_for(n * volume(size), kSide);
+  grid.y = blocks_for(groups * padded, kSide).x;
+  const auto kernel = arithmetic == Arithmetic::BFloat16  ? arrange_input<bfloat16>
+                      : arithmetic == Arithmetic::Float16 ? arrange_input<float16>
+                                                          : arrange_input<float>;
   launch("arrange_input", kernel, grid, kThreads, 0, stream, arrange);
 }
 
@@ -341,7 +342,8 @@ Gemm read_input(const Layer& layer, const Kernel& kernel, const Plan& plan, unsi
   if (layer.lifts()) {
     gemm.lifted = layer.u;
   } else if (plan.arranges) {
-    launch_arrange(layer, plan.forward, workspace + plan.arranged, stream);
+    launch_arrange(layer.u.x, layer.u.element, conv.n, conv.in, conv.c_in / conv.groups, plan.forward.padded, conv.groups,
+                   plan.forward.arithmetic, workspace + plan.arranged, stream);
     gemm.dense = dense_operand(workspace + plan.arranged, conv.in, conv.groups, plan.forward.tap_chunks() * kChunk);
   } else {
     const int bytes = operand_bytes(kernel.forward);
@@ -387,20 +389,26 @@ void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel,
   const Plan plan = make_plan(layer, named, true, tiling);
   unsigned char* memory = static_cast<unsigned char*>(workspace);
 
-  Gemm forward = read_input(layer, named, plan, memory, stream);
-  forward.epilogue = Epilogue::Divide;
-  forward.divide = {problem.relevance,
-                    problem.bias,
-                    problem.element,
-                    static_cast<float>(problem.stabilizer),
-                    named.adjoint == Arithmetic::BFloat16,
-                    memory + plan.s};
-  launch_pass(layer, plan.forward, forward, problem.relevance, memory + plan.weights, stream);
+  if (problem.divided) {
+    const Conv3d& conv = problem.conv;
+    launch_arrange(problem.relevance, Element::Float32, conv.n, conv.out, conv.c_out / conv.groups, plan.forward.width,
+                   conv.groups, named.adjoint, memory + plan.s, stream);
+  } else {
+    Gemm forward = read_input(layer, named, plan, memory, stream);
+    forward.epilogue = Epilogue::Divide;
+    forward.divide = {problem.relevance,
+                      problem.bias,
+                      problem.element,
+                      static_cast<float>(problem.stabilizer),
+                      named.adjoint == Arithmetic::BFloat16,
+                      memory + plan.s};
+    launch_pass(layer, plan.forward, forward, problem.relevance, memory + plan.weights, stream);
+  }
 
   Gemm adjoint{};
   adjoint.dense =
       dense_operand(memory + plan.s, problem.conv.out, problem.conv.groups, plan.forward.width * operand_bytes(named.adjoint));
-  adjoint.partial = forward.partial;
+  adjoint.partial = reinterpret_cast<float*>(memory + plan.partial);
   adjoint.epilogue = Epilogue::Share;
   adjoint.share = {layer.u, problem.out};
   launch_pass(layer, plan.adjoint, adjoint, problem.out, memory + plan.weights, stream);

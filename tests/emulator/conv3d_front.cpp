@@ -64,7 +64,7 @@ void with_workspace(const Problem& problem, const std::string& kernel, Triple ti
 
 void relevance(py::array x, py::array weight, py::object bias, py::array relevance, py::object low, py::object high,
                py::array out, Triple stride, Triple padding, Triple dilation, int64_t groups, const std::string& lift,
-               double stabilizer, const std::string& kernel, Triple tiling) {
+               double stabilizer, bool divided, const std::string& kernel, Triple tiling) {
   const Lift lifts = lift == "box" ? Lift::Box : lift == "signed" ? Lift::Signed : Lift::None;
   const Conv3dRelevance problem{conv_of(x, weight, relevance, stride, padding, dilation, groups),
                                 lifts,
@@ -76,7 +76,8 @@ void relevance(py::array x, py::array weight, py::object bias, py::array relevan
                                 view_of(out),
                                 weight.data(),
                                 data_of(bias),
-                                stabilizer};
+                                stabilizer,
+                                divided};
   with_workspace(problem, kernel, tiling, conv3d_relevance);
 }
 

@@ -1,0 +1,547 @@
+"""Frozen clips, explained at distinct times only.
+
+A frozen clip enters as the one frame that it repeats. Forward, every value is computed once for each class of equal times
+(`captum_dtd.times`). Backward, relevance is kept in *slots*: of every value, the times at which relevance is wanted and
+reaches the input, or one slot for the sum over a class of equal times. Both are exact: what is left out is either equal to
+what is computed, or reaches nothing that is asked for.
+
+A convolution is taken apart into its taps along time. Tap j multiplies a class of equal times once, however many outputs
+read it, forward as backward::
+
+    z[out]     = sum over j of  A_j(u[class that out reads by tap j])
+    R_in[slot] = u[slot] * sum over j of  adjoint(A_j)(sum of R / z over the outputs that read the slot by tap j)
+
+Where that saves nothing, because nearly all times differ, the convolution runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from captum_dtd import fused
+from captum_dtd.bounds import Bound
+from captum_dtd.graph import plain_modes
+from captum_dtd.layers import Call, Limits, Weighted
+from captum_dtd.propagate import Activations, Box, Network, Step, ValueOf, Values
+from captum_dtd.reference import accumulator
+from captum_dtd.rules import Group, Rule, ZBeta, ZPlus
+from captum_dtd.times import InTime, Times, in_time
+
+Wanted: TypeAlias = Literal["all", "classes"] | Sequence[tuple[int, ...]]
+"""At which times of the input relevance is wanted: at all; summed over all (every value keeps a sum per class of equal
+times); or at some, which for every frozen clip are others."""
+
+Take: TypeAlias = Callable[[Tensor], Tensor]
+"""Takes some times of a value."""
+
+# A product that is left out has to save more than this share of the multiplications to be worth its additions.
+_WORTH_IT = 0.9
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The times at which a value's relevance is kept, in one row for all clips or in a row for each.
+
+    Attributes:
+        times: of every slot; of a class's slot the first time of the class. A row may end in -1: slots that stay empty.
+        of_time: the slot of every time; -1 for a time that is not kept.
+    """
+
+    times: tuple[tuple[int, ...], ...]
+    of_time: tuple[tuple[int, ...], ...]
+
+    @property
+    def count(self) -> int:
+        """How many slots there are."""
+        return len(self.times[0])
+
+    @property
+    def is_single(self) -> bool:
+        """Whether no slot stands for more than one time."""
+        return all(len(set(row) - {-1}) == sum(slot >= 0 for slot in row) for row in self.of_time)
+
+    def route(self, times: Sequence[Sequence[int]]) -> Route:
+        """For times that were read, in one row or a row for each clip, the slots where they are kept."""
+        rows = max(len(times), len(self.of_time))
+        return Route(
+            (
+                [of_time[t] if t >= 0 else -1 for t in row]
+                for row, of_time in zip(_repeated(times, rows), _repeated(self.of_time, rows), strict=True)
+            ),
+            self.count,
+        )
+
+
+_Row = TypeVar("_Row")
+
+
+class Route:
+    """Which source index every index along time is read from, in one row for all clips or in a row for each; -1: none."""
+
+    def __init__(self, rows: Iterable[Sequence[int]], size: int) -> None:
+        self.rows = tuple(tuple(row) for row in rows)
+        self.size = size
+        self.count = len(self.rows[0])
+
+    @cached_property
+    def used(self) -> list[int]:
+        """The source indices that are read, in order."""
+        return sorted({index for row in self.rows for index in row} - {-1})
+
+    def compact(self) -> Route:
+        """The same where the source has nothing but what is used."""
+        place = {index: number for number, index in enumerate(self.used)} | {-1: -1}
+        return Route([[place[index] for index in row] for row in self.rows], len(self.used))
+
+    @cached_property
+    def is_identity(self) -> bool:
+        """Whether nothing moves."""
+        return all(row == tuple(range(self.size)) for row in self.rows)
+
+    @cached_property
+    def _runs(self) -> list[tuple[slice, int, int, int]]:
+        """(clips, index, source index, length): stretches that move together; source index -1: filled."""
+        runs: list[tuple[slice, int, int, int]] = []
+        for number, row in enumerate(self.rows):
+            clips = slice(None) if len(self.rows) == 1 else slice(number, number + 1)
+            start = 0
+            for end in range(1, len(row) + 1):
+                follows = end < len(row) and row[end] == (row[end - 1] + 1 if row[start] >= 0 else -1)
+                if not follows:
+                    runs.append((clips, start, row[start], end - start))
+                    start = end
+        return runs
+
+    def gather(self, value: Any, dim: int, fill: float = 0.0) -> Any:
+        """The value (a tensor or several) at the indices that are read, along ``dim``."""
+        return value if self.is_identity else pytree.tree_map_only(Tensor, lambda x: self._gather(x, dim, fill), value)
+
+    def _gather(self, x: Tensor, dim: int, fill: float) -> Tensor:
+        if x.stride(dim) == 0 and x.shape[dim] > 0 and all(index >= 0 for row in self.rows for index in row):
+            shape = list(x.shape)
+            shape[dim] = self.count
+            return x.narrow(dim, 0, 1).expand(shape)
+        moved = _empty_like(x, dim, self.count)
+        if x.is_meta:
+            return moved
+        for clips, index, source, length in self._runs:
+            to = moved[clips].narrow(dim, index, length)
+            if source < 0:
+                to.fill_(fill)
+            else:
+                to.copy_(x[clips].narrow(dim, source, length))
+        return moved
+
+    def scatter(self, relevance: Any, dim: int) -> Any:
+        """The adjoint of `gather`: adds what stands at every index to where it was read from."""
+        if self.is_identity:
+            return relevance
+        return pytree.tree_map_only(Tensor, lambda x: self._scatter(x, dim), relevance)
+
+    def _scatter(self, x: Tensor, dim: int) -> Tensor:
+        moved = _empty_like(x, dim, self.size)
+        written = [[False] * self.size for _ in self.rows]
+        for clips, index, source, length in self._runs:
+            if source < 0:
+                continue
+            row = written[clips.start or 0]
+            for step in range(length):
+                to, part = moved[clips].select(dim, source + step), x[clips].select(dim, index + step)
+                if row[source + step]:
+                    to.add_(part)
+                else:
+                    to.copy_(part)
+                row[source + step] = True
+        for number, row in enumerate(written):
+            clips = slice(None) if len(self.rows) == 1 else slice(number, number + 1)
+            for index, is_written in enumerate(row):
+                if not is_written:
+                    moved[clips].select(dim, index).zero_()
+        return moved
+
+
+def _repeated(rows: Sequence[_Row], count: int) -> Sequence[_Row]:
+    return rows if len(rows) == count else list(rows) * count
+
+
+def _empty_like(x: Tensor, dim: int, size: int) -> Tensor:
+    """Room for a tensor like ``x``, in its layout, with another size along one dimension."""
+    shape = list(x.shape)
+    shape[dim] = size
+    channels_last = x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+_MOST_SLOTS = 256  # sets of wanted times that are remembered
+
+
+class FrozenNetwork:
+    """A network on frozen clips of a number of frames.
+
+    Args:
+        network: traced on clips of that many frames; every explained input has time as its dimension 2.
+        frames: the number of frames.
+
+    Example:
+        >>> import torch
+        >>> from captum_dtd.composites import DTD
+        >>> from captum_dtd.graph import trace
+        >>> from captum_dtd.models import c3d_mini
+        >>> model = c3d_mini().eval()
+        >>> network = Network(model, trace(model, (torch.rand(2, 3, 16, 32, 32),), 2), 1, DTD)
+        >>> FrozenNetwork(network, 16).summary(network.steps[0])
+        '1 -> 3 of 16'
+    """
+
+    def __init__(self, network: Network, frames: int) -> None:
+        self.network = network
+        self.frames = frames
+        self.in_time: dict[fx.Node, InTime] = {}
+        for node in network.nodes:
+            if node in network.inputs:
+                self.in_time[node] = InTime("pointwise", Times(2, (0,) * frames))
+            else:
+                self.in_time[node] = in_time(node, self._times) if node is not network.output else InTime("whole", None)
+        self._slots: dict[object, dict[fx.Node, Slots]] = {}
+
+    def _times(self, node: fx.Node) -> Times | None:
+        found = self.in_time.get(node)
+        return found.times if found else None
+
+    def summary(self, step: Step) -> str:
+        """How many of an operation's times differ, of what it reads and of what it makes: ``"1 -> 3 of 16"``."""
+        made = self._times(step.node)
+        read = [times.distinct for source in step.sources if (times := self._times(source)) is not None]
+        if made is None:
+            return "every time" if read else ""
+        return f"{max(read)} -> {made.distinct} of {made.length}"
+
+    # ------------------------------------------------------------------------------------------------------- forward
+
+    def forward(self, weights: Values, arguments: Sequence[Any]) -> Activations:
+        """Run the network on frames (N, C, 1, H, W) in place of explained clips, each as the clip that it is repeated to."""
+        return self.network.forward(weights, arguments, self._compute)
+
+    def _compute(self, node: fx.Node, values: Values) -> Any:
+        here = self.in_time[node]
+        if here.way == "convolution":
+            return self._convolve(node, values)
+        args = here.args(here.times.distinct) if here.args is not None and here.times is not None else None
+        return self.network.compute(node, self._read_distinct(node, values), args)
+
+    def _read_distinct(self, node: fx.Node, values: Values) -> ValueOf:
+        """What an operation reads, for every class of its output's times."""
+        here = self.in_time[node]
+        first = here.times.first if here.times is not None else ()
+
+        def value_of(source: fx.Node) -> Any:
+            times = self._times(source)
+            if times is None:
+                return values[source]
+            return Route([times.numbers(here.reads(first, times.length))], times.distinct).gather(
+                values[source], times.dim, here.fill
+            )
+
+        return value_of
+
+    def _convolve(self, node: fx.Node, values: Values) -> Tensor:
+        """A convolution at the first time of every class: tap by tap where that is less, else at all times."""
+        along = _Convolution(node, self.in_time)
+        if along.products >= _WORTH_IT * along.multiplications:
+            whole = Route([along.read.classes], along.read.distinct).gather(values[along.source], 2)
+            output = self.network.compute(node, lambda n: whole if n is along.source else values[n])
+            return Route([along.made.first], along.made.length).gather(output, 2)  # type: ignore[no-any-return]
+
+        def one(take: Take, tap: int) -> Tensor:
+            call = along.call(tap, values, take, (0,))
+            kernel = self.network.forward_kernel(call)
+            return _by_planes(call) if kernel == "reference" else fused.forward(call, kernel)
+
+        sums = along.sum_of_taps(one)
+        bias = values[node.args[2]] if isinstance(node.args[2:3] and node.args[2], fx.Node) else None  # type: ignore[index]
+        return sums if bias is None else sums.add_(bias.view(-1, 1, 1, 1))
+
+    # ------------------------------------------------------------------------------------------------------ backward
+
+    def backward(
+        self,
+        activations: Activations,
+        seed: Tensor,
+        bounds: Sequence[tuple[Bound, Bound]],
+        wanted: Wanted,
+    ) -> tuple[Tensor, ...]:
+        """Walk relevance from the output to the explained inputs.
+
+        Args:
+            activations: of the same frames; consumed.
+            seed: relevance of the output.
+            bounds: (low, high) of every explained input, the same at all times, that broadcast to (N, C, 1, H, W).
+            wanted: at which times relevance is wanted.
+
+        Returns:
+            For every explained input (N, C, slots, H, W): relevance at the wanted times in their order (a row of less than
+            the most ends in zeros); of "all" at every time; of "classes" its sum over all times, in one slot.
+        """
+        slots = self._slots_for(wanted)
+
+        def share(step: Step, values: Values, box: Box, arriving: Any) -> Sequence[Tensor | None]:
+            if self.in_time[step.node].way == "convolution":
+                return (self._share_convolution(step, values, box, arriving, slots),)
+            return self._share(step, values, box, arriving, slots)
+
+        values = activations.values
+        with plain_modes():
+            box = self.network.box(values, seed, bounds, self._compute)
+            relevance = self.network.walk(values, seed, box, share)
+            return tuple(
+                relevance[node]
+                if node in relevance
+                else _empty_like(values[node], 2, slots[node].count).zero_().to(seed.dtype)
+                for node in self.network.inputs
+            )
+
+    def _slots_for(self, wanted: Wanted) -> dict[fx.Node, Slots]:
+        key = wanted if isinstance(wanted, str) else tuple(wanted)
+        if key not in self._slots:
+            if len(self._slots) >= _MOST_SLOTS:
+                self._slots.clear()
+            self._slots[key] = self._find_slots(wanted)
+        return self._slots[key]
+
+    def _find_slots(self, wanted: Wanted) -> dict[fx.Node, Slots]:
+        timed = {node: here.times for node, here in self.in_time.items() if here.times is not None}
+        if wanted == "all":
+            every = {n: tuple(range(times.length)) for n, times in timed.items()}
+            return {n: Slots((numbers,), (numbers,)) for n, numbers in every.items()}
+        if wanted == "classes":
+            return {n: Slots((times.first,), (times.classes,)) for n, times in timed.items()}
+        rows = list(wanted) if len(set(wanted)) > 1 else [wanted[0]]
+        known = {row: self._reached(row) for row in set(rows)}
+        slots: dict[fx.Node, Slots] = {}
+        for node, times in timed.items():
+            reached = [known[row][node] for row in rows]
+            most = max(1, *map(len, reached))
+            slots[node] = Slots(
+                tuple(tuple(row) + (-1,) * (most - len(row)) for row in reached),
+                tuple(tuple(row.index(t) if t in row else -1 for t in range(times.length)) for row in reached),
+            )
+        return slots
+
+    def _reached(self, wanted: tuple[int, ...]) -> dict[fx.Node, list[int]]:
+        """Of every value, the times at which it depends on the input at the wanted times."""
+        reached: dict[fx.Node, list[int]] = {}
+        for node, here in self.in_time.items():
+            if node in self.network.inputs:
+                reached[node] = sorted(set(wanted))
+            elif here.times is not None:
+                found: set[int] = set()
+                for source in node.all_input_nodes:
+                    times = self._times(source)
+                    if times is not None:
+                        own = set(reached[source])
+                        found |= (
+                            own
+                            if here.window is None
+                            else {t for t in range(here.times.length) if own & set(here.reads((t,), times.length))}
+                        )
+                reached[node] = sorted(found)
+        return reached
+
+    def _share(
+        self, step: Step, values: Values, box: Box, arriving: Any, slots: dict[fx.Node, Slots]
+    ) -> Sequence[Tensor | None]:
+        """Any operation but a convolution along time: what it reads is gathered at its output's slots."""
+        here = self.in_time[step.node]
+        at = slots[step.node].times if here.times is not None else ((),)
+
+        def reads(source: fx.Node) -> list[tuple[int, ...]]:
+            times = self._times(source)
+            assert times is not None
+            return [here.reads(row, times.length) for row in at]
+
+        def take(those: Values, source: fx.Node) -> Any:
+            times = self._times(source)
+            if times is None:
+                return those[source]
+            rows = [times.numbers(row) for row in reads(source)]
+            return Route(rows, times.distinct).gather(those[source], times.dim, here.fill)
+
+        args = here.args(len(at[0])) if here.args is not None else None
+        limits = box.around(step, take)
+        leaving = self.network.share(step, lambda source: take(values, source), limits, arriving, args)
+        return [
+            part
+            if part is None or (times := self._times(source)) is None
+            else slots[source].route(reads(source)).scatter(part, times.dim)
+            for source, part in zip(step.sources, leaving, strict=True)
+        ]
+
+    def _share_convolution(
+        self, step: Step, values: Values, box: Box, arriving: Tensor, slots: dict[fx.Node, Slots]
+    ) -> Tensor:
+        """Relevance of a convolution's input, in its slots: tap by tap where that is less, else at all times."""
+        along = _Convolution(step.node, self.in_time)
+        at, kept = slots[step.node], slots[along.source]
+        reads = [[along.window.reads(time, along.read.length) for time in row] for row in at.times]
+        taps = [kept.route([[read[tap] for read in row] for row in reads]) for tap in range(along.window.taps)]
+        pulled = sum(len(tap.used) for tap in taps)
+        if at.is_single and pulled + along.products >= _WORTH_IT * 2 * along.multiplications:
+            return self._share_at_all_times(step, values, box, arriving, slots)
+
+        layer, rule = step.layer, step.rule
+        assert isinstance(layer, Weighted) and isinstance(rule, Rule)
+        limits = box.around(step, dict.__getitem__)
+        with_bias = Call(step.node, step.positions, values.__getitem__).to(arriving.dtype)
+        to_made = Route([along.made.numbers(row) for row in at.times], along.made.distinct)
+        own = Route([along.read.numbers(row) for row in kept.times], along.read.distinct)
+        shared = _empty_like(values[along.source], 2, kept.count).to(arriving.dtype).zero_()
+        if not pulled:
+            return shared  # strides step over the wanted times
+        for group in self.network.reference_rule(step).groups:
+
+            def tap_call(take: Take, tap: int) -> _TapCall:
+                return _TapCall(self.network, step, along.call(tap, values, take, step.positions), limits, take)
+
+            z = along.sum_of_taps(lambda take, tap, g=group: tap_call(take, tap).denominator(g))  # type: ignore[misc]
+            s = layer.quotient(with_bias, arriving, to_made.gather(z, 2), group, rule.stabilizer)
+            for tap, route in enumerate(taps):
+                if not route.used:
+                    continue
+                some = Route([route.used], kept.count)
+
+                def take(x: Tensor, some: Route = some) -> Tensor:
+                    return some.gather(own.gather(x, 2), 2)  # type: ignore[no-any-return]
+
+                part = tap_call(take, tap).pull(group, route.compact().scatter(s, 2))
+                for index, slot in enumerate(route.used):
+                    shared.select(2, slot).add_(part.select(2, index))
+        return shared
+
+    def _share_at_all_times(
+        self, step: Step, values: Values, box: Box, arriving: Tensor, slots: dict[fx.Node, Slots]
+    ) -> Tensor:
+        """Relevance of a convolution's input, by the convolution as it is."""
+        along = _Convolution(step.node, self.in_time)
+        at, kept = slots[step.node], slots[along.source]
+        everywhere = Route(at.of_time, at.count).gather(arriving, 2)
+        whole = Route([along.read.classes], along.read.distinct)
+
+        def take(those: Values, node: fx.Node) -> Any:
+            return whole.gather(those[node], 2) if node is along.source else those[node]
+
+        limits = box.around(step, take)
+        (shared,) = self.network.share(step, lambda node: take(values, node), limits, everywhere)
+        return kept.route([range(along.read.length)]).scatter(shared, 2)  # type: ignore[no-any-return]
+
+
+class _Convolution:
+    """A convolution along time: what each of its taps reads, and how much there is to multiply."""
+
+    def __init__(self, node: fx.Node, known: dict[fx.Node, InTime]) -> None:
+        source, weight = node.args[:2]
+        assert isinstance(source, fx.Node) and isinstance(weight, fx.Node)
+        here, before = known[node], known[source]
+        assert here.window is not None and here.times is not None and here.args is not None and before.times is not None
+        self.node, self.source, self.weight = node, source, weight
+        self.window, self.read, self.made = here.window, before.times, here.times
+        x, v, _, *geometry = here.args(here.times.distinct)
+        self.args = (x, v, None, *geometry)
+        self._reads = [self.window.reads(time, self.read.length) for time in self.made.first]
+
+    @property
+    def products(self) -> int:
+        """How many pairs there are of a class and a tap that reads it."""
+        return sum(len(set(self.read.numbers(at)) - {-1}) for at in zip(*self._reads, strict=True))
+
+    @property
+    def multiplications(self) -> int:
+        """How many pairs there are of a time and a tap that reads it: padding is not counted."""
+        every = (self.window.reads(time, self.read.length) for time in range(self.made.length))
+        return sum(t >= 0 for reads in every for t in reads)
+
+    def call(self, tap: int, values: Values, take: Take, positions: tuple[int, ...]) -> Call:
+        """The convolution with one of its taps, on some times of its input, without bias."""
+        own = {
+            self.source: take(values[self.source]),
+            self.weight: values[self.weight][:, :, tap : tap + 1],
+        }
+        return Call(self.node, positions, lambda node: own[node] if node in own else values[node], self.args)
+
+    def sum_of_taps(self, one: Callable[[Take, int], Tensor]) -> Tensor:
+        """The sums for every class of the output; ``one`` multiplies the classes that are taken by a tap, without bias."""
+        sums: Tensor | None = None
+        for tap, at in enumerate(zip(*self._reads, strict=True)):
+            route = Route([self.read.numbers(at)], self.read.distinct)
+            if not route.used:
+                continue
+            some = Route([route.used], self.read.distinct)
+            product = one(lambda x, some=some: some.gather(x, 2), tap)  # type: ignore[misc]
+            if sums is None:
+                sums = _empty_like(product, 2, self.made.distinct).zero_()
+            for index, of_product in enumerate(route.compact().rows[0]):
+                if of_product >= 0:
+                    sums.select(2, index).add_(product.select(2, of_product))
+        assert sums is not None
+        return sums
+
+
+@dataclass(frozen=True)
+class _TapCall:
+    """One tap of a convolution, as a layer of its own, by the kernel that serves it or by its definition."""
+
+    network: Network
+    step: Step
+    call: Call
+    limits: Limits | None
+    take: Take
+
+    @cached_property
+    def _limits(self) -> Limits | None:
+        if self.limits is None:
+            return None
+        low, high = ([self.take(bound) for bound in end] for end in self.limits)
+        return low, high
+
+    @cached_property
+    def _kernel(self) -> str:
+        kernel = self.network.kernel_of(self.step, self.call)
+        return kernel if isinstance(self.step.rule, (ZPlus, ZBeta)) else "reference"
+
+    def denominator(self, group: Group) -> Tensor:
+        """This tap's part of a group's denominator."""
+        x, rule, layer = self.call.signals[0], self.step.rule, self.step.layer
+        assert isinstance(rule, Rule) and isinstance(layer, Weighted)
+        if self._kernel != "reference":
+            return fused.denominator(
+                self.call, rule, self._limits, self.network.is_non_negative(self.step), self._kernel
+            )
+        z = layer.denominator(self.call.to(accumulator(x.dtype)), group, self._limits)
+        assert z is not None
+        return z
+
+    def pull(self, group: Group, s: Tensor) -> Tensor:
+        """This tap's part of the relevance, given the quotients that reach it."""
+        rule, layer = self.step.rule, self.step.layer
+        assert isinstance(rule, Rule) and isinstance(layer, Weighted)
+        if self._kernel != "reference":
+            non_negative = self.network.is_non_negative(self.step)
+            return fused.redistribute(self.call, s, rule, self._limits, non_negative, self._kernel, divided=True)[0]
+        return layer.pull(self.call.to(s.dtype), s, group, self._limits)[0]
+
+
+def _by_planes(call: Call) -> Tensor:
+    """A convolution whose kernel has one time, by torch's 2D convolution: the 3D one is slow on few times."""
+    x, weight, _, stride, padding, dilation, groups = call.args
+    planes = x.movedim(2, 1).flatten(0, 1)
+    sides = padding if isinstance(padding, str) else padding[1:]
+    out = F.conv2d(planes, weight[:, :, 0], None, stride[1:], sides, dilation[1:], groups)
+    return out.view(x.shape[0], x.shape[2], *out.shape[1:]).movedim(1, 2)

@@ -1,0 +1,397 @@
+"""Frozen clips at distinct times only: the same relevance as by the ordinary walk over every time, for every read-out.
+
+The ordinary walk, which is held to the Jacobian oracle elsewhere, explains the repeated frames as any clip.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import STOCK, between, stock_model
+from torch import Tensor, nn
+
+from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, DiscriminativeRelevance, SpatioTemporalRelevance
+from captum_dtd.attribution import FrozenClips
+from captum_dtd.composites import EPSILON_GAMMA_BOX
+from captum_dtd.rules import AlphaBeta, Flat, Proportional, WinnerTakesAll, WSquare, ZBeta, ZPlus
+
+LOW, HIGH = -1.0, 1.5
+READ_OUTS = [("own", "none"), ("first", "none"), ("mean", "none"), ("own", "max"), ("first", "sum")]
+
+
+def pixels(*shape: int, seed: int = 1) -> Tensor:
+    return between((LOW,) * shape[1], (HIGH,) * shape[1], shape, seed, torch.float64)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10, scale: float | None = None) -> None:
+    size = expected.abs().max().item() if scale is None else scale
+    assert size > 0, "the expected relevance is zero: the comparison would show nothing"
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * size)
+
+
+def both(
+    method: DiscriminativeDeepTaylor,
+    x: Any,
+    target: Any,
+    readout: str = "own",
+    normalize: str = "none",
+    extra: Any = None,
+) -> tuple[Any, Any]:
+    """What is tested, and the same by explaining whole frozen clips as any clip."""
+    whole = DiscriminativeRelevance(method.method, readout=readout, normalize=normalize)  # type: ignore[arg-type]
+    method.readout, method.normalize = whole.readout, whole.normalize
+    return method.attribute(x, target, extra), whole.attribute(x, target, extra)
+
+
+def assert_same(actual: SpatioTemporalRelevance, expected: SpatioTemporalRelevance, tolerance: float = 1e-10) -> None:
+    for part, wanted in zip(actual, expected, strict=True):
+        close(part, wanted, tolerance, expected.total.abs().max().item())
+
+
+# --- stock models ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=STOCK)
+def explained(request: pytest.FixtureRequest) -> tuple[FrozenClips, Tensor, Tensor, int]:
+    """A stock model on frozen clips, two frames, and the ordinary relevance (2, 3, T, H, W) of their frozen clips."""
+    name = request.param
+    model = stock_model(name, torch.float64)
+    frames, size = (16, 16) if name != "s3d" else (16, 32)
+    if name == "s3d":
+        model.avgpool = nn.AvgPool3d((2, 1, 1), stride=1)
+    if name == "c3d":
+        size = 112
+        frames = STOCK[name][0]
+    clips = between((LOW,) * 3, (HIGH,) * 3, (2 if name != "c3d" else 1, 3, 1, size, size), 3, torch.float64)
+    frozen = clips.expand(-1, -1, frames, -1, -1)
+    method = DeepTaylor(model, LOW, HIGH)
+    whole = method.attribute(frozen, 1)
+    walker = method.frozen_clips((frozen,), ())
+    assert walker is not None
+    return walker, clips, whole, frames
+
+
+def test_every_time(explained: tuple[FrozenClips, Tensor, Tensor, int]) -> None:
+    walker, clips, whole, _ = explained
+    (relevance,) = walker.explain((clips,), 1, (), "all")
+    close(relevance, whole)
+
+
+def test_sums_over_classes_of_equal_times(explained: tuple[FrozenClips, Tensor, Tensor, int]) -> None:
+    walker, clips, whole, _ = explained
+    (relevance,) = walker.explain((clips,), 1, (), "classes")
+    close(relevance[:, :, 0], whole.sum(2))
+
+
+def test_some_times_of_every_clip(explained: tuple[FrozenClips, Tensor, Tensor, int]) -> None:
+    walker, clips, whole, frames = explained
+    wanted: list[tuple[int, ...]] = [(frames // 2 - 1,), (0, 3, frames - 1)][-len(clips) :]
+    (relevance,) = walker.explain((clips,), 1, (), wanted)
+    assert relevance.shape[2] == 3
+    for row, times in enumerate(wanted):
+        close(relevance[row, :, : len(times)], whole[row][:, list(times)])
+        assert not relevance[row, :, len(times) :].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("c3d", ["1 -> 3", "3 -> 5", "3 -> 5", "5 -> 7", "4 -> 4", "4 -> 4", "2 -> 2", "2 -> 2"]),
+        ("r3d_18", ["1 -> 3", "3 -> 5", "5 -> 7", "7 -> 9", "9 -> 11", "11 -> 7", "7 -> 8", "11 -> 6"]),
+    ],
+)
+def test_the_rule_table_says_how_many_times_differ(name: str, expected: list[str]) -> None:
+    """Counted by hand: an interior, and one more time at each end for every padded convolution, halved by strides."""
+    method = DiscriminativeDeepTaylor(stock_model(name, torch.float32), LOW, HIGH)
+    size = 112 if name == "c3d" else 16
+    table = method.rule_table(torch.zeros(1, 3, 16, size, size))
+    found = [row.times.partition(" of ")[0] for row in table.rows if row.operation == "conv3d"]
+    assert found[: len(expected)] == expected
+    assert " times " in str(table)
+
+
+# --- random networks ---------------------------------------------------------------------------------------------
+
+
+class Random(nn.Module):
+    """A random chain of whatever changes a time axis: windows of all kinds, branches, pads, slices, layouts, gates."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.rng = random.Random(seed)
+        torch.manual_seed(seed)
+        self.layers = nn.ModuleList()
+        self.plan: list[tuple[str, Any]] = []
+        self.channels, self.frames, self.size = 2, self.rng.choice((5, 8, 11, 12)), 6
+        self.add_convolution()
+        for _ in range(self.rng.randint(3, 5)):
+            self.rng.choice(
+                (
+                    self.add_convolution,
+                    self.add_convolution,
+                    self.add_pool,
+                    self.add_branches,
+                    self.add_residual,
+                    self.add_pad,
+                    self.add_slice,
+                    self.add_layout,
+                    self.add_gate,
+                    self.add_unknown,
+                )
+            )()
+        self.head = nn.Linear(self.channels, 3)
+
+    def add_convolution(self) -> None:
+        rng = self.rng
+        groups = rng.choice((1, 1, 2)) if self.channels % 2 == 0 else 1
+        kernel = (rng.choice((1, 2, 3, 3, 5)), rng.choice((1, 3)), rng.choice((1, 3)))
+        stride = (rng.choice((1, 1, 2, 3)) if self.frames > 6 else 1, 1, rng.choice((1, 2)) if self.size > 3 else 1)
+        dilation = (rng.choice((1, 1, 2)), 1, 1)
+        padding: Any = (rng.choice((0, 1, 1, kernel[0] // 2)), kernel[1] // 2, kernel[2] // 2)
+        if stride == (1, 1, 1) and rng.random() < 0.3:
+            padding = "same"
+        if (self.frames + 2 * (0 if padding == "same" else padding[0])) < dilation[0] * (kernel[0] - 1) + 1:
+            padding = (dilation[0] * (kernel[0] - 1), *((0, 0) if padding == "same" else padding[1:]))
+        out = rng.choice((2, 3, 4)) * groups
+        bias = rng.random() < 0.7
+        conv = nn.Conv3d(self.channels, out, kernel, stride, padding, dilation, groups, bias)
+        if conv.bias is not None:
+            conv.bias.data.abs_()  # a network of dead units would show nothing
+        self.layers.append(nn.Sequential(conv, nn.BatchNorm3d(out) if rng.random() < 0.3 else nn.Identity()))
+        self.plan.append(("module, relu" if rng.random() < 0.8 else "module", len(self.layers) - 1))
+        self.channels = out
+        self.measure()
+
+    def add_pool(self) -> None:
+        rng = self.rng
+        kernel = (rng.choice((1, 2, 3)), rng.choice((1, 2)), 1)
+        stride = (rng.choice((1, 2)), 1, 1)
+        padding = (rng.choice((0, kernel[0] // 2)), 0, 0)
+        if self.frames + 2 * padding[0] < kernel[0] or self.size < 2:
+            return
+        if rng.random() < 0.6:
+            dilation = (2 if kernel[0] == 2 and self.frames > 3 else 1, 1, 1)
+            self.layers.append(nn.MaxPool3d(kernel, stride, padding, dilation, ceil_mode=rng.random() < 0.4))
+        else:
+            self.layers.append(
+                nn.AvgPool3d(
+                    kernel,
+                    stride,
+                    padding,
+                    ceil_mode=rng.random() < 0.4,
+                    count_include_pad=rng.random() < 0.5,
+                    divisor_override=rng.choice((None, None, 3)),
+                )
+            )
+        self.plan.append(("module", len(self.layers) - 1))
+        self.measure()
+
+    def add_branches(self) -> None:
+        """Inception: branches that feel the ends of the clip differently, joined by channel."""
+        for kernel in (1, 3):
+            self.layers.append(nn.Conv3d(self.channels, 2, (kernel, 1, 1), padding=(kernel // 2, 0, 0)))
+        self.plan.append(("branches", len(self.layers) - 2))
+        self.channels = 4 + self.channels
+
+    def add_residual(self) -> None:
+        self.layers.append(nn.Conv3d(self.channels, self.channels, (3, 3, 3), padding=1))
+        self.plan.append(("residual", len(self.layers) - 1))
+
+    def add_pad(self) -> None:
+        self.plan.append(("pad", (self.rng.choice((0, 1, 2)), self.rng.choice((0, 1)), self.rng.choice((0.0, 0.5)))))
+        self.measure()
+
+    def add_slice(self) -> None:
+        if self.frames >= 4:
+            self.plan.append(("slice", (self.rng.choice((0, 1)), self.rng.choice((1, 2)))))
+            self.measure()
+
+    def add_layout(self) -> None:
+        self.plan.append(("layout", None))
+
+    def add_gate(self) -> None:
+        self.layers.append(nn.Linear(self.channels, self.channels))
+        self.plan.append(("gate", len(self.layers) - 1))
+
+    def add_unknown(self) -> None:
+        """An operation that mixes times in a way that is not looked into."""
+        self.plan.append(("unknown", None))
+
+    def measure(self) -> None:
+        with torch.no_grad():
+            shape = self.features(torch.zeros(1, 2, self.first_frames, 6, 6)).shape
+        self.frames, self.size = shape[2], min(shape[3:])
+
+    @property
+    def first_frames(self) -> int:
+        if not hasattr(self, "_first"):
+            self._first = self.frames
+        return self._first
+
+    def features(self, x: Tensor) -> Tensor:
+        for what, item in self.plan:
+            if what.startswith("module"):
+                x = self.layers[item](x)
+                x = F.relu(x) if what.endswith("relu") else x
+            elif what == "branches":
+                x = torch.cat(
+                    [self.layers[item](x), F.relu(self.layers[item + 1](x)), F.max_pool3d(x, (3, 1, 1), 1, (1, 0, 0))],
+                    1,
+                )
+            elif what == "residual":
+                x = F.relu(x + self.layers[item](x))
+            elif what == "pad":
+                front, back, value = item
+                x = F.pad(x, (0, 1, 0, 0, front, back), value=value)
+            elif what == "slice":
+                start, step = item
+                x = x[:, :, start::step]
+            elif what == "layout":
+                n, c, t, h, w = x.shape
+                x = x.permute(0, 2, 1, 3, 4).reshape(n, t, c, h * w).reshape(n, t, c, h, w).transpose(1, 2)
+                first, second = x.split([1, c - 1], 1)
+                x = torch.cat([first, second], 1)
+            elif what == "gate":
+                gate = torch.sigmoid(self.layers[item](x.mean((2, 3, 4))))
+                x = x * gate.reshape(*gate.shape, 1, 1, 1)
+            else:
+                x = x.roll(1, 2)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3, 4)))
+
+
+SEEDS = [seed for seed in range(26) if seed != 21]
+"""The network of seed 21 has dead units only."""
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_networks(seed: int) -> None:
+    model = Random(seed).double().eval()
+    x = pixels(2, 2, model.first_frames, 6, 6, seed=seed)
+    x[0, :, 2] = x[0, :, 0]  # a frame that is shown twice
+    method = DiscriminativeDeepTaylor(model, LOW, HIGH, seed="one")
+    for readout, normalize in READ_OUTS:
+        assert_same(*both(method, x, [1, 2], readout, normalize))
+
+
+def test_random_networks_are_what_they_are_for() -> None:
+    """They reach every kind of operation, and most of them collapse."""
+    plans = [Random(seed).plan for seed in SEEDS]
+    kinds = {what.partition(",")[0] for plan in plans for what, _ in plan}
+    assert kinds == {"module", "branches", "residual", "pad", "slice", "layout", "gate", "unknown"}
+
+
+OTHER_RULES: dict[str, Any] = {
+    "epsilon-gamma-box": "epsilon-gamma-box",
+    "bias": {nn.Conv3d: ZPlus(bias="absorbed", stabilizer=0.1), "0": ZBeta(bias="absorbed")},
+    "alpha-beta": {nn.Conv3d: AlphaBeta(2.0, 1.0), "0": WSquare()},
+    "flat": {nn.Conv3d: Flat()},
+}
+
+
+def small(last: nn.Module | None = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv3d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool3d((2, 1, 1)),
+        nn.Conv3d(4, 4, 3, padding=1),
+        nn.ReLU(),
+    ]
+    return nn.Sequential(
+        *layers, last or nn.MaxPool3d((3, 1, 1), 1), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3)
+    ).double()
+
+
+@pytest.mark.parametrize("composite", OTHER_RULES)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_other_rules(composite: str, backend: Any) -> None:
+    """Several denominators, ones in place of the input, biases in the denominator: padding must stay what it is."""
+    rules = OTHER_RULES[composite]
+    if composite == "epsilon-gamma-box":  # its winners of equal times would be told apart by rounding alone
+        rules = EPSILON_GAMMA_BOX.override({nn.MaxPool3d: Proportional()})
+    method = DiscriminativeDeepTaylor(small().eval(), LOW, HIGH, composite=rules, backend=backend, seed="one")
+    x = pixels(2, 2, 10, 5, 5)
+    for readout in ("own", "mean"):
+        assert_same(*both(method, x, 1, readout))
+
+
+def test_winner_takes_all() -> None:
+    """Of equal times the first wins; with whole numbers no rounding tells them apart."""
+    model = small().eval()
+    for parameter in model[:5].parameters():
+        parameter.data = (parameter.data * 16).round()
+    method = DiscriminativeDeepTaylor(model, LOW, HIGH, composite={nn.MaxPool3d: WinnerTakesAll()}, seed="one")
+    x = torch.randint(-1, 2, (2, 2, 10, 5, 5), generator=torch.Generator().manual_seed(1)).double()
+    for readout, normalize in READ_OUTS:
+        assert_same(*both(method, x, 1, readout, normalize))
+
+
+# --- everything that a clip may come with ------------------------------------------------------------------------
+
+
+def test_several_inputs_and_arguments_of_every_example() -> None:
+    class TwoStreams(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.rgb, self.flow = nn.Conv3d(3, 4, 3, padding=1), nn.Conv3d(2, 4, (5, 3, 3), padding=(2, 1, 1))
+            self.joined, self.head = nn.Conv3d(8, 4, 3, padding=1), nn.Linear(4, 3)
+
+        def forward(self, rgb: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
+            x = F.relu(self.joined(torch.cat([F.relu(self.rgb(rgb)), F.relu(self.flow(flow))], 1)))
+            return self.head(x.mean((2, 3, 4))) * weight.unsqueeze(1)
+
+    method = DiscriminativeDeepTaylor(TwoStreams().double().eval(), LOW, HIGH)
+    x = pixels(2, 3, 7, 5, 5), pixels(2, 2, 7, 5, 5, seed=2)
+    weight = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    for readout in ("own", "mean"):
+        for actual, expected in zip(*both(method, x, [0, 2], readout, extra=weight), strict=True):
+            assert_same(actual, expected)
+
+
+def test_bounds_that_vary_over_time_are_explained_at_every_time() -> None:
+    low = LOW - torch.rand(8, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    method = DiscriminativeDeepTaylor(small().eval(), low, HIGH)
+    x = pixels(1, 2, 8, 5, 5)
+    assert_same(*both(method, x, 1))
+    assert {row.times for row in method.rule_table(x).rows} == {"every time"}
+
+
+def test_what_mixes_times_in_an_unknown_way_runs_at_every_time_and_says_so() -> None:
+    class Rolled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = small()[:2], small()[3:]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(self.before(x).roll(1, 2))  # type: ignore[no-any-return]
+
+    method = DiscriminativeDeepTaylor(Rolled().eval(), LOW, HIGH)
+    x = pixels(1, 2, 9, 5, 5)
+    assert_same(*both(method, x, 1))
+    times = {row.operation: row.times for row in method.rule_table(x).rows[:4]}
+    assert times == {"conv3d": "1 -> 3 of 9", "relu": "3 -> 3 of 9", "roll": "every time"} | {
+        "conv3d": method.rule_table(x).rows[3].times
+    }
+
+
+@pytest.mark.parametrize("precision", ["ieee", "float32"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_float32(precision: Any, layout: torch.memory_format) -> None:
+    method = DiscriminativeDeepTaylor(small().float().eval(), LOW, HIGH, precision=precision)
+    x = pixels(2, 2, 10, 6, 6).float().contiguous(memory_format=layout)
+    for readout, normalize in READ_OUTS:
+        assert_same(*both(method, x, 1, readout, normalize), tolerance=1e-5 if precision == "ieee" else 1e-4)
+
+
+def test_a_clip_of_one_frame() -> None:
+    method = DiscriminativeDeepTaylor(small(nn.Identity()).eval(), LOW, HIGH)
+    x = pixels(2, 2, 2, 5, 5)
+    assert_same(*both(method, x, 1))
