@@ -12,6 +12,7 @@ from captum_dtd.discriminate import (
     SelectiveRelevance,
     SpatioTemporalRelevance,
 )
+from captum_dtd.frame_cache import FrameCache
 from captum_dtd.graph import UnsupportedOperationError
 from captum_dtd.version import __version__
 
@@ -20,6 +21,7 @@ __all__ = [
     "DeepTaylor",
     "DiscriminativeDeepTaylor",
     "DiscriminativeRelevance",
+    "FrameCache",
     "SelectiveRelevance",
     "SpatioTemporalRelevance",
     "UnsupportedOperationError",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -40,7 +41,8 @@ from captum_dtd.attribution import (
 )
 from captum_dtd.bounds import Bound
 from captum_dtd.collapse import Wanted
-from captum_dtd.graph import ordinary
+from captum_dtd.frame_cache import FrameCache, digest, weights_of
+from captum_dtd.graph import ordinary, structure_of, unwrap
 from captum_dtd.kernels import Precision
 from captum_dtd.tables import RuleTable
 
@@ -136,6 +138,28 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         Raises:
             TypeError, ValueError: as the method's ``attribute``, and if the inputs are not clips (N, C, T, H, W).
         """
+        return self._attribute(
+            self._read_whole_clips,
+            inputs,
+            target,
+            additional_forward_args,
+            return_convergence_delta,
+            internal_batch_size,
+            show_progress,
+            **kwargs,
+        )
+
+    def _attribute(
+        self,
+        make_reader: Callable[..., _Reader],
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target,
+        additional_forward_args: Any,
+        return_convergence_delta: bool,
+        internal_batch_size: int | None,
+        show_progress: bool,
+        **kwargs: Any,
+    ) -> Any:
         clips, extra = checked_inputs(inputs), as_arguments(additional_forward_args)
         check_clips(clips)
         # Many methods set requires_grad on what they are given: let that be a view, not the caller's tensor.
@@ -178,7 +202,7 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
                         normalised(part[row : row + 1], self.normalize)[0], range(frames), self.readout
                     )
                 progress.update(frames)
-            reader = self._reader(clips, extra, target, explain) if jobs else None
+            reader = make_reader(clips, extra, target, explain) if jobs else None
             for chosen in (jobs[start : start + size] for start in range(0, len(jobs), size)):
                 assert reader is not None
                 for look, maps in zip(looks, reader(chosen), strict=True):
@@ -192,17 +216,11 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         result = results if len(results) > 1 else results[0]
         return (result, delta) if return_convergence_delta else result
 
-    def _reader(
+    def _read_whole_clips(
         self, clips: tuple[Tensor, ...], extra: tuple[Any, ...], target: Target, explain: Callable[..., Any]
     ) -> _Reader:
-        """What gives frames' spatial relevance: here by explaining whole frozen clips as the method explains any clip."""
-
-        def read(jobs: list[_Job]) -> list[list[Tensor]]:
-            frozen = tuple(_frames(part, jobs).expand(-1, -1, part.shape[2], -1, -1) for part in clips)
-            explained = _over_channels(explain(frozen, [job.row for job in jobs]))
-            return [self._read_out(maps, jobs) for maps in explained]
-
-        return read
+        """Explains whole frozen clips, as the method explains any clip."""
+        return lambda jobs: [self._read_out(maps, jobs) for maps in _whole(clips, explain, jobs)]
 
     def _read_out(self, explanations: Tensor, jobs: Sequence[_Job]) -> list[Tensor]:
         """What whole explanations of frozen clips (N, T, H, W) say about their frames, normalised."""
@@ -311,6 +329,7 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
         self.preset = preset
 
     @log_usage()  # type: ignore[untyped-decorator]
+    @torch.inference_mode(False)
     def attribute(
         self,
         inputs: Tensor | tuple[Tensor, ...],
@@ -320,6 +339,7 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
         *,
         internal_batch_size: int | None = None,
         show_progress: bool = False,
+        frame_cache: FrameCache | None = None,
     ) -> Any:
         """Spatial, temporal and total relevance of every pixel for the target's score; see `DiscriminativeRelevance.attribute`.
 
@@ -331,21 +351,26 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
             internal_batch_size: how many clips are explained at once; by default as many as free memory allows, of frozen
                 clips at most 4.
             show_progress: show a progress bar.
+            frame_cache: explanations of frames that earlier clips showed too, and where to keep new ones; for windows of a
+                video that overlap.
 
         Returns:
             `SpatioTemporalRelevance` of (N, T, H, W) maps, or a pair of that and the delta (N,).
 
         Raises:
-            TypeError, ValueError, UnsupportedOperationError: as `DeepTaylor.attribute`.
+            TypeError, ValueError, UnsupportedOperationError: as `DeepTaylor.attribute`, and TypeError if ``frame_cache`` is
+                something else.
         """
-        return super().attribute.__wrapped__(
-            self,
+        if frame_cache is not None and not isinstance(frame_cache, FrameCache):
+            raise TypeError(f"frame_cache must be a captum_dtd.FrameCache, got {type(frame_cache).__name__}")
+        return self._attribute(
+            partial(self._read_distinct_times, frame_cache),
             inputs,
             target,
             additional_forward_args,
             return_convergence_delta,
-            internal_batch_size=internal_batch_size,
-            show_progress=show_progress,
+            internal_batch_size,
+            show_progress,
         )
 
     def rule_table(self, inputs: Tensor | tuple[Tensor, ...], additional_forward_args: Any = None) -> RuleTable:
@@ -369,25 +394,32 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
         check_clips(clips)
         return self.method.frozen_rule_table(clips, as_arguments(additional_forward_args))
 
-    def _reader(
-        self, clips: tuple[Tensor, ...], extra: tuple[Any, ...], target: Target, explain: Callable[..., Any]
+    def _read_distinct_times(
+        self,
+        cache: FrameCache | None,
+        clips: tuple[Tensor, ...],
+        extra: tuple[Any, ...],
+        target: Target,
+        explain: Callable[..., Any],
     ) -> _Reader:
         """Explains frozen clips at distinct times only, and walks relevance back no further than it is read."""
         frozen = self.method.frozen_clips(clips, extra)
-        if frozen is None:
-            return super()._reader(clips, extra, target, explain)
         count, length = clips[0].shape[0], clips[0].shape[2]
 
-        def relevance(jobs: Sequence[_Job], wanted: Wanted) -> tuple[Tensor, ...]:
+        def arguments(jobs: Sequence[_Job]) -> tuple[Target, tuple[Any, ...]]:
             rows = [job.row for job in jobs]
             picked = torch.tensor(rows, dtype=torch.long, device=clips[0].device)
-            frames = tuple(_frames(part, jobs) for part in clips)
+            return take_target(target, rows, count), take_arguments(extra, picked, count)
+
+        def relevance(jobs: Sequence[_Job], wanted: Wanted) -> tuple[Tensor, ...]:
+            if frozen is None:
+                return _whole(clips, explain, jobs)
             return _over_channels(
-                frozen.explain(frames, take_target(target, rows, count), take_arguments(extra, picked, count), wanted)
+                frozen.explain(tuple(_frames(part, jobs) for part in clips), *arguments(jobs), wanted)
             )
 
         def read(jobs: list[_Job]) -> list[list[Tensor]]:
-            if self.normalize != "none":
+            if self.normalize != "none" or frozen is None:
                 return [self._read_out(maps, jobs) for maps in relevance(jobs, "all")]
             if self.readout == "mean":
                 return [list(maps / length) for maps in relevance(jobs, "classes")]
@@ -398,7 +430,31 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
                 [one[: len(job.times)] for one, job in zip(maps, jobs, strict=True)] for maps in relevance(jobs, wanted)
             ]
 
-        return read
+        if cache is None:
+            return read
+        method = self.method
+        how = (method.composite, method.seed, method.backend, method.precision, method.low, method.high)
+        context = digest((*how, structure_of(unwrap(method.model)), weights_of(unwrap(method.model)), length))
+
+        def read_cached(jobs: list[_Job]) -> list[list[Tensor]]:
+            keys = [digest((context, [_frames(part, [job]) for part in clips], *arguments([job]))) for job in jobs]
+            known: dict[bytes, tuple[Tensor, ...]] = {}
+            missing: dict[bytes, _Job] = {}
+            for key, job in zip(keys, jobs, strict=True):
+                found = None if key in missing else cache.get(key)
+                if found is None:
+                    missing[key] = job
+                else:
+                    known[key] = found
+            if missing:
+                explained = relevance(list(missing.values()), "all")
+                for key, *maps in zip(missing, *explained, strict=True):
+                    known[key] = tuple(maps)
+                    cache.put(key, known[key])
+            parts = zip(*(known[key] for key in keys), strict=True)
+            return [self._read_out(torch.stack(list(maps)), jobs) for maps in parts]
+
+        return read_cached
 
     def _batching(self, internal_batch_size: int | None) -> dict[str, Any]:
         return {"internal_batch_size": internal_batch_size}
@@ -476,6 +532,12 @@ class _Job(NamedTuple):
 
 _Reader: TypeAlias = Callable[[list[_Job]], list[list[Tensor]]]
 """Gives, for every input and every job, spatial relevance (times, H, W) at the times at which its frame is shown."""
+
+
+def _whole(clips: tuple[Tensor, ...], explain: Callable[..., Any], jobs: Sequence[_Job]) -> tuple[Tensor, ...]:
+    """Relevance of the jobs' whole frozen clips (jobs, T, H, W), of every input."""
+    frozen = tuple(_frames(part, jobs).expand(-1, -1, part.shape[2], -1, -1) for part in clips)
+    return _over_channels(explain(frozen, [job.row for job in jobs]))
 
 
 def _frames(clips: Tensor, jobs: Sequence[_Job]) -> Tensor:

@@ -238,8 +238,9 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
   const int64_t* out = problem.conv.out;
   const int64_t positions = out[0] * out[1] * out[2], c_out = problem.conv.c_out;
   const int64_t example_bytes = std::max<int64_t>(positions * c_out * static_cast<int64_t>(sizeof(Sum)), 1);
-  const int64_t together =
-      problem.divided ? problem.conv.n : std::clamp<int64_t>(kSharesBytes / example_bytes, 1, std::max<int64_t>(problem.conv.n, 1));
+  const int64_t together = problem.divided
+                               ? problem.conv.n
+                               : std::clamp<int64_t>(kSharesBytes / example_bytes, 1, std::max<int64_t>(problem.conv.n, 1));
   const Workspace workspace(problem.divided ? 0 : static_cast<size_t>(together * example_bytes));
 
   for (int64_t n = 0; n < problem.conv.n; n += together) {

@@ -1,0 +1,119 @@
+"""Explanations of frozen frames, kept for the next clip that shows the same frames.
+
+Windows that overlap share frames, and a frozen clip depends on its frame and its target only. A cache holds each frame's
+whole explanation (T, H, W), of which every read-out and normalisation is made. Frames are told apart by their values, so
+windows need no bookkeeping: the same frame in another clip, at another time or in another call is found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+class FrameCache:
+    """A bounded store of frozen frames' explanations; the ones that were not used for longest make room.
+
+    A whole explanation costs about 1.7 times what the read-out "own" needs of it, so a cache pays where every frame is in
+    more than two windows. What is found is exactly what was computed when the frame was first explained, which may differ in
+    rounding from what other company in its batch would have given.
+
+    Args:
+        max_bytes: the most that the explanations may take.
+
+    Raises:
+        ValueError: if ``max_bytes`` is negative.
+
+    Example:
+        >>> import torch
+        >>> from captum_dtd import DiscriminativeDeepTaylor
+        >>> from captum_dtd.models import c3d_mini
+        >>> method = DiscriminativeDeepTaylor(c3d_mini().eval(), low=0.0, high=1.0)
+        >>> video, cache = torch.rand(1, 3, 12, 32, 32), FrameCache()
+        >>> for start in (0, 2, 4):
+        ...     maps = method.attribute(video[:, :, start : start + 8], target=2, frame_cache=cache)
+        >>> len(cache), cache.hits, cache.misses
+        (12, 12, 12)
+    """
+
+    def __init__(self, max_bytes: int = 2**30) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes must be zero or positive, got {max_bytes}")
+        self.max_bytes = max_bytes
+        self.hits = 0
+        self.misses = 0
+        self.bytes = 0
+        self._kept: OrderedDict[bytes, tuple[Tensor, ...]] = OrderedDict()
+
+    def __len__(self) -> int:
+        """How many explanations are kept."""
+        return len(self._kept)
+
+    def __repr__(self) -> str:
+        return (
+            f"FrameCache({len(self)} frames, {self.bytes / 2**20:.1f} of {self.max_bytes / 2**20:.1f} MiB, "
+            f"{self.hits} hits, {self.misses} misses)"
+        )
+
+    def get(self, key: bytes) -> tuple[Tensor, ...] | None:
+        """The explanation (T, H, W) of every input, if it is there; counted as a hit or a miss."""
+        found = self._kept.get(key)
+        if found is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._kept.move_to_end(key)
+        return found
+
+    def put(self, key: bytes, explanation: tuple[Tensor, ...]) -> None:
+        """Keep an explanation, and let others go where it does not fit beside them."""
+        own = tuple(part.clone() for part in explanation)
+        self.bytes += _size(own) - _size(self._kept.pop(key, ()))
+        self._kept[key] = own
+        while self.bytes > self.max_bytes:
+            _, gone = self._kept.popitem(last=False)
+            self.bytes -= _size(gone)
+
+    def clear(self) -> None:
+        """Let all explanations go; the counts stay."""
+        self._kept.clear()
+        self.bytes = 0
+
+
+def digest(values: Iterable[Any]) -> bytes:
+    """A short name for what values are, tensors by their contents: equal for equal ones, different for any others."""
+    code = hashlib.blake2b(digest_size=16)
+    for value in values:
+        leaves, spec = pytree.tree_flatten(value)
+        code.update(repr(spec).encode())
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                code.update(repr((leaf.dtype, tuple(leaf.shape))).encode())
+                code.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            else:
+                code.update(repr(leaf).encode())
+    return code.digest()
+
+
+def weights_of(model: nn.Module) -> bytes:
+    """A short name for the model's weights as they are: another one after they were written to, in whatever way.
+
+    Tensors are named by where they lie, how often torch saw them written to, and a sample of their values, since writes
+    through ``.data`` are not counted.
+    """
+    known: list[Any] = []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        version = None if tensor.is_inference() else tensor._version
+        every = max(1, tensor.numel() // 64)
+        known += [name, tensor.data_ptr(), version, tensor.detach().reshape(-1)[::every]]
+    return digest(known)
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,148 @@
+"""Explanations of frames kept between overlapping windows: what an undisturbed run gives, within a bound, and never stale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import between
+from torch import Tensor, nn
+
+from captum_dtd import DiscriminativeDeepTaylor, FrameCache
+from captum_dtd.composites import EPSILON_GAMMA_BOX
+
+LOW, HIGH = -1.0, 1.5
+
+
+def build(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers = [
+        nn.Conv3d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool3d((2, 1, 1)),
+        nn.Conv3d(4, 4, 3, padding=1),
+        nn.ReLU(),
+    ]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3)).double().eval()
+    for layer in (model[0], model[3]):
+        layer.bias.data.abs_()
+    return model
+
+
+@pytest.fixture(scope="module")
+def method() -> DiscriminativeDeepTaylor:
+    return DiscriminativeDeepTaylor(build(), LOW, HIGH)
+
+
+@pytest.fixture
+def video() -> Tensor:
+    return between((LOW,) * 3, (HIGH,) * 3, (1, 3, 14, 6, 6), 5, torch.float64)
+
+
+def windows(video: Tensor, stride: int = 2, length: int = 8) -> list[Tensor]:
+    return [video[:, :, start : start + length] for start in range(0, video.shape[2] - length + 1, stride)]
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    size = expected.total.abs().max().item()
+    assert size > 0
+    for part, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(part, wanted, rtol=0, atol=1e-12 * size)
+
+
+@pytest.mark.parametrize("normalize", ["none", "max"])
+@pytest.mark.parametrize("readout", ["own", "first", "mean"])
+def test_every_readout_and_normalisation_is_made_of_what_is_kept(
+    method: DiscriminativeDeepTaylor, video: Tensor, readout: Any, normalize: Any
+) -> None:
+    method.readout, method.normalize = readout, normalize
+    cache = FrameCache()
+    for clip in windows(video):
+        assert_same(method.attribute(clip, 1, frame_cache=cache), method.attribute(clip, 1))
+    assert (len(cache), cache.misses, cache.hits) == (14, 14, 4 * 8 - 14)
+    method.readout, method.normalize = "own", "none"
+
+
+def test_frames_of_one_call_are_shared_too(method: DiscriminativeDeepTaylor, video: Tensor) -> None:
+    cache = FrameCache()
+    clips = torch.cat(windows(video, 1))
+    assert_same(method.attribute(clips, 1, frame_cache=cache), method.attribute(clips, 1))
+    assert cache.misses == 14
+
+
+def test_each_target_is_explained_by_itself(method: DiscriminativeDeepTaylor, video: Tensor) -> None:
+    cache = FrameCache()
+    clips = torch.cat([windows(video)[0]] * 2)
+    assert_same(method.attribute(clips, [0, 2], frame_cache=cache), method.attribute(clips, [0, 2]))
+    assert len(cache) == 16
+
+
+@pytest.mark.parametrize("change", ["optimiser step", "data", "parameter", "composite", "bounds", "seed"])
+def test_nothing_stale_is_found(video: Tensor, change: str) -> None:
+    model, cache = build(), FrameCache()
+    clip = windows(video)[0]
+    options: dict[str, Any] = {"low": LOW, "high": HIGH}
+    DiscriminativeDeepTaylor(model, **options).attribute(clip, 1, frame_cache=cache)
+    if change == "optimiser step":
+        with torch.no_grad():
+            model[3].weight.mul_(-1)
+    elif change == "data":
+        model[3].weight.data.mul_(-1)
+    elif change == "parameter":
+        model[3].weight = build(1)[3].weight
+    elif change == "composite":
+        options["composite"] = EPSILON_GAMMA_BOX
+    elif change == "bounds":
+        options["low"] = LOW - 1
+    else:
+        options["seed"] = "one"
+    changed = DiscriminativeDeepTaylor(model, **options)
+    assert_same(changed.attribute(clip, 1, frame_cache=cache), changed.attribute(clip, 1))
+    assert cache.hits == 0
+
+
+def test_additional_arguments_are_part_of_what_is_explained(video: Tensor) -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = build()
+
+        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+            return self.net(x) * weight.unsqueeze(1)  # type: ignore[no-any-return]
+
+    method, cache = DiscriminativeDeepTaylor(Weighted().eval(), LOW, HIGH), FrameCache()
+    clip = windows(video)[0]
+    for weight in (torch.tensor([1.0], dtype=torch.float64), torch.tensor([3.0], dtype=torch.float64)):
+        assert_same(method.attribute(clip, 1, weight, frame_cache=cache), method.attribute(clip, 1, weight))
+
+
+def test_it_is_bounded_and_the_least_used_go_first(method: DiscriminativeDeepTaylor, video: Tensor) -> None:
+    one = 8 * 6 * 6 * 8  # bytes of an explanation
+    cache = FrameCache(max_bytes=10 * one + 5)
+    clips = windows(video)
+    for clip in clips[:3]:  # of frames 0 to 11: the last two take the room of the first two
+        assert_same(method.attribute(clip, 1, frame_cache=cache), method.attribute(clip, 1))
+        assert cache.bytes <= cache.max_bytes
+    assert (len(cache), cache.bytes) == (10, 10 * one)
+    cache.misses = 0
+    method.attribute(clips[2], 1, frame_cache=cache)
+    assert cache.misses == 0
+    method.attribute(clips[0], 1, frame_cache=cache)
+    assert cache.misses == 2
+    cache.clear()
+    assert (len(cache), cache.bytes) == (0, 0)
+
+
+def test_a_cache_without_room_keeps_nothing_and_harms_nothing(method: DiscriminativeDeepTaylor, video: Tensor) -> None:
+    cache = FrameCache(max_bytes=0)
+    clip = windows(video)[0]
+    assert_same(method.attribute(clip, 1, frame_cache=cache), method.attribute(clip, 1))
+    assert len(cache) == 0
+
+
+def test_refusals(method: DiscriminativeDeepTaylor, video: Tensor) -> None:
+    with pytest.raises(ValueError, match="max_bytes must be zero or positive, got -1"):
+        FrameCache(-1)
+    with pytest.raises(TypeError, match=r"frame_cache must be a captum_dtd\.FrameCache, got dict"):
+        method.attribute(video, 1, frame_cache={})  # type: ignore[arg-type]
