@@ -281,9 +281,19 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         parts = attributions if isinstance(attributions, tuple) else (attributions,)
         return output.flatten() - torch.stack([part.flatten(1).sum(1) for part in parts]).sum(0)
 
-    def affordable_batch(self, inputs: tuple[Tensor, ...], additional_forward_args: Any = None) -> int:
-        """How many such examples can be explained at once in half of the memory that is free now; at least 1."""
-        return self._affordable(self._network(inputs, as_arguments(additional_forward_args)), inputs)
+    def affordable_batch(
+        self, inputs: tuple[Tensor, ...], additional_forward_args: Any = None, enough: tuple[int, int] | None = None
+    ) -> int:
+        """How many such examples can be explained at once in half of the memory that is free now; at least 1.
+
+        ``enough``: no more than this number, or than take this many bytes if that is more.
+        """
+        network = self._network(inputs, as_arguments(additional_forward_args))
+        affordable = self._affordable(network, inputs)
+        if enough is None:
+            return affordable
+        count, size = enough
+        return min(affordable, max(count, size // max(1, network.bytes_per_example)))
 
     def _affordable(self, network: Network, inputs: tuple[Tensor, ...]) -> int:
         return max(1, free_memory(inputs[0].device) // 2 // max(1, network.bytes_per_example))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -71,7 +71,7 @@ class Slots:
     def route(self, times: Sequence[Sequence[int]]) -> Route:
         """For times that were read, in one row or a row for each clip, the slots where they are kept."""
         rows = max(len(times), len(self.of_time))
-        return Route(
+        return Route.of(
             (
                 [of_time[t] if t >= 0 else -1 for t in row]
                 for row, of_time in zip(_repeated(times, rows), _repeated(self.of_time, rows), strict=True)
@@ -83,13 +83,27 @@ class Slots:
 _Row = TypeVar("_Row")
 
 
+@dataclass(frozen=True)
 class Route:
-    """Which source index every index along time is read from, in one row for all clips or in a row for each; -1: none."""
+    """Which source index every index along time is read from.
 
-    def __init__(self, rows: Iterable[Sequence[int]], size: int) -> None:
-        self.rows = tuple(tuple(row) for row in rows)
-        self.size = size
-        self.count = len(self.rows[0])
+    Attributes:
+        rows: source indices, in one row for all clips or in a row for each; -1: none.
+        size: how many source indices there are.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    size: int
+
+    @staticmethod
+    def of(rows: Iterable[Iterable[int]], size: int) -> Route:
+        """The route with these rows; what it needs to move tensors is worked out once."""
+        return _route(tuple(map(tuple, rows)), size)
+
+    @property
+    def count(self) -> int:
+        """How many indices read."""
+        return len(self.rows[0])
 
     @cached_property
     def used(self) -> list[int]:
@@ -99,12 +113,17 @@ class Route:
     def compact(self) -> Route:
         """The same where the source has nothing but what is used."""
         place = {index: number for number, index in enumerate(self.used)} | {-1: -1}
-        return Route([[place[index] for index in row] for row in self.rows], len(self.used))
+        return Route.of(([place[index] for index in row] for row in self.rows), len(self.used))
 
     @cached_property
     def is_identity(self) -> bool:
         """Whether nothing moves."""
         return all(row == tuple(range(self.size)) for row in self.rows)
+
+    @cached_property
+    def _fills(self) -> bool:
+        """Whether some index reads nothing."""
+        return any(index < 0 for row in self.rows for index in row)
 
     @cached_property
     def _runs(self) -> list[tuple[slice, int, int, int]]:
@@ -125,7 +144,7 @@ class Route:
         return value if self.is_identity else pytree.tree_map_only(Tensor, lambda x: self._gather(x, dim, fill), value)
 
     def _gather(self, x: Tensor, dim: int, fill: float) -> Tensor:
-        if x.stride(dim) == 0 and x.shape[dim] > 0 and all(index >= 0 for row in self.rows for index in row):
+        if x.stride(dim) == 0 and x.shape[dim] > 0 and not self._fills:
             shape = list(x.shape)
             shape[dim] = self.count
             return x.narrow(dim, 0, 1).expand(shape)
@@ -166,6 +185,9 @@ class Route:
                 if not is_written:
                     moved[clips].select(dim, index).zero_()
         return moved
+
+
+_route = lru_cache(maxsize=2**14)(Route)
 
 
 def _repeated(rows: Sequence[_Row], count: int) -> Sequence[_Row]:
@@ -247,7 +269,7 @@ class FrozenNetwork:
             times = self._times(source)
             if times is None:
                 return values[source]
-            return Route([times.numbers(here.reads(first, times.length))], times.distinct).gather(
+            return Route.of([times.numbers(here.reads(first, times.length))], times.distinct).gather(
                 values[source], times.dim, here.fill
             )
 
@@ -257,9 +279,9 @@ class FrozenNetwork:
         """A convolution at the first time of every class: tap by tap where that is less, else at all times."""
         along = _Convolution(node, self.in_time)
         if along.products >= _WORTH_IT * along.multiplications:
-            whole = Route([along.read.classes], along.read.distinct).gather(values[along.source], 2)
+            whole = Route.of([along.read.classes], along.read.distinct).gather(values[along.source], 2)
             output = self.network.compute(node, lambda n: whole if n is along.source else values[n])
-            return Route([along.made.first], along.made.length).gather(output, 2)  # type: ignore[no-any-return]
+            return Route.of([along.made.first], along.made.length).gather(output, 2)  # type: ignore[no-any-return]
 
         def one(take: Take, tap: int) -> Tensor:
             call = along.call(tap, values, take, (0,))
@@ -373,7 +395,7 @@ class FrozenNetwork:
             if times is None:
                 return those[source]
             rows = [times.numbers(row) for row in reads(source)]
-            return Route(rows, times.distinct).gather(those[source], times.dim, here.fill)
+            return Route.of(rows, times.distinct).gather(those[source], times.dim, here.fill)
 
         args = here.args(len(at[0])) if here.args is not None else None
         limits = box.around(step, take)
@@ -401,8 +423,8 @@ class FrozenNetwork:
         assert isinstance(layer, Weighted) and isinstance(rule, Rule)
         limits = box.around(step, dict.__getitem__)
         with_bias = Call(step.node, step.positions, values.__getitem__).to(arriving.dtype)
-        to_made = Route([along.made.numbers(row) for row in at.times], along.made.distinct)
-        own = Route([along.read.numbers(row) for row in kept.times], along.read.distinct)
+        to_made = Route.of([along.made.numbers(row) for row in at.times], along.made.distinct)
+        own = Route.of([along.read.numbers(row) for row in kept.times], along.read.distinct)
         shared = _empty_like(values[along.source], 2, kept.count).to(arriving.dtype).zero_()
         if not pulled:
             return shared  # strides step over the wanted times
@@ -416,7 +438,7 @@ class FrozenNetwork:
             for tap, route in enumerate(taps):
                 if not route.used:
                     continue
-                some = Route([route.used], kept.count)
+                some = Route.of([route.used], kept.count)
 
                 def take(x: Tensor, some: Route = some) -> Tensor:
                     return some.gather(own.gather(x, 2), 2)  # type: ignore[no-any-return]
@@ -432,8 +454,8 @@ class FrozenNetwork:
         """Relevance of a convolution's input, by the convolution as it is."""
         along = _Convolution(step.node, self.in_time)
         at, kept = slots[step.node], slots[along.source]
-        everywhere = Route(at.of_time, at.count).gather(arriving, 2)
-        whole = Route([along.read.classes], along.read.distinct)
+        everywhere = Route.of(at.of_time, at.count).gather(arriving, 2)
+        whole = Route.of([along.read.classes], along.read.distinct)
 
         def take(those: Values, node: fx.Node) -> Any:
             return whole.gather(those[node], 2) if node is along.source else those[node]
@@ -480,10 +502,10 @@ class _Convolution:
         """The sums for every class of the output; ``one`` multiplies the classes that are taken by a tap, without bias."""
         sums: Tensor | None = None
         for tap, at in enumerate(zip(*self._reads, strict=True)):
-            route = Route([self.read.numbers(at)], self.read.distinct)
+            route = Route.of([self.read.numbers(at)], self.read.distinct)
             if not route.used:
                 continue
-            some = Route([route.used], self.read.distinct)
+            some = Route.of([route.used], self.read.distinct)
             product = one(lambda x, some=some: some.gather(x, 2), tap)  # type: ignore[misc]
             if sums is None:
                 sums = _empty_like(product, 2, self.made.distinct).zero_()

@@ -52,8 +52,10 @@ Readout: TypeAlias = Literal["own", "first", "mean"]
 Normalize: TypeAlias = Literal["none", "max", "sum"]
 """What total and each frozen explanation are divided by: nothing, or their own max |R| or |sum of R| over all slices."""
 
-# More frozen clips at once need memory and gain no speed.
-_MOST_FROZEN_CLIPS = 4
+# Frozen clips at once, as a method that is not ours is given them; and ours: more need memory, and gain speed only where
+# a clip is so small that calling operations takes as long as they do.
+_FROZEN_CLIPS = 4
+_FROZEN_BYTES = 2**28
 
 
 class SpatioTemporalRelevance(NamedTuple):
@@ -232,7 +234,7 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         return {}
 
     def _frozen_batch(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...]) -> int:
-        return _MOST_FROZEN_CLIPS
+        return _FROZEN_CLIPS
 
     def has_convergence_delta(self) -> bool:
         """Whether the underlying method has one."""
@@ -349,7 +351,7 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
             additional_forward_args: further arguments of the model's forward, not explained.
             return_convergence_delta: also return ``seed - sum of total``, before any normalisation, one value per example.
             internal_batch_size: how many clips are explained at once; by default as many as free memory allows, of frozen
-                clips at most 4.
+                clips 4, or more where they are small.
             show_progress: show a progress bar.
             frame_cache: explanations of frames that earlier clips showed too, and where to keep new ones; for windows of a
                 video that overlap.
@@ -460,7 +462,7 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
         return {"internal_batch_size": internal_batch_size}
 
     def _frozen_batch(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...]) -> int:
-        return min(_MOST_FROZEN_CLIPS, self.method.affordable_batch(clips, extra))
+        return self.method.affordable_batch(clips, extra, enough=(_FROZEN_CLIPS, _FROZEN_BYTES))
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def test_it_is_bounded_and_the_least_used_go_first(method: DiscriminativeDeepTay
     cache.misses = 0
     method.attribute(clips[2], 1, frame_cache=cache)
     assert cache.misses == 0
-    method.attribute(clips[0], 1, frame_cache=cache)
+    method.attribute(clips[0][:, :, :2].repeat(1, 1, 4, 1, 1), 1, frame_cache=cache)
     assert cache.misses == 2
     cache.clear()
     assert (len(cache), cache.bytes) == (0, 0)
