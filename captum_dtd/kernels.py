@@ -106,7 +106,7 @@ def feature_level(device: str) -> str:
 def choose(op: str, device: str, dtype: torch.dtype, precision: Precision, shape: ShapeClass | None = None) -> str:
     """The kernel that serves an operation: the table's where it has an entry, else the first that the precision allows.
 
-    The convolution on the way forward is torch's own where the table has no entry.
+    The convolution on the way forward is torch's own where the table has no entry. At pixels "mixed" is "float32".
 
     Args:
         op: its name, a key of `captum_dtd.ops.SCHEMAS`.
@@ -119,6 +119,8 @@ def choose(op: str, device: str, dtype: torch.dtype, precision: Precision, shape
         >>> choose("max_pool3d_relevance", "meta", torch.float32, "float32")
         'reference'
     """
+    if precision == "mixed" and shape == "pixels":
+        precision = "float32"  # the walk's last step: what it rounds is not averaged over any layer after it
     return _choose(op, device, dtype, precision, shape, feature_level(device) if device in native.loaded else "")
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+import captum_dtd.discriminate
 from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor
 
 MIB = 2**20
@@ -127,14 +128,29 @@ def test_internal_batch_size_bounds_the_peak(cls: type) -> None:
     assert peaks[2] < 0.65 * peaks[4]
 
 
-def test_frozen_clips_are_explained_at_most_four_at_a_time_by_default() -> None:
+def test_large_frozen_clips_are_explained_four_at_a_time_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captum_dtd.discriminate, "_FROZEN_BYTES", 1)  # so that these count as large
     method = DiscriminativeDeepTaylor(deep(), 0, 1)
     x = torch.rand(1, 1, 12, 16, 16)
-    peaks = {}
-    for size in (None, 4, 12):
-        method.attribute(x, 1, internal_batch_size=size)
-        peaks[size] = max(allocations(partial(method.attribute, x, 1, internal_batch_size=size)))
-    assert peaks[None] <= 1.05 * peaks[4] < 0.5 * peaks[12]
+    explained: list[int] = []
+    seed_of = DeepTaylor.seed_of
+    monkeypatch.setattr(
+        DeepTaylor, "seed_of", lambda m, output, t: (explained.append(len(output)), seed_of(m, output, t))[1]
+    )
+    method.attribute(x, 1)
+    assert explained == [1, 4, 4, 4]
+
+
+@pytest.mark.parametrize("readout", ["own", "mean"])
+def test_frozen_clips_take_no_more_memory_than_the_clip(readout: str) -> None:
+    """One at a time, they need their distinct times only; what stays is the three maps."""
+    x = torch.rand(1, 1, 16, 24, 24)
+    one, all_of_it = DeepTaylor(deep(), 0, 1), DiscriminativeDeepTaylor(deep(), 0, 1, readout=readout)  # type: ignore[arg-type]
+    peaks = []
+    for method, options in ((one, {}), (all_of_it, {"internal_batch_size": 1})):
+        method.attribute(x, 1, **options)
+        peaks.append(max(allocations(partial(method.attribute, x, 1, **options))))
+    assert peaks[1] <= peaks[0] + 4 * x.numel() * 4
 
 
 def test_activations_are_freed_while_relevance_walks_back() -> None:
