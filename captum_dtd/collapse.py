@@ -297,39 +297,41 @@ class FrozenNetwork:
     def backward(
         self,
         activations: Activations,
-        seed: Tensor,
+        seeds: Sequence[Tensor],
         bounds: Sequence[tuple[Bound, Bound]],
         wanted: Wanted,
-    ) -> tuple[Tensor, ...]:
-        """Walk relevance from the output to the explained inputs.
+    ) -> list[tuple[Tensor, ...]]:
+        """Walk relevance from the output to the explained inputs, for several targets at once.
 
         Args:
             activations: of the same frames; consumed.
-            seed: relevance of the output.
+            seeds: for every target relevance of the output.
             bounds: (low, high) of every explained input, the same at all times, that broadcast to (N, C, 1, H, W).
             wanted: at which times relevance is wanted.
 
         Returns:
-            For every explained input (N, C, slots, H, W): relevance at the wanted times in their order (a row of less than
-            the most ends in zeros); of "all" at every time; of "classes" its sum over all times, in one slot.
+            For every target and explained input (N, C, slots, H, W): relevance at the wanted times in their order (a row of
+            less than the most ends in zeros); of "all" at every time; of "classes" its sum over all times, in one slot.
         """
         slots = self._slots_for(wanted)
 
-        def share(step: Step, values: Values, box: Box, arriving: Any) -> Sequence[Tensor | None]:
+        def share(step: Step, values: Values, box: Box, arriving: list[Any]) -> Sequence[Sequence[Tensor | None]]:
             if self.in_time[step.node].way == "convolution":
-                return (self._share_convolution(step, values, box, arriving, slots),)
+                return [(one,) for one in self._share_convolution(step, values, box, arriving, slots)]
             return self._share(step, values, box, arriving, slots)
 
-        values = activations.values
+        values, seed = activations.values, seeds[0]
         with plain_modes():
             box = self.network.box(values, seed, bounds, self._compute)
-            relevance = self.network.walk(values, seed, box, share)
-            return tuple(
-                relevance[node]
-                if node in relevance
-                else _empty_like(values[node], 2, slots[node].count).zero_().to(seed.dtype)
-                for node in self.network.inputs
-            )
+            return [
+                tuple(
+                    relevance[node]
+                    if node in relevance
+                    else _empty_like(values[node], 2, slots[node].count).zero_().to(seed.dtype)
+                    for node in self.network.inputs
+                )
+                for relevance in self.network.walk(values, seeds, box, share)
+            ]
 
     def _slots_for(self, wanted: Wanted) -> dict[fx.Node, Slots]:
         key = wanted if isinstance(wanted, str) else tuple(wanted)
@@ -379,8 +381,8 @@ class FrozenNetwork:
         return reached
 
     def _share(
-        self, step: Step, values: Values, box: Box, arriving: Any, slots: dict[fx.Node, Slots]
-    ) -> Sequence[Tensor | None]:
+        self, step: Step, values: Values, box: Box, arriving: list[Any], slots: dict[fx.Node, Slots]
+    ) -> Sequence[Sequence[Tensor | None]]:
         """Any operation but a convolution along time: what it reads is gathered at its output's slots."""
         here = self.in_time[step.node]
         at = slots[step.node].times if here.times is not None else ((),)
@@ -399,17 +401,19 @@ class FrozenNetwork:
 
         args = here.args(len(at[0])) if here.args is not None else None
         limits = box.around(step, take)
+
+        def to_slots(source: fx.Node, part: Tensor | None) -> Tensor | None:
+            times = self._times(source)
+            if part is None or times is None:
+                return part
+            return slots[source].route(reads(source)).scatter(part, times.dim)  # type: ignore[no-any-return]
+
         leaving = self.network.share(step, lambda source: take(values, source), limits, arriving, args)
-        return [
-            part
-            if part is None or (times := self._times(source)) is None
-            else slots[source].route(reads(source)).scatter(part, times.dim)
-            for source, part in zip(step.sources, leaving, strict=True)
-        ]
+        return [[to_slots(source, part) for source, part in zip(step.sources, one, strict=True)] for one in leaving]
 
     def _share_convolution(
-        self, step: Step, values: Values, box: Box, arriving: Tensor, slots: dict[fx.Node, Slots]
-    ) -> Tensor:
+        self, step: Step, values: Values, box: Box, arriving: list[Tensor], slots: dict[fx.Node, Slots]
+    ) -> list[Tensor]:
         """Relevance of a convolution's input, in its slots: tap by tap where that is less, else at all times."""
         along = _Convolution(step.node, self.in_time)
         at, kept = slots[step.node], slots[along.source]
@@ -422,10 +426,11 @@ class FrozenNetwork:
         layer, rule = step.layer, step.rule
         assert isinstance(layer, Weighted) and isinstance(rule, Rule)
         limits = box.around(step, dict.__getitem__)
-        with_bias = Call(step.node, step.positions, values.__getitem__).to(arriving.dtype)
+        dtype = arriving[0].dtype
+        with_bias = Call(step.node, step.positions, values.__getitem__).to(dtype)
         to_made = Route.of([along.made.numbers(row) for row in at.times], along.made.distinct)
         own = Route.of([along.read.numbers(row) for row in kept.times], along.read.distinct)
-        shared = _empty_like(values[along.source], 2, kept.count).to(arriving.dtype).zero_()
+        shared = [_empty_like(values[along.source], 2, kept.count).to(dtype).zero_() for _ in arriving]
         if not pulled:
             return shared  # strides step over the wanted times
         for group in self.network.reference_rule(step).groups:
@@ -434,7 +439,8 @@ class FrozenNetwork:
                 return _TapCall(self.network, step, along.call(tap, values, take, step.positions), limits, take)
 
             z = along.sum_of_taps(lambda take, tap, g=group: tap_call(take, tap).denominator(g))  # type: ignore[misc]
-            s = layer.quotient(with_bias, arriving, to_made.gather(z, 2), group, rule.stabilizer)
+            z = to_made.gather(z, 2)
+            quotients = [layer.quotient(with_bias, one, z, group, rule.stabilizer) for one in arriving]
             for tap, route in enumerate(taps):
                 if not route.used:
                     continue
@@ -443,26 +449,29 @@ class FrozenNetwork:
                 def take(x: Tensor, some: Route = some) -> Tensor:
                     return some.gather(own.gather(x, 2), 2)  # type: ignore[no-any-return]
 
-                part = tap_call(take, tap).pull(group, route.compact().scatter(s, 2))
-                for index, slot in enumerate(route.used):
-                    shared.select(2, slot).add_(part.select(2, index))
+                call, to_tap = tap_call(take, tap), route.compact()
+                for one, s in zip(shared, quotients, strict=True):
+                    part = call.pull(group, to_tap.scatter(s, 2))
+                    for index, slot in enumerate(route.used):
+                        one.select(2, slot).add_(part.select(2, index))
         return shared
 
     def _share_at_all_times(
-        self, step: Step, values: Values, box: Box, arriving: Tensor, slots: dict[fx.Node, Slots]
-    ) -> Tensor:
+        self, step: Step, values: Values, box: Box, arriving: list[Tensor], slots: dict[fx.Node, Slots]
+    ) -> list[Tensor]:
         """Relevance of a convolution's input, by the convolution as it is."""
         along = _Convolution(step.node, self.in_time)
         at, kept = slots[step.node], slots[along.source]
-        everywhere = Route.of(at.of_time, at.count).gather(arriving, 2)
+        everywhere = [Route.of(at.of_time, at.count).gather(one, 2) for one in arriving]
         whole = Route.of([along.read.classes], along.read.distinct)
 
         def take(those: Values, node: fx.Node) -> Any:
             return whole.gather(those[node], 2) if node is along.source else those[node]
 
         limits = box.around(step, take)
-        (shared,) = self.network.share(step, lambda node: take(values, node), limits, everywhere)
-        return kept.route([range(along.read.length)]).scatter(shared, 2)  # type: ignore[no-any-return]
+        shared = self.network.share(step, lambda node: take(values, node), limits, everywhere)
+        to_kept = kept.route([range(along.read.length)])
+        return [to_kept.scatter(one, 2) for (one,) in shared]
 
 
 class _Convolution:

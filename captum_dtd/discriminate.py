@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,9 @@ Normalize: TypeAlias = Literal["none", "max", "sum"]
 # a clip is so small that calling operations takes as long as they do.
 _FROZEN_CLIPS = 4
 _FROZEN_BYTES = 2**28
+
+
+_Item = TypeVar("_Item")
 
 
 class SpatioTemporalRelevance(NamedTuple):
@@ -140,28 +143,30 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         Raises:
             TypeError, ValueError: as the method's ``attribute``, and if the inputs are not clips (N, C, T, H, W).
         """
-        return self._attribute(
+        (result,) = self._attribute(
             self._read_whole_clips,
             inputs,
-            target,
+            [target],
             additional_forward_args,
             return_convergence_delta,
             internal_batch_size,
             show_progress,
             **kwargs,
         )
+        return result
 
     def _attribute(
         self,
         make_reader: Callable[..., _Reader],
         inputs: Tensor | tuple[Tensor, ...],
-        target: Target,
+        targets: Sequence[Target],
         additional_forward_args: Any,
         return_convergence_delta: bool,
         internal_batch_size: int | None,
         show_progress: bool,
         **kwargs: Any,
-    ) -> Any:
+    ) -> list[Any]:
+        """One result of `attribute` for each target."""
         clips, extra = checked_inputs(inputs), as_arguments(additional_forward_args)
         check_clips(clips)
         # Many methods set requires_grad on what they are given: let that be a view, not the caller's tensor.
@@ -171,26 +176,29 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         if return_convergence_delta and not self.method.has_convergence_delta():
             raise ValueError(f"return_convergence_delta: {self.method.get_name()} has no convergence delta")
 
-        def explain(examples: tuple[Tensor, ...], rows: list[int], **options: Any) -> Any:
+        def explain(
+            examples: tuple[Tensor, ...], rows: list[int], targets: Sequence[Target], **options: Any
+        ) -> list[Any]:
             picked = torch.tensor(rows, dtype=torch.long, device=clips[0].device)
-            return self.method.attribute(
+            return self._explain(
                 examples if isinstance(inputs, tuple) else examples[0],
-                target=take_target(target, rows, count),
-                additional_forward_args=take_arguments(extra, picked, count) or None,
-                **self._batching(internal_batch_size),
+                [take_target(target, rows, count) for target in targets],
+                take_arguments(extra, picked, count) or None,
+                internal_batch_size,
                 **kwargs,
                 **options,
             )
 
         with tqdm(total=count * (1 + frames), desc=self.get_name(), unit="clip", disable=not show_progress) as progress:
+            every = list(range(count))
             if return_convergence_delta:
-                explained, delta = explain(clips, list(range(count)), return_convergence_delta=True)
+                explained, deltas = zip(*explain(clips, every, targets, return_convergence_delta=True), strict=True)
             else:
-                explained, delta = explain(clips, list(range(count))), None
-            unscaled = _over_channels(explained)
+                explained, deltas = tuple(explain(clips, every, targets)), (None,) * len(targets)
+            unscaled = [_over_channels(one) for one in explained]
             progress.update(count)
             size = internal_batch_size or self._frozen_batch(clips, extra)
-            looks = tuple(torch.empty_like(part) for part in unscaled)
+            looks = [tuple(torch.empty_like(part) for part in parts) for parts in unscaled]
             jobs: list[_Job] = []
             for row in range(count):
                 alike = _first_alike(tuple(part[row] for part in clips))
@@ -199,39 +207,44 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
                     jobs += [_Job(row, frame, times) for frame, times in times_of.items()]
                     continue
                 # All frames are equal: the clip is its own frozen clip, and one explanation serves as both.
-                for look, part in zip(looks, unscaled, strict=True):
-                    look[row] = read_out(
-                        normalised(part[row : row + 1], self.normalize)[0], range(frames), self.readout
-                    )
+                for look, part in zip(_flat(looks), _flat(unscaled), strict=True):
+                    scaled = normalised(part[row : row + 1], self.normalize)[0]
+                    look[row] = read_out(scaled, range(frames), self.readout)
                 progress.update(frames)
-            reader = make_reader(clips, extra, target, explain) if jobs else None
+            reader = make_reader(clips, extra, targets, explain) if jobs else None
             for chosen in (jobs[start : start + size] for start in range(0, len(jobs), size)):
                 assert reader is not None
-                for look, maps in zip(looks, reader(chosen), strict=True):
+                for look, maps in zip(_flat(looks), _flat(reader(chosen)), strict=True):
                     for job, spatial in zip(chosen, maps, strict=True):
                         look[job.row, list(job.times)] = spatial
                 progress.update(sum(len(job.times) for job in chosen))
-            totals = tuple(normalised(part, self.normalize) for part in unscaled)
-        results = tuple(
-            SpatioTemporalRelevance(look, total - look, total) for look, total in zip(looks, totals, strict=True)
-        )
-        result = results if len(results) > 1 else results[0]
-        return (result, delta) if return_convergence_delta else result
+        results: list[Any] = []
+        for own_looks, parts, delta in zip(looks, unscaled, deltas, strict=True):
+            totals = [normalised(part, self.normalize) for part in parts]
+            maps_of = tuple(SpatioTemporalRelevance(a, b - a, b) for a, b in zip(own_looks, totals, strict=True))
+            result = maps_of if len(maps_of) > 1 else maps_of[0]
+            results.append((result, delta) if return_convergence_delta else result)
+        return results
+
+    def _explain(
+        self, inputs: Any, targets: list[Target], arguments: Any, internal_batch_size: int | None, **options: Any
+    ) -> list[Any]:
+        """The method's own results, one for each target; other Captum methods use ``internal_batch_size`` for other things."""
+        explain = partial(self.method.attribute, inputs, additional_forward_args=arguments, **options)
+        return [explain(target=target) for target in targets]
 
     def _read_whole_clips(
-        self, clips: tuple[Tensor, ...], extra: tuple[Any, ...], target: Target, explain: Callable[..., Any]
+        self, clips: tuple[Tensor, ...], extra: tuple[Any, ...], targets: Sequence[Target], explain: _Explain
     ) -> _Reader:
         """Explains whole frozen clips, as the method explains any clip."""
-        return lambda jobs: [self._read_out(maps, jobs) for maps in _whole(clips, explain, jobs)]
+        return lambda jobs: [
+            [self._read_out(maps, jobs) for maps in parts] for parts in _whole(clips, explain, jobs, targets)
+        ]
 
     def _read_out(self, explanations: Tensor, jobs: Sequence[_Job]) -> list[Tensor]:
         """What whole explanations of frozen clips (N, T, H, W) say about their frames, normalised."""
         scaled = normalised(explanations, self.normalize)
         return [read_out(one, job.times, self.readout) for one, job in zip(scaled, jobs, strict=True)]
-
-    def _batching(self, internal_batch_size: int | None) -> dict[str, Any]:
-        """How the method is told to bound its batch; other Captum methods use that option's name for other things."""
-        return {}
 
     def _frozen_batch(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...]) -> int:
         return _FROZEN_CLIPS
@@ -363,12 +376,59 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
             TypeError, ValueError, UnsupportedOperationError: as `DeepTaylor.attribute`, and TypeError if ``frame_cache`` is
                 something else.
         """
+        (result,) = self.attribute_targets(
+            inputs,
+            [target],
+            additional_forward_args,
+            return_convergence_delta,
+            internal_batch_size=internal_batch_size,
+            show_progress=show_progress,
+            frame_cache=frame_cache,
+        )
+        return result
+
+    @torch.inference_mode(False)
+    def attribute_targets(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        targets: Sequence[Target],
+        additional_forward_args: Any = None,
+        return_convergence_delta: bool = False,
+        *,
+        internal_batch_size: int | None = None,
+        show_progress: bool = False,
+        frame_cache: FrameCache | None = None,
+    ) -> list[Any]:
+        """What `attribute` returns for each of several targets of the same inputs, for less than their sum in time.
+
+        The targets share forward passes and denominators, of the clips and of all their frozen clips.
+
+        Args:
+            inputs: as for `attribute`.
+            targets: several, each in a form that `attribute` takes.
+            additional_forward_args: as for `attribute`, and so are the further options.
+
+        Returns:
+            One result of `attribute` for each target.
+
+        Raises:
+            TypeError, ValueError, UnsupportedOperationError: as `attribute`, and ValueError if there are no targets.
+
+        Example:
+            >>> import torch
+            >>> from captum_dtd.models import c3d_mini
+            >>> method = DiscriminativeDeepTaylor(c3d_mini().eval(), low=0.0, high=1.0)
+            >>> [maps.temporal.shape for maps in method.attribute_targets(torch.rand(1, 3, 8, 32, 32), [3, 7])]
+            [torch.Size([1, 8, 32, 32]), torch.Size([1, 8, 32, 32])]
+        """
         if frame_cache is not None and not isinstance(frame_cache, FrameCache):
             raise TypeError(f"frame_cache must be a captum_dtd.FrameCache, got {type(frame_cache).__name__}")
+        if not targets:
+            raise ValueError("targets is empty; give at least one")
         return self._attribute(
             partial(self._read_distinct_times, frame_cache),
             inputs,
-            target,
+            targets,
             additional_forward_args,
             return_convergence_delta,
             internal_batch_size,
@@ -401,35 +461,35 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
         cache: FrameCache | None,
         clips: tuple[Tensor, ...],
         extra: tuple[Any, ...],
-        target: Target,
-        explain: Callable[..., Any],
+        targets: Sequence[Target],
+        explain: _Explain,
     ) -> _Reader:
         """Explains frozen clips at distinct times only, and walks relevance back no further than it is read."""
         frozen = self.method.frozen_clips(clips, extra)
         count, length = clips[0].shape[0], clips[0].shape[2]
 
-        def arguments(jobs: Sequence[_Job]) -> tuple[Target, tuple[Any, ...]]:
+        def arguments(jobs: Sequence[_Job], targets: Sequence[Target]) -> tuple[list[Target], tuple[Any, ...]]:
             rows = [job.row for job in jobs]
             picked = torch.tensor(rows, dtype=torch.long, device=clips[0].device)
-            return take_target(target, rows, count), take_arguments(extra, picked, count)
+            return [take_target(target, rows, count) for target in targets], take_arguments(extra, picked, count)
 
-        def relevance(jobs: Sequence[_Job], wanted: Wanted) -> tuple[Tensor, ...]:
+        def relevance(jobs: Sequence[_Job], wanted: Wanted, targets: Sequence[Target]) -> list[tuple[Tensor, ...]]:
             if frozen is None:
-                return _whole(clips, explain, jobs)
-            return _over_channels(
-                frozen.explain(tuple(_frames(part, jobs) for part in clips), *arguments(jobs), wanted)
-            )
+                return _whole(clips, explain, jobs, targets)
+            frames = tuple(_frames(part, jobs) for part in clips)
+            return [_over_channels(one) for one in frozen.explain(frames, *arguments(jobs, targets), wanted)]
 
-        def read(jobs: list[_Job]) -> list[list[Tensor]]:
+        def read(jobs: list[_Job]) -> list[list[list[Tensor]]]:
             if self.normalize != "none" or frozen is None:
-                return [self._read_out(maps, jobs) for maps in relevance(jobs, "all")]
+                return [[self._read_out(maps, jobs) for maps in parts] for parts in relevance(jobs, "all", targets)]
             if self.readout == "mean":
-                return [list(maps / length) for maps in relevance(jobs, "classes")]
+                return [[list(maps / length) for maps in parts] for parts in relevance(jobs, "classes", targets)]
             if self.readout == "first":
-                return [list(maps) for maps in relevance(jobs, [(0,)] * len(jobs))]
+                return [[list(maps) for maps in parts] for parts in relevance(jobs, [(0,)] * len(jobs), targets)]
             wanted = [job.times for job in jobs]
             return [
-                [one[: len(job.times)] for one, job in zip(maps, jobs, strict=True)] for maps in relevance(jobs, wanted)
+                [[one[: len(times)] for one, times in zip(maps, wanted, strict=True)] for maps in parts]
+                for parts in relevance(jobs, wanted, targets)
             ]
 
         if cache is None:
@@ -438,8 +498,11 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
         how = (method.composite, method.seed, method.backend, method.precision, method.low, method.high)
         context = digest((*how, structure_of(unwrap(method.model)), weights_of(unwrap(method.model)), length))
 
-        def read_cached(jobs: list[_Job]) -> list[list[Tensor]]:
-            keys = [digest((context, [_frames(part, [job]) for part in clips], *arguments([job]))) for job in jobs]
+        def whole(jobs: list[_Job], target: Target) -> list[Tensor]:
+            """Whole explanations of the jobs' frames (jobs, T, H, W), of every input, from the cache as far as they are there."""
+            keys = [
+                digest((context, [_frames(part, [job]) for part in clips], *arguments([job], [target]))) for job in jobs
+            ]
             known: dict[bytes, tuple[Tensor, ...]] = {}
             missing: dict[bytes, _Job] = {}
             for key, job in zip(keys, jobs, strict=True):
@@ -449,17 +512,23 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
                 else:
                     known[key] = found
             if missing:
-                explained = relevance(list(missing.values()), "all")
+                (explained,) = relevance(list(missing.values()), "all", [target])
                 for key, *maps in zip(missing, *explained, strict=True):
                     known[key] = tuple(maps)
                     cache.put(key, known[key])
-            parts = zip(*(known[key] for key in keys), strict=True)
-            return [self._read_out(torch.stack(list(maps)), jobs) for maps in parts]
+            return [torch.stack(list(maps)) for maps in zip(*(known[key] for key in keys), strict=True)]
+
+        def read_cached(jobs: list[_Job]) -> list[list[list[Tensor]]]:
+            return [[self._read_out(maps, jobs) for maps in whole(jobs, target)] for target in targets]
 
         return read_cached
 
-    def _batching(self, internal_batch_size: int | None) -> dict[str, Any]:
-        return {"internal_batch_size": internal_batch_size}
+    def _explain(
+        self, inputs: Any, targets: list[Target], arguments: Any, internal_batch_size: int | None, **options: Any
+    ) -> list[Any]:
+        return self.method.attribute_targets(
+            inputs, targets, arguments, internal_batch_size=internal_batch_size, **options
+        )
 
     def _frozen_batch(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...]) -> int:
         return self.method.affordable_batch(clips, extra, enough=(_FROZEN_CLIPS, _FROZEN_BYTES))
@@ -532,14 +601,19 @@ class _Job(NamedTuple):
     times: tuple[int, ...]
 
 
-_Reader: TypeAlias = Callable[[list[_Job]], list[list[Tensor]]]
-"""Gives, for every input and every job, spatial relevance (times, H, W) at the times at which its frame is shown."""
+_Reader: TypeAlias = Callable[[list[_Job]], list[list[list[Tensor]]]]
+"""Gives, for every target, input and job, spatial relevance (times, H, W) at the times at which the job's frame is shown."""
+
+_Explain: TypeAlias = Callable[..., list[Any]]
+"""The method on some clips, given which rows' targets and arguments are theirs: ``(clips, rows, targets, **options)``."""
 
 
-def _whole(clips: tuple[Tensor, ...], explain: Callable[..., Any], jobs: Sequence[_Job]) -> tuple[Tensor, ...]:
-    """Relevance of the jobs' whole frozen clips (jobs, T, H, W), of every input."""
+def _whole(
+    clips: tuple[Tensor, ...], explain: _Explain, jobs: Sequence[_Job], targets: Sequence[Target]
+) -> list[tuple[Tensor, ...]]:
+    """For every target and input, relevance of the jobs' whole frozen clips (jobs, T, H, W)."""
     frozen = tuple(_frames(part, jobs).expand(-1, -1, part.shape[2], -1, -1) for part in clips)
-    return _over_channels(explain(frozen, [job.row for job in jobs]))
+    return [_over_channels(one) for one in explain(frozen, [job.row for job in jobs], targets)]
 
 
 def _frames(clips: Tensor, jobs: Sequence[_Job]) -> Tensor:
@@ -582,6 +656,11 @@ def _first_alike(clip: tuple[Tensor, ...]) -> list[int]:
     """For each time the first time at which every part of the clip shows the same frame."""
     codes = list(zip(*(distinct_frames(part).tolist() for part in clip), strict=True))
     return [codes.index(code) for code in codes]
+
+
+def _flat(of_targets: Sequence[Sequence[_Item]]) -> list[_Item]:
+    """What there is for every target and input, one after the other."""
+    return [item for items in of_targets for item in items]
 
 
 def _over_channels(relevance: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -124,19 +124,19 @@ def redistribute(
 
 
 def denominator(call: Call, rule: Rule, bounds: Limits | None, non_negative: bool, kernel: str) -> Tensor:
-    """The denominator z of z+ or z-beta on a 3D convolution, before the bias, by the kernel that `kernel_for` named."""
-    (x,) = call.signals
+    """The denominator z of z+ or z-beta, before the bias, by the kernel that `kernel_for` named."""
+    (signal,) = call.signals
     conv = _Convolution.of(call)
-    x = x.to(accumulator(x.dtype))
+    x = _to_3d(signal.to(accumulator(signal.dtype)), conv.dims)
     weight = conv.weight.to(x.dtype)
     if isinstance(rule, ZBeta):
         assert bounds is not None
-        inputs = [x - bound.to(x.dtype) for (bound,) in bounds]
+        inputs = [x - _to_3d(bound.to(x.dtype), conv.dims) for (bound,) in bounds]
     else:
         inputs = [x] if non_negative else [x.clamp(min=0), x.clamp(max=0)]
     weights = (weight.clamp(min=0), weight.clamp(max=0))
     z, *rest = (ops.conv3d(u, v, **conv.geometry, kernel=kernel) for u, v in zip(inputs, weights, strict=False))
-    return z.add_(rest[0]) if rest else z
+    return _from_3d(z.add_(rest[0]) if rest else z, signal, conv.dims)
 
 
 def forward(call: Call, kernel: str) -> Tensor:

@@ -122,8 +122,8 @@ def local_gradients() -> Iterator[None]:
 
 
 def adjoint(outputs: Sequence[Tensor], leaves: Sequence[Tensor], cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The adjoint, applied to ``cotangents``, of the linear map that made ``outputs`` from ``leaves``."""
-    gradients = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
+    """The adjoint, applied to ``cotangents``, of the linear map that made ``outputs`` from ``leaves``; more may be asked for."""
+    gradients = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True, retain_graph=True)
     return tuple(
         torch.zeros_like(leaf) if gradient is None else gradient
         for leaf, gradient in zip(leaves, gradients, strict=True)
@@ -148,8 +148,10 @@ class Layer(ABC):
     """Whether sharing relevance needs the values that entered, or their shapes only."""
 
     @abstractmethod
-    def redistribute(self, call: Call, relevance: Any, rule: Any, bounds: Any) -> tuple[Tensor | None, ...]:
-        """Relevance of every signal that entered (None: none at all), given that of the output."""
+    def redistribute(
+        self, call: Call, relevances: Sequence[Any], rule: Any, bounds: Any
+    ) -> list[tuple[Tensor | None, ...]]:
+        """For each of several relevances of the output, that of every signal that entered (None: none at all)."""
 
 
 class LinearMap(Layer):
@@ -165,16 +167,20 @@ class LinearMap(Layer):
         """The part of the bias, shaped to be added to ``output``; 0 if there is none."""
         return 0.0
 
-    def redistribute(self, call: Call, relevance: Tensor, rule: Rule, bounds: Limits | None) -> tuple[Tensor, ...]:
+    def redistribute(
+        self, call: Call, relevances: Sequence[Tensor], rule: Rule, bounds: Limits | None
+    ) -> list[tuple[Tensor | None, ...]]:
         """Share relevance by a rule: the one place where every rule meets every linear layer."""
-        shared = [torch.zeros_like(signal) for signal in call.signals]
+        shared = [[torch.zeros_like(signal) for signal in call.signals] for _ in relevances]
         for group in rule.groups:
             with local_gradients():
                 z, leaves = self._contributions(call, group, bounds)
-                if z is not None:
+                if z is None:
+                    continue
+                for relevance, own in zip(relevances, shared, strict=True):
                     s = self.quotient(call, relevance, z.detach(), group, rule.stabilizer)
-                    self._pull(shared, z, leaves, s)
-        return tuple(shared)
+                    self._pull(own, z, leaves, s)
+        return [tuple(own) for own in shared]
 
     def denominator(self, call: Call, group: Group, bounds: Limits | None) -> Tensor | None:
         """The denominator of a group's terms, before the bias; None where it has none."""
@@ -291,17 +297,23 @@ class MaxPool(Layer):
     window_sums: Callable[[Call, Tensor, torch.Size], Tensor]
     needs_activations = True
 
-    def redistribute(self, call: Call, relevance: Tensor, rule: MaxPoolRule, bounds: Any) -> tuple[Tensor, ...]:
+    def redistribute(
+        self, call: Call, relevances: Sequence[Tensor], rule: MaxPoolRule, bounds: Any
+    ) -> list[tuple[Tensor | None, ...]]:
         """Share within the windows (`Proportional`) or route to the maxima (`WinnerTakesAll`)."""
         (x,) = call.signals
+        shared: list[tuple[Tensor | None, ...]] = []
         with local_gradients():
             if isinstance(rule, WinnerTakesAll):
                 leaf = x.detach().requires_grad_()
-                return adjoint([call([leaf])], [leaf], [relevance])
+                maxima = call([leaf])
+                return [adjoint([maxima], [leaf], [relevance]) for relevance in relevances]
             leaf = x.detach().clamp(min=0).requires_grad_()
-            z = self.window_sums(call, leaf, relevance.shape)
-            (gradient,) = adjoint([z], [leaf], [divide(relevance, z.detach(), rule.stabilizer)])
-        return (leaf.detach() * gradient,)
+            z = self.window_sums(call, leaf, relevances[0].shape)
+            for relevance in relevances:
+                (gradient,) = adjoint([z], [leaf], [divide(relevance, z.detach(), rule.stabilizer)])
+                shared.append((leaf.detach() * gradient,))
+        return shared
 
 
 @dataclass(frozen=True)
@@ -311,24 +323,28 @@ class Elementwise(Layer):
     affine: bool = False
     """Whether pixel bounds can be mapped through it."""
 
-    def redistribute(self, call: Call, relevance: Tensor, rule: Any, bounds: Any) -> tuple[Tensor, ...]:
+    def redistribute(
+        self, call: Call, relevances: Sequence[Tensor], rule: Any, bounds: Any
+    ) -> list[tuple[Tensor | None, ...]]:
         """Pass relevance on, summed where the signal was broadcast."""
-        return (relevance.sum_to_size(call.signals[0].shape),)
+        return [(relevance.sum_to_size(call.signals[0].shape),) for relevance in relevances]
 
 
 @dataclass(frozen=True)
 class Rearrangement(Layer):
     """Relevance follows the element: every output element is one input element, or a constant."""
 
-    def redistribute(self, call: Call, relevance: Any, rule: Any, bounds: Any) -> tuple[Tensor, ...]:
+    def redistribute(
+        self, call: Call, relevances: Sequence[Any], rule: Any, bounds: Any
+    ) -> list[tuple[Tensor | None, ...]]:
         """Put relevance back where its elements came from; a split's is a dict from output number to relevance."""
-        given: dict[int, Tensor] = relevance if isinstance(relevance, dict) else {0: relevance}
-        like = next(iter(given.values()))
+        every: list[dict[int, Tensor]] = [one if isinstance(one, dict) else {0: one} for one in relevances]
+        like = next(iter(every[0].values()))
         with local_gradients():
             leaves = [like.new_zeros(()).expand(signal.shape).requires_grad_() for signal in call.signals]
             outputs = call(leaves)
             outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-            return adjoint([outputs[i] for i in given], leaves, list(given.values()))
+            return [adjoint([outputs[i] for i in given], leaves, list(given.values())) for given in every]
 
 
 @dataclass(frozen=True)
@@ -338,10 +354,12 @@ class Gate(Layer):
     gate: int
     """Which of the two signals is the gate."""
 
-    def redistribute(self, call: Call, relevance: Tensor, rule: Any, bounds: Any) -> tuple[Tensor | None, ...]:
+    def redistribute(
+        self, call: Call, relevances: Sequence[Tensor], rule: Any, bounds: Any
+    ) -> list[tuple[Tensor | None, ...]]:
         """Pass relevance to the signal, summed where it was broadcast."""
-        passed = relevance.sum_to_size(call.signals[1 - self.gate].shape)
-        return (None, passed) if self.gate == 0 else (passed, None)
+        passed = [relevance.sum_to_size(call.signals[1 - self.gate].shape) for relevance in relevances]
+        return [(None, own) if self.gate == 0 else (own, None) for own in passed]
 
 
 def _pool_sums(call: Call, x: Tensor, output: torch.Size) -> Tensor:

@@ -74,7 +74,7 @@ Observer: TypeAlias = Callable[[Step, Any, Sequence[Tensor | None]], None]
 Values: TypeAlias = dict[fx.Node, Any]
 ValueOf: TypeAlias = Callable[[fx.Node], Any]
 Compute: TypeAlias = Callable[[fx.Node, Values], Any]
-Share: TypeAlias = Callable[[Step, Values, "Box", Any], Sequence[Tensor | None]]
+Share: TypeAlias = Callable[[Step, Values, "Box", list[Any]], Sequence[Sequence[Tensor | None]]]
 
 
 @dataclass(frozen=True)
@@ -304,71 +304,87 @@ class Network:
     def backward(
         self,
         activations: Activations,
-        seed: Tensor,
+        seeds: Sequence[Tensor],
         bounds: Sequence[tuple[Bound, Bound]],
         observe: Observer | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Walk relevance from the output to the explained inputs.
+    ) -> list[tuple[Tensor, ...]]:
+        """Walk relevance from the output to the explained inputs, for several targets at once: they share denominators.
 
         Args:
             activations: of the same examples; consumed: every value is freed once its layer is done.
-            seed: relevance of the output, in the precision of the walk.
+            seeds: for every target relevance of the output, in the precision of the walk.
             bounds: (low, high) of every explained input.
-            observe: called after every step with the relevance that arrived at its output and that left to its inputs.
+            observe: called after every step and for every target with the relevance that arrived at its output and that left
+                to its inputs.
 
         Returns:
-            Relevance of every explained input, shaped like it.
+            For every target relevance of every explained input, shaped like it.
         """
-        values = activations.values
+        values, seed = activations.values, seeds[0]
 
-        def share(step: Step, values: Values, box: Box, arriving: Any) -> Sequence[Tensor | None]:
+        def share(step: Step, values: Values, box: Box, arriving: list[Any]) -> Sequence[Sequence[Tensor | None]]:
             leaving = self.share(step, values.__getitem__, box.around(step, dict.__getitem__), arriving)
             if observe is not None:
-                observe(step, arriving, leaving)
+                for arrived, left in zip(arriving, leaving, strict=True):
+                    observe(step, arrived, left)
             return leaving
 
         with plain_modes():
             box = self.box(values, seed, bounds, lambda node, values: _run(node, values.__getitem__))
-            relevance = self.walk(values, seed, box, share)
-            return tuple(
-                relevance[node]
-                if node in relevance
-                else torch.zeros_like(values[node], dtype=seed.dtype, device=seed.device)
-                for node in self.inputs
-            )
+            return [
+                tuple(
+                    relevance[node]
+                    if node in relevance
+                    else torch.zeros_like(values[node], dtype=seed.dtype, device=seed.device)
+                    for node in self.inputs
+                )
+                for relevance in self.walk(values, seeds, box, share)
+            ]
 
-    def walk(self, values: Values, seed: Tensor, box: Box, share: Share) -> Values:
-        """The relevance of every input that any reaches; ``share`` gives that of a step's sources, given its node's.
+    def walk(self, values: Values, seeds: Sequence[Tensor], box: Box, share: Share) -> list[Values]:
+        """For every target the relevance of every input that any reaches.
 
-        Values are consumed: each is freed once its layer is done.
+        ``share`` gives for every target that of a step's sources, given its node's. Values are consumed: each is freed
+        once its layer is done.
         """
-        relevance: Values = {self.output: seed}
+        relevances: list[Values] = [{self.output: seed} for seed in seeds]
         for step in reversed(self.steps):
-            arriving = relevance.pop(step.node, None)
-            if arriving is not None:
-                for source, part in zip(step.sources, share(step, values, box, arriving), strict=True):
-                    if part is not None:
-                        _add(relevance, step, source, part)
+            if step.node in relevances[0]:
+                arriving = [relevance.pop(step.node) for relevance in relevances]
+                for relevance, leaving in zip(relevances, share(step, values, box, arriving), strict=True):
+                    for source, part in zip(step.sources, leaving, strict=True):
+                        if part is not None:
+                            _add(relevance, step, source, part)
             values.pop(step.node, None)
-        return relevance
+        return relevances
 
     def share(
         self,
         step: Step,
         value_of: ValueOf,
         limits: Limits | None,
-        arriving: Any,
+        arriving: list[Any],
         args: tuple[Any, ...] | None = None,
-    ) -> tuple[Tensor | None, ...]:
-        """The relevance of a step's sources, given that of its output; ``args`` stand for the operation's own arguments."""
+    ) -> Sequence[Sequence[Tensor | None]]:
+        """For every target the relevance of a step's sources, given that of its output.
+
+        ``args`` stand for the operation's own arguments.
+        """
         if step.node.target is operator.getitem:
-            return (arriving,)
-        call = Call(step.node, step.positions, value_of, args)
+            return [(one,) for one in arriving]
+        call, rule, layer = Call(step.node, step.positions, value_of, args), step.rule, step.layer
         kernel = self.kernel_of(step, call)
-        if kernel != "reference" and step.rule is not None:
-            return fused.redistribute(call, arriving, step.rule, limits, self.is_non_negative(step), kernel)
-        dtype = (next(iter(arriving.values())) if isinstance(arriving, dict) else arriving).dtype
-        return step.layer.redistribute(call.to(dtype), arriving, self.reference_rule(step), limits)
+        if kernel == "reference" or rule is None:
+            dtype = pytree.tree_leaves(arriving)[0].dtype
+            return layer.redistribute(call.to(dtype), arriving, self.reference_rule(step), limits)
+        non_negative = self.is_non_negative(step)
+        if len(arriving) == 1 or not isinstance(layer, Weighted) or not isinstance(rule, Rule):
+            return [fused.redistribute(call, one, rule, limits, non_negative, kernel) for one in arriving]
+        (group,) = rule.groups
+        z = fused.denominator(call, rule, limits, non_negative, kernel)
+        with_bias = call.to(z.dtype)
+        quotients = (layer.quotient(with_bias, one, z, group, rule.stabilizer) for one in arriving)
+        return [fused.redistribute(call, s, rule, limits, non_negative, kernel, divided=True) for s in quotients]
 
     def is_non_negative(self, step: Step) -> bool:
         """Whether nothing that a step reads can be negative."""

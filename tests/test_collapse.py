@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from models import STOCK, between, stock_model
 from torch import Tensor, nn
 
-from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, DiscriminativeRelevance, SpatioTemporalRelevance
+from captum_dtd import (
+    DeepTaylor,
+    DiscriminativeDeepTaylor,
+    DiscriminativeRelevance,
+    FrameCache,
+    SpatioTemporalRelevance,
+)
 from captum_dtd.attribution import FrozenClips
 from captum_dtd.composites import EPSILON_GAMMA_BOX
 from captum_dtd.rules import AlphaBeta, Flat, Proportional, WinnerTakesAll, WSquare, ZBeta, ZPlus
@@ -77,20 +83,20 @@ def explained(request: pytest.FixtureRequest) -> tuple[FrozenClips, Tensor, Tens
 
 def test_every_time(explained: tuple[FrozenClips, Tensor, Tensor, int]) -> None:
     walker, clips, whole, _ = explained
-    (relevance,) = walker.explain((clips,), 1, (), "all")
+    ((relevance,),) = walker.explain((clips,), [1], (), "all")
     close(relevance, whole)
 
 
 def test_sums_over_classes_of_equal_times(explained: tuple[FrozenClips, Tensor, Tensor, int]) -> None:
     walker, clips, whole, _ = explained
-    (relevance,) = walker.explain((clips,), 1, (), "classes")
+    ((relevance,),) = walker.explain((clips,), [1], (), "classes")
     close(relevance[:, :, 0], whole.sum(2))
 
 
 def test_some_times_of_every_clip(explained: tuple[FrozenClips, Tensor, Tensor, int]) -> None:
     walker, clips, whole, frames = explained
     wanted: list[tuple[int, ...]] = [(frames // 2 - 1,), (0, 3, frames - 1)][-len(clips) :]
-    (relevance,) = walker.explain((clips,), 1, (), wanted)
+    ((relevance,),) = walker.explain((clips,), [1], (), wanted)
     assert relevance.shape[2] == 3
     for row, times in enumerate(wanted):
         close(relevance[row, :, : len(times)], whole[row][:, list(times)])
@@ -395,3 +401,32 @@ def test_a_clip_of_one_frame() -> None:
     method = DiscriminativeDeepTaylor(small(nn.Identity()).eval(), LOW, HIGH)
     x = pixels(2, 2, 2, 5, 5)
     assert_same(*both(method, x, 1))
+
+
+# --- several targets ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("composite", ["dtd", "bias", "alpha-beta"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_several_targets_are_what_each_is_alone(composite: str, backend: Any) -> None:
+    rules = OTHER_RULES.get(composite, "dtd")
+    method = DiscriminativeDeepTaylor(small().eval(), LOW, HIGH, composite=rules, backend=backend)
+    x = pixels(2, 2, 10, 5, 5)
+    targets: list[Any] = [0, [1, 2], torch.tensor([2, 0])]
+    for one in (method, method.method):
+        together = one.attribute_targets(x, targets, return_convergence_delta=True)
+        assert len(together) == len(targets)
+        for (maps, delta), target in zip(together, targets, strict=True):
+            expected, expected_delta = one.attribute(x, target, return_convergence_delta=True)
+            torch.testing.assert_close(maps, expected, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(delta, expected_delta, rtol=1e-8, atol=1e-10)
+    cache = FrameCache()
+    for maps, target in zip(method.attribute_targets(x, targets, frame_cache=cache), targets, strict=True):
+        assert_same(maps, method.attribute(x, target))
+
+
+def test_no_targets_are_an_error() -> None:
+    method = DiscriminativeDeepTaylor(small().eval(), LOW, HIGH)
+    for one in (method, method.method):
+        with pytest.raises(ValueError, match="targets is empty"):
+            one.attribute_targets(pixels(1, 2, 10, 5, 5), [])
