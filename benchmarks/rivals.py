@@ -10,7 +10,7 @@ make: those keep relevance in float32.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -25,6 +25,12 @@ aten = torch.ops.aten
 
 LinearMap = Callable[[Tensor], Tensor]
 """A convolution or its adjoint, with its weights bound."""
+
+Way = Callable[[Convolution, Tensor, Tensor], LinearMap]
+"""A way to take a convolution or its adjoint: of the layer, its weights, and tensors like its input."""
+
+# Calls of oneDNN by name, which torch.compile cannot trace.
+_BY_NAME = ("prepacked", "mkldnn")
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last_3d}
 
@@ -104,6 +110,12 @@ ADJOINTS = {
 }
 
 
+def _usable(ways: Mapping[str, Way], dtype: torch.dtype) -> dict[str, Way]:
+    """Without what oneDNN refuses by name: bfloat16 on a machine that has too few instructions for it."""
+    refused = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return {name: make for name, make in ways.items() if not (refused and name.startswith(_BY_NAME))}
+
+
 def _flipped(layer: Convolution) -> Convolution:
     """The convolution that is the adjoint of one with unit stride."""
     t, h, w = (k - 1 - p for k, p in zip(layer.kernel, layer.padding, strict=True))
@@ -111,12 +123,12 @@ def _flipped(layer: Convolution) -> Convolution:
 
 
 def _adjoints(layer: Convolution, weight: Tensor, x: Tensor) -> Iterator[tuple[str, LinearMap]]:
-    for name, make in ADJOINTS.items():
+    for name, make in _usable(ADJOINTS, weight.dtype).items():
         yield name, make(layer, weight, x)
     if layer.stride == ONE:
         flipped = _like(weight.transpose(0, 1).flip(2, 3, 4), weight)
         s = weight.new_empty(1, layer.c_out, *layer.output_size)
-        for name, make_convolution in CONVOLUTIONS.items():
+        for name, make_convolution in _usable(CONVOLUTIONS, weight.dtype).items():
             yield f"flipped {name}", make_convolution(_flipped(layer), flipped, s)
 
 
@@ -176,13 +188,12 @@ def _rivals(
         x, weight, given, *arguments = (
             t.to(u.dtype).contiguous(memory_format=memory_format) for t in (u, positive, relevance, *read)
         )
-        convolutions = {name: make(layer, weight, x) for name, make in CONVOLUTIONS.items()}
+        convolutions = {name: make(layer, weight, x) for name, make in _usable(CONVOLUTIONS, u.dtype).items()}
         adjoints = dict(_adjoints(layer, weight, x))
         if layout == "contiguous":
             pair = convolutions["conv3d"], adjoints["conv_transpose3d"]
             rivals.append(Rival("conv3d + conv_transpose3d, contiguous", partial(body, *arguments, given, *pair)))
-        # The compiler cannot trace the calls of oneDNN by name: it gets the fastest of the rest.
-        for wrapper, left_out in (("", ()), ("compiled ", ("prepacked", "mkldnn")))[: 1 + compiled]:
+        for wrapper, left_out in (("", ()), ("compiled ", _BY_NAME))[: 1 + compiled]:
             there, back = (
                 fastest({n: partial(run, t) for n, run in maps.items() if not any(part in n for part in left_out)})
                 for maps, t in ((convolutions, x), (adjoints, given))
@@ -201,7 +212,7 @@ def z_beta_rivals(layer: Convolution, given: Tensors) -> list[Rival]:
         x, relevance = (t.to(dtype).contiguous(memory_format=memory_format) for t in (given.x, given.relevance))
         low, high = (b.to(dtype).expand_as(x).contiguous(memory_format=memory_format) for b in (given.low, given.high))
         v = given.weight.contiguous(memory_format=memory_format)
-        there = fastest({n: partial(make(layer, v, x), x) for n, make in CONVOLUTIONS.items()})
+        there = fastest({n: partial(make(layer, v, x), x) for n, make in _usable(CONVOLUTIONS, dtype).items()})
         back = fastest({n: partial(run, relevance) for n, run in _adjoints(layer, v, x)})
         parts = (v, v.clamp(min=0), v.clamp(max=0))
         convolutions = [CONVOLUTIONS[there](layer, part, x) for part in parts]

@@ -77,7 +77,7 @@ def interleaved(contenders: Mapping[str, Callable[[], Tensor]], protocol: Protoc
         if repetition >= protocol.repetitions and now() - begun > protocol.seconds:
             break
         for name, run in contenders.items():
-            if not samples[name] or samples[name][-1] > _LONG:
+            if samples[name] and samples[name][-1] > _LONG:
                 gc.collect()  # what a contender leaves in cycles must not weigh on the next
             start = now()
             run()
