@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +34,34 @@ def seeded() -> Iterator[None]:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def copied(traced: Any) -> Any:
+    """The same operations as nodes of their own: who is given a trace rewrites it."""
+    graph = copy.deepcopy(traced.graph)
+    same = dict(zip(traced.graph.nodes, graph.nodes, strict=True))
+    inputs = tuple(node and same[node] for node in traced.inputs)
+    tensors, constants = ({same[n]: v for n, v in each.items()} for each in (traced.tensors, traced.constants))
+    return replace(traced, graph=graph, inputs=inputs, tensors=tensors, constants=constants)
+
+
+@pytest.fixture
+def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each model is traced once in the test, which explains it by several methods on inputs of one shape.
+
+    Tracing a small net takes far longer than all the rest.
+    """
+    from captum_dtd import attribution  # not above: children that need no package would wait for it
+    from captum_dtd.graph import trace
+
+    traces: dict[nn.Module, Any] = {}
+
+    def traced(model: nn.Module, arguments: Any, batch: int) -> Any:
+        if model not in traces:
+            traces[model] = trace(model, arguments, batch)
+        return copied(traces[model])
+
+    monkeypatch.setattr(attribution, "trace", traced)
 
 
 @pytest.fixture(scope="session")

@@ -394,12 +394,12 @@ def test_real_clips(folder: Path) -> None:
     data = Path(os.environ["CAPTUM_DTD_DATA"])
     right = 0
     names = [line.split()[0] for line in (data / "ucf10_64px" / "vallist.txt").read_text().splitlines()]
-    chosen = names[5 :: len(names) // 10][:10]
+    chosen = names[5 :: len(names) // 5][:5]
     for name in chosen:
         assert main(["explain", str(data / "ucf10_64px" / name), "--model", "c3d_mini", "--quiet", "-o", "out"]) == 0
         maps, record = read(folder / "out")
         assert maps["total"].sum().item() == pytest.approx(record["score"], rel=1e-3)
         assert record["low"] == pytest.approx(Preprocessing.from_dict(record["preprocessing"]).bounds[0].tolist())
         right += record["class"] == name.split("/")[0]
-    assert len(chosen) == 10
-    assert right >= 5
+    assert len(chosen) == 5
+    assert right >= 3

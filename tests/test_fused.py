@@ -6,7 +6,8 @@ one serves in turn, and the rule table is asked whether it did.
 
 from __future__ import annotations
 
-from functools import partial
+import copy
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -91,6 +92,21 @@ def test_every_entry_of_the_table_has_cases() -> None:
     assert CASES.keys() == FUSED.keys()
 
 
+@cache
+def posed(device: str, rule: type, kind: str) -> list[tuple[DeepTaylor, Tensor, Tensor]]:
+    """For every case its method, which kernels take turns in, its input, and the oracle's answer for classes 0 and 2."""
+    found = []
+    for pixel, layer, shape in CASES[rule, kind]:
+        torch.manual_seed(1)
+        model = Net(pixel, layer, shape).eval()
+        x = between(LOW, HIGH, (2, *shape), 3, torch.float32)
+        expected = explain(model, x, LOW, HIGH, [0, 2], walk=partial(Walk, winner=rule is WinnerTakesAll))
+        composite = {"layer": WinnerTakesAll()} if rule is WinnerTakesAll else "dtd"
+        model = copy.deepcopy(model).to(device)
+        found.append((DeepTaylor(model, LOW, HIGH, composite=composite), x.to(device), expected))
+    return found
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(("device", "rule", "kind", "kernel"), SERVED)
 def test_serves_as_the_oracle_says(
@@ -105,19 +121,12 @@ def test_serves_as_the_oracle_says(
 
     monkeypatch.setattr(kernels, "choose", choose)
     tolerance = TOLERANCES[kernel.split("/")[1]] if kernel != "reference" else 1e-5
-    for pixel, layer, shape in CASES[rule, kind]:
-        torch.manual_seed(1)
-        model = Net(pixel, layer, shape).eval()
-        x = between(LOW, HIGH, (2, *shape), 3, torch.float32)
-        expected = explain(model, x, LOW, HIGH, [0, 2], walk=partial(Walk, winner=rule is WinnerTakesAll))
-        composite = {"layer": WinnerTakesAll()} if rule is WinnerTakesAll else "dtd"
-        method = DeepTaylor(model.to(device), LOW, HIGH, composite=composite)
-        found = method.attribute(x.to(device), torch.tensor([0, 2])).cpu()
+    for method, x, expected in posed(device, rule, kind):
+        found = method.attribute(x, torch.tensor([0, 2])).cpu()
         assert_agrees(found, expected, tolerance)
         under_test = "pixel" if rule is ZBeta else "layer"
-        rows = {row.module: row.kernel for row in method.rule_table(x.to(device)).rows}
+        rows = {row.module: row.kernel for row in method.rule_table(x).rows}
         assert rows[under_test] == kernel
-        model.cpu()
 
 
 def test_stabilizer_of_an_average_is_not_that_of_a_sum() -> None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from captum_dtd import DeepTaylor
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 LOW, HIGH = (-2.1, -2.0, -1.8), (2.2, 2.4, 2.6)
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)

@@ -123,11 +123,13 @@ def check_every_rule(layer: Callable[[], nn.Module], where: str) -> None:
     assert not disagree, "\n".join(disagree)
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_rule_on_every_layer(layer: str) -> None:
     check_every_rule(LAYERS[layer], "layers")
 
 
+@pytest.mark.usefixtures("one_trace")
 def test_every_rule_on_pixels() -> None:
     """An override reaches the pixel layer too."""
     check_every_rule(lambda: nn.Conv3d(4, 3, 2), "pixels")
@@ -142,18 +144,21 @@ def test_epsilon_gamma_box(name: str) -> None:
     assert_agrees(method.attribute(x, torch.tensor([0, 3])), expected)
 
 
+TWO_LAYERS = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1)).double().eval()
+
+
 def by_hand(weight: list[float], bias: float, x: list[float], rule: Any) -> list[float]:
     """Relevance of two features that reach the only output by these weights, seed one, the first layer the identity."""
-    first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 1)
+    model = TWO_LAYERS
     with torch.no_grad():
-        first.weight.copy_(torch.eye(2))
-        second.weight.copy_(torch.tensor([weight]))
-        second.bias.fill_(bias)
-    model = nn.Sequential(first, second).double().eval()
+        model[0].weight.copy_(torch.eye(2))
+        model[1].weight.copy_(torch.tensor([weight]))
+        model[1].bias.fill_(bias)
     method = DeepTaylor(model, -10, 10, composite={"1": rule, "0": WSquare()}, seed="one")
     return method.attribute(torch.tensor([x], dtype=torch.float64), 0)[0].tolist()
 
 
+@pytest.mark.usefixtures("one_trace")
 def test_by_hand() -> None:
     """Numbers anyone can check: weights (2, -1), bias 3, features (3, 2) or (3, -2)."""
     assert by_hand([2, -1], 3, [3, 2], ZPlus()) == pytest.approx([1, 0], abs=1e-14)
@@ -208,6 +213,7 @@ def test_overrides_by_name_glob_and_type(override: Any, module: str) -> None:
         assert rules[untouched].startswith("ZPlus")
 
 
+@pytest.mark.usefixtures("one_trace")
 def test_override_changes_what_it_names_as_the_oracle_says() -> None:
     case = zoo("residual")
     model, x = case.model(), case.inputs(2)
