@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -24,9 +22,9 @@ from safetensors.numpy import save
 from torch import Tensor
 from tqdm import tqdm
 
-from captum_dtd import DiscriminativeDeepTaylor, __version__, doctor
+from captum_dtd import __version__, doctor
 from captum_dtd.kernels import Precision
-from captum_dtd.models import load_model
+from captum_dtd.recipe import Explainer, Recipe, class_index, read_classes
 from captum_dtd.video import (
     Clip,
     Preprocessing,
@@ -51,7 +49,9 @@ _GENERATED, _ACTION = "generated", "jack"
 _GENERATED_FRAMES, _GENERATED_FPS = 64, 25.0
 # Slow enough for the eye: a clip of 16 frames lasts two seconds.
 _OVERLAY_FPS = 8.0
-_SETTINGS = ("readout", "normalize", "preset", "precision")
+# Options that are a recipe's attributes, and those that change its preprocessing
+_NAMED = ("model", "weights", "num_classes", "preset", "readout", "normalize", "composite", "precision")
+_PREPROCESSING = ("size", "mean", "std", "scale", "channels", "frames", "stride")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,21 +100,30 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="explain one clip: relevance, an overlay video, a contact sheet")
     explain.set_defaults(run=_explain)
     explain.add_argument("video", metavar="VIDEO", help=f"a file, or generated[:ACTION] ({', '.join(ACTIONS)})")
-    explain.add_argument("-m", "--model", required=True, help="c3d_mini, c3d, a torchvision name, module:function")
-    explain.add_argument("-w", "--weights", help="a checkpoint file, or a name (c3d_mini: ucf10, weizmann)")
     explain.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder (default: captum_dtd_VIDEO)")
     explain.add_argument("--target", metavar="NAME|INDEX", help="class to explain (default: the model's top class)")
     explain.add_argument("--start", type=float, metavar="SECONDS", help="of the clip (default: in the middle)")
-    explain.add_argument("--preset", choices=["hiley2019"], help="all settings of the method's authors")
-    explain.add_argument("--readout", choices=["own", "first", "mean"], help="slice of a frozen clip (default: own)")
-    explain.add_argument("--normalize", choices=["none", "max", "sum"], help="before subtracting (default: none)")
-    explain.add_argument("--composite", choices=["dtd", "epsilon-gamma-box"], default="dtd", help="which rules")
-    explain.add_argument("--precision", choices=get_args(Precision), help="what kernels may round (default: float32)")
     explain.add_argument("--percentile", type=float, default=99.5, help="of |relevance| that gets full colour")
-    explain.add_argument("--internal-batch-size", type=int, metavar="N", help="frozen clips explained at once")
     explain.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    explain.add_argument("--quiet", action="store_true", help="no progress bars")
-    own = explain.add_argument_group("models whose preprocessing is not known (or to change it)")
+    _add_recipe(explain)
+
+    check = commands.add_parser("doctor", help="versions, devices, kernels, and a self-check")
+    check.set_defaults(run=lambda args: doctor.run())
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    """What says how clips are explained, whatever they come from."""
+    parser.add_argument("-m", "--model", required=True, help="c3d_mini, c3d, a torchvision name, module:function")
+    parser.add_argument("-w", "--weights", help="a checkpoint file, or a name (c3d_mini: ucf10, weizmann)")
+    parser.add_argument("--preset", choices=["hiley2019"], help="all settings of the method's authors")
+    parser.add_argument("--readout", choices=["own", "first", "mean"], help="slice of a frozen clip (default: own)")
+    parser.add_argument("--normalize", choices=["none", "max", "sum"], help="before subtracting (default: none)")
+    parser.add_argument("--composite", choices=["dtd", "epsilon-gamma-box"], default="dtd", help="which rules")
+    parser.add_argument("--precision", choices=get_args(Precision), help="what kernels may round (default: float32)")
+    parser.add_argument("--internal-batch-size", type=int, metavar="N", help="frozen clips explained at once")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    own = parser.add_argument_group("models whose preprocessing is not known (or to change it)")
     own.add_argument("--size", type=int, nargs="+", metavar="N", help="input HEIGHT WIDTH, or one number for a square")
     own.add_argument("--mean", type=float, nargs="+", metavar="X", help="subtracted, one for each channel or for all")
     own.add_argument("--std", type=float, nargs="+", metavar="X", help="divided by, one for each channel or for all")
@@ -125,9 +134,16 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
     own.add_argument("--num-classes", type=int, metavar="N", help="number of the model's outputs")
 
-    check = commands.add_parser("doctor", help="versions, devices, kernels, and a self-check")
-    check.set_defaults(run=lambda args: doctor.run())
-    return parser
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    if args.size and len(args.size) > 2:
+        raise ValueError(f"--size takes HEIGHT WIDTH or one number, not {len(args.size)} numbers")
+    preprocessing = {name: getattr(args, name) for name in _PREPROCESSING if getattr(args, name) is not None}
+    return Recipe(
+        classes=read_classes(args.classes) if args.classes else None,
+        preprocessing=preprocessing,
+        **{name: getattr(args, name) for name in _NAMED},
+    )
 
 
 @dataclass(frozen=True)
@@ -179,28 +195,20 @@ def _explain(args: argparse.Namespace) -> int:
     source = _Source.find(args.video)
     directory: Path = args.output or Path(f"captum_dtd_{source.stem}")
     with _staging(directory) as staging:
-        classes = _read_classes(args.classes) if args.classes else None
-        loaded = load_model(args.model, args.weights, args.num_classes or (len(classes) if classes else None))
-        classes = classes or loaded.classes
-        prepare = _preprocessing(args, loaded.preprocessing)
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = loaded.model.to(device).eval()
-        low, high = prepare.bounds
-        settings = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name)}
-        explainer = DiscriminativeDeepTaylor(model, low, high, composite=args.composite, **settings)
+        explainer = _recipe(args).load(device)
+        classes, prepare = explainer.classes, explainer.prepare
 
         video, clip = source.clip(prepare, args.start)
         inputs = prepare(clip.frames)[None].to(device)
-        outputs = _outputs(model, inputs)
-        if classes and len(classes) != outputs.shape[1]:
-            raise ValueError(f"there are {len(classes)} class names, but {args.model} has {outputs.shape[1]} outputs")
+        outputs = explainer.outputs(inputs)
         if args.target is not None:
-            target = _target(args.target, classes, outputs.shape[1])
+            target = class_index(args.target, classes, outputs.shape[1])
         elif args.preset == "hiley2019":
-            target = int(_mean_outputs(model, prepare, source, device, args.quiet).argmax())
+            target = int(_mean_outputs(explainer, source, args.quiet).argmax())
         else:
             target = int(outputs.argmax())
-        relevance, delta = explainer.attribute(
+        relevance, delta = explainer.method.attribute(
             inputs,
             target=target,
             return_convergence_delta=True,
@@ -220,7 +228,7 @@ def _explain(args: argparse.Namespace) -> int:
             "indices_from_start": (clip.indices - clip.indices[0]).tolist(),
             "loop_padded": clip.looped,
             "model": args.model,
-            "weights": loaded.weights,
+            "weights": explainer.weights,
             "target": target,
             "class": classes[target] if classes else f"class {target}",
             "score": float(outputs[0, target]),
@@ -230,10 +238,10 @@ def _explain(args: argparse.Namespace) -> int:
             "normalize": args.normalize or ("max" if args.preset else "none"),
             "seed": "one" if args.preset else "logit",
             "composite": args.composite,
-            "precision": explainer.method.precision,
-            "kernels": sorted({row.kernel for row in explainer.method.rule_table(inputs).rows}),
-            "low": low.tolist(),
-            "high": high.tolist(),
+            "precision": explainer.method.method.precision,
+            "kernels": sorted({row.kernel for row in explainer.method.method.rule_table(inputs).rows}),
+            "low": prepare.bounds[0].tolist(),
+            "high": prepare.bounds[1].tolist(),
             "preprocessing": prepare.to_dict(),
             "delta": float(delta[0]),
             "temporal_share": float(moves / max(moves + looks, np.finfo(np.float32).tiny)),
@@ -303,78 +311,12 @@ def _staging(directory: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _preprocessing(args: argparse.Namespace, known: dict[str, Any] | None) -> Preprocessing:
-    """What the model's weights come with, changed by what the user gave."""
-    names = ("size", "mean", "std", "scale", "channels", "frames", "stride")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    settings = Preprocessing.from_dict(known).to_dict() if known else {}
-    if "size" in given:
-        if len(given["size"]) > 2:
-            raise ValueError(f"--size takes HEIGHT WIDTH or one number, not {len(given['size'])} numbers")
-        settings.pop("resize", None)
-    elif "mean" in given and "channels" not in given and not known:
-        given["channels"] = len(given["mean"])
-    settings |= given
-    missing = [f"--{name}" for name in ("size", "mean", "std", "frames") if name not in settings]
-    if missing:
-        raise ValueError(
-            f"no preprocessing is known for {args.model}: give {' '.join(missing)} "
-            "(and --scale, --stride, --channels where they are not 1, 1, 3)"
-        )
-    return Preprocessing.from_dict(settings)
-
-
-def _read_classes(path: Path) -> tuple[str, ...]:
-    """One name per line; numbers in front, as in UCF-101's classInd.txt, are dropped."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--classes {path} is not a text file") from error
-    if not lines:
-        raise ValueError(f"--classes {path} has no names in it")
-    if all(re.match(r"\d+\s+\S", line) for line in lines):
-        lines = [line.split(maxsplit=1)[1] for line in lines]
-    return tuple(lines)
-
-
-def _target(text: str, classes: Sequence[str] | None, count: int) -> int:
-    folded = [name.casefold() for name in classes or ()]
-    if text.casefold() in folded:
-        return folded.index(text.casefold())
-    if re.fullmatch(r"-?\d+", text):
-        if not 0 <= int(text) < count:
-            raise ValueError(f"--target {text} is out of range: the model has classes 0 to {count - 1}")
-        return int(text)
-    if not classes:
-        raise ValueError(f"--target {text}: this model's class names are not known; give an index or --classes FILE")
-    close = difflib.get_close_matches(text.casefold(), folded, n=3, cutoff=0.5)
-    names = [classes[folded.index(name)] for name in close] or list(classes[:10])
-    raise ValueError(
-        f"--target {text} is no class of this model; {'did you mean' if close else 'classes are'}: "
-        f"{', '.join(names)}{'' if close or count <= 10 else ', ...'}"
-    )
-
-
-def _outputs(model: torch.nn.Module, inputs: Tensor) -> Tensor:
-    try:
-        with torch.no_grad():
-            outputs = model(inputs)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the model cannot run on a clip of shape {tuple(inputs.shape)}: {reason}") from error
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
-        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(f"the model must return a tensor (clips, classes), not {shape}")
-    return outputs
-
-
-def _mean_outputs(
-    model: torch.nn.Module, prepare: Preprocessing, source: _Source, device: torch.device, quiet: bool
-) -> Tensor:
+def _mean_outputs(explainer: Explainer, source: _Source, quiet: bool) -> Tensor:
     """(1, classes): the mean over the video's clips, which follow each other without overlap."""
+    prepare = explainer.prepare
     clips = iter_clips(source.frames(), prepare.frames, prepare.stride)
     outputs = [
-        _outputs(model, prepare(clip)[None].to(device))
+        explainer.outputs(prepare(clip)[None].to(explainer.device))
         for clip in tqdm(clips, desc="classifying", unit="clip", disable=quiet, leave=False)
     ]
     return torch.stack(outputs).mean(0)

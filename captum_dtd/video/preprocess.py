@@ -146,7 +146,7 @@ class Preprocessing:
         return pixel_bounds(self.mean, self.std, self.scale)
 
     def __call__(self, frames: NDArray[np.uint8] | Tensor) -> Tensor:
-        """float32 (channels, T, height, width) from uint8 (T, H, W, 3).
+        """float32 (channels, T, height, width) from uint8 (T, H, W, 3), computed where the frames are.
 
         Raises:
             TypeError, ValueError: the frames are not uint8 (T, H, W, 3).
@@ -164,10 +164,10 @@ class Preprocessing:
             x = x.round().clamp(0, 255)
         x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
         if self.channels == 1:
-            x = (x * torch.tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+            x = (x * x.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
         if self.scale == 1:
             x = x / 255
-        x = (x - torch.tensor(self.mean).view(-1, 1, 1)) / torch.tensor(self.std).view(-1, 1, 1)
+        x = (x - x.new_tensor(self.mean).view(-1, 1, 1)) / x.new_tensor(self.std).view(-1, 1, 1)
         return x.transpose(0, 1).contiguous()
 
     def source_crop(self, frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
