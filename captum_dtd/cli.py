@@ -1,4 +1,4 @@
-"""The command line: ``captum-dtd explain VIDEO`` and ``captum-dtd doctor``."""
+"""The command line: ``captum-dtd explain VIDEO``, ``captum-dtd dataset ROOT`` and ``captum-dtd doctor``."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ _PREPROCESSING = ("size", "mean", "std", "scale", "channels", "frames", "stride"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code: 0, 1 (doctor found a fault), 2 (an error, told in one line).
+    """Run the command line; returns its exit code.
+
+    0: all is well. 1: doctor found a fault, or some clips of a data set failed. 2: an error, told in one line.
 
     Args:
         argv: the arguments after the program's name; None takes the process's own.
@@ -95,7 +97,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="captum-dtd", description="Explain video classifiers by deep Taylor decomposition.")
     parser.add_argument("--version", action="version", version=f"captum-dtd {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{explain,doctor}")
+    commands = parser.add_subparsers(required=True, metavar="{explain,dataset,doctor}")
 
     explain = commands.add_parser("explain", help="explain one clip: relevance, an overlay video, a contact sheet")
     explain.set_defaults(run=_explain)
@@ -106,6 +108,30 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--percentile", type=float, default=99.5, help="of |relevance| that gets full colour")
     explain.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     _add_recipe(explain)
+
+    dataset = commands.add_parser("dataset", help="explain every clip of a data set; go on where a run stopped")
+    dataset.set_defaults(run=_dataset)
+    dataset.add_argument(
+        "root", metavar="ROOT", help="a folder with a folder per class, UCF-101, or a CSV or parquet table"
+    )
+    dataset.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder of the store")
+    dataset.add_argument("--list", metavar="FILE", nargs="+", default=[], help="take only these videos: testlist01.txt")
+    dataset.add_argument(
+        "--target",
+        metavar="WHICH",
+        help="class to explain: label, top1 of the clip, video (top-1 of its clips' mean), column:NAME (default: top1)",
+    )
+    dataset.add_argument("--clip-stride", type=int, metavar="N", help="frames from clip to clip (default: no overlap)")
+    dataset.add_argument(
+        "--maps", metavar="A,B", default="spatial,temporal", help="two of spatial,temporal,total; none keeps statistics"
+    )
+    dataset.add_argument("--encoding", choices=["float32", "float16", "int8"], default="float16", help="of maps")
+    dataset.add_argument("--batch-clips", type=int, metavar="N", default=4, help="clips explained together")
+    dataset.add_argument("--shard-clips", type=int, metavar="N", help="clips committed together (default: a minute's)")
+    dataset.add_argument("--device", nargs="+", help="cpu, or cuda:0 cuda:1 ... (default: every GPU, or the CPU)")
+    dataset.add_argument("--decoders", type=int, metavar="N", help="processes that decode, for each device")
+    dataset.add_argument("--retry-failed", action="store_true", help="explain videos again of which a clip failed")
+    _add_recipe(dataset)
 
     check = commands.add_parser("doctor", help="versions, devices, kernels, and a self-check")
     check.set_defaults(run=lambda args: doctor.run())
@@ -252,6 +278,43 @@ def _explain(args: argparse.Namespace) -> int:
         _write(staging, prepare.source_crop(clip.frames), maps, record, min(video.fps / prepare.stride, _OVERLAY_FPS))
     _report(directory, maps["total"].shape, record)
     return 0
+
+
+def _dataset(args: argparse.Namespace) -> int:
+    from captum_dtd.dataset import explain_dataset  # an extra: other commands run without it
+
+    try:
+        outcome = explain_dataset(
+            args.root,
+            args.output,
+            _recipe(args),
+            target=args.target or ("video" if args.preset == "hiley2019" else "top1"),
+            lists=args.list,
+            clip_stride=args.clip_stride,
+            maps=() if args.maps == "none" else tuple(args.maps.split(",")),
+            encoding=args.encoding,
+            batch_clips=args.batch_clips,
+            internal_batch_size=args.internal_batch_size,
+            shard_clips=args.shard_clips,
+            devices=args.device,
+            decoders=args.decoders,
+            retry_failed=args.retry_failed,
+            show_progress=not args.quiet,
+        )
+    except KeyboardInterrupt:
+        print("captum-dtd: interrupted: what is committed stays, and the same command goes on", file=sys.stderr)
+        return 130
+    print(
+        f"{outcome.clips} clips, {outcome.new} of them new: {outcome.clips - outcome.failed} explained, {outcome.failed} failed"
+    )
+    if outcome.warnings:
+        print(f"{outcome.warnings} were explained with a warning: see the column warning")
+    if outcome.passed_over:
+        print(f"{outcome.passed_over} files are no videos by their endings and were passed over")
+    if outcome.failed:
+        print("the column error says what failed; the same command with --retry-failed tries again")
+    print(f"{args.output}: captum_dtd.dataset.open({str(args.output)!r}) reads it")
+    return 1 if outcome.failed else 0
 
 
 def _write(

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from captum_dtd.video.decode import Video, VideoError, VideoInfo, iter_frames, probe, read_video
+from captum_dtd.video.decode import (
+    Video,
+    VideoError,
+    VideoInfo,
+    frame_times,
+    iter_frames,
+    probe,
+    read_video,
+    read_windows,
+)
 from captum_dtd.video.preprocess import Preprocessing
 from captum_dtd.video.render import overlay_frames, shared_scale, write_contact_sheet, write_video
 from captum_dtd.video.sampling import Clip, iter_clips, sample_clip
@@ -13,11 +22,13 @@ __all__ = [
     "Video",
     "VideoError",
     "VideoInfo",
+    "frame_times",
     "iter_clips",
     "iter_frames",
     "overlay_frames",
     "probe",
     "read_video",
+    "read_windows",
     "sample_clip",
     "shared_scale",
     "write_contact_sheet",

@@ -9,7 +9,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-__all__ = ["Video", "VideoError", "VideoInfo", "iter_frames", "probe", "read_video"]
+__all__ = ["Video", "VideoError", "VideoInfo", "frame_times", "iter_frames", "probe", "read_video", "read_windows"]
 
 Frames = NDArray[np.uint8]
 
@@ -167,6 +167,97 @@ def read_video(
     return Video(np.stack(frames), np.array(times), probe(path).fps, os.fspath(path))
 
 
+def frame_times(path: str | os.PathLike[str]) -> NDArray[np.float64]:
+    """When each frame of a video is shown, without decoding any: a few milliseconds for a short video.
+
+    Returns:
+        float64 (frames,), seconds after the first frame. Frames that the file's header promises and the file lacks, as
+        where it was cut short, are counted too, at the average frame rate.
+
+    Raises:
+        VideoError: the file is missing, is no video, or has no frames.
+        ImportError: PyAV is not installed.
+
+    Example::
+
+        len(frame_times("hammer.avi"))                         # 187
+    """
+    av = require_av()
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        fps, promised = _fps(stream), stream.frames
+        stamps: list[float | None] = []
+        try:
+            for packet in container.demux(stream):
+                if packet.is_discard:
+                    promised -= 1
+                elif packet.size:
+                    pts, unit = packet.pts, packet.time_base
+                    stamps.append(None if pts is None or unit is None else float(pts * unit))
+        except (av.error.FFmpegError, OSError):
+            pass  # what is missing is counted by the header's promise
+        count = max(len(stamps), promised)
+        if not count:
+            raise VideoError(f"{os.fspath(path)} has no frames")
+        times = np.arange(count) / fps
+        if container.format.name != "avi" and stamps and None not in stamps:
+            # packets are in the order of decoding
+            shown = np.sort(np.array(stamps, dtype=np.float64))
+            times[: len(shown)] = shown - shown[0]
+            times[len(shown) :] += times[len(shown) - 1] - (len(shown) - 1) / fps
+        return times
+
+
+def read_windows(path: str | os.PathLike[str], starts: Sequence[int], length: int) -> list[Video | VideoError]:
+    """Decode runs of consecutive frames, which may overlap, in one pass and on one thread.
+
+    Frames are counted from the beginning of the video, which is exact in every container, and only those asked for are
+    converted to RGB.
+
+    Args:
+        path: as for :func:`read_video`.
+        starts: index of each window's first frame, from 0 on, in any order.
+        length: frames of a window.
+
+    Returns:
+        For each start its frames, fewer than ``length`` where the video ends; or, where it ends before the start, the
+        error that says so.
+
+    Raises:
+        VideoError: the file is missing, is no video, or has no frame that can be decoded.
+        ImportError: PyAV is not installed.
+
+    Example::
+
+        first, second = read_windows("hammer.avi", [0, 8], length=16)
+        first.frames.shape                                     # (16, 240, 320, 3)
+    """
+    wanted = {index for start in starts for index in range(start, start + length)}
+    found: dict[int, tuple[float, Frames]] = {}
+    size: tuple[int, int] | None = None
+    count, rate = 0, 0.0
+    stream = _decode(path, None, threads=1)
+    for time, frame, fps in stream:
+        size, rate = size or (frame.width, frame.height), fps
+        if count in wanted:
+            found[count] = (time, _rgb(frame, size))
+        count += 1
+        if count > max(wanted, default=-1):
+            break
+    stream.close()
+    if not count:
+        raise VideoError(f"{os.fspath(path)} has no frame that can be decoded")
+    windows: list[Video | VideoError] = []
+    for start in starts:
+        shown = [found[index] for index in range(start, start + length) if index in found]
+        if shown:
+            times = np.array([time for time, _ in shown])
+            windows.append(Video(np.stack([frame for _, frame in shown]), times, rate, os.fspath(path)))
+        else:
+            windows.append(VideoError(f"{os.fspath(path)} ends after {count} frames, before frame {start}"))
+    return windows
+
+
 def require_av() -> Any:
     """The ``av`` module, or an ImportError that says how to install it."""
     try:
@@ -213,14 +304,16 @@ def _fps(stream: VideoStream) -> float:
     return 25.0
 
 
-def _decode(path: str | os.PathLike[str], seek: float | None) -> Iterator[tuple[float, av.VideoFrame, float]]:
-    """(seconds after the first frame, frame, fps), from the key frame before ``seek`` on."""
+def _decode(
+    path: str | os.PathLike[str], seek: float | None, threads: int = 0
+) -> Generator[tuple[float, av.VideoFrame, float], None, None]:
+    """(seconds after the first frame, frame, fps), from the key frame before ``seek`` on; 0 threads is one per core."""
     av = require_av()
     damaged = count = 0
     end = 0.0
     with _open(path) as container:
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
+        stream.thread_type, stream.codec_context.thread_count = "AUTO", threads
         fps = _fps(stream)
         origin = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
         first: float | None = None

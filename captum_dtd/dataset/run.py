@@ -1,0 +1,292 @@
+"""From a folder of videos to a store: list the clips, decide the configuration or check it, and let an engine do the work."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from tqdm import tqdm
+
+from captum_dtd.dataset.clips import Clip, Probe, add_repaired, clips_of, differences, probe_entry
+from captum_dtd.dataset.configuration import Configuration, Encoding, target_column, weights_digest
+from captum_dtd.dataset.engine_local import Job, run_here, run_on_devices
+from captum_dtd.dataset.processes import Processes
+from captum_dtd.dataset.progress import Progress
+from captum_dtd.dataset.sources import Source, find_videos
+from captum_dtd.dataset.store import (
+    StoreError,
+    map_shape,
+    read_clips,
+    read_configuration,
+    running_alone,
+    write_clips,
+    write_configuration,
+)
+from captum_dtd.dataset.work import Work, decode, explain, plan, undecodable
+from captum_dtd.recipe import Explainer, Recipe
+from captum_dtd.version import __version__
+
+__all__ = ["Outcome", "explain_dataset"]
+
+# What a shard should take, and the most that its maps may take in memory.
+_SHARD_SECONDS = 60.0
+_SHARD_BYTES = 256 * 2**20
+# Larger batches need memory and gain no speed.
+_BATCH_CLIPS = _FROZEN_CLIPS = 4
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a store holds after a run.
+
+    Attributes:
+        clips: how many clips there are, all of which have a row now.
+        failed: how many of them could not be explained; their rows say why.
+        warnings: how many were explained, but with a warning in their rows.
+        new: how many this run explained.
+        passed_over: how many files of the data set are no videos by their endings.
+    """
+
+    clips: int
+    failed: int
+    warnings: int
+    new: int
+    passed_over: int
+
+
+def explain_dataset(
+    root: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    recipe: Recipe,
+    *,
+    target: str = "top1",
+    lists: Sequence[str] = (),
+    clip_stride: int | None = None,
+    maps: Sequence[str] = ("spatial", "temporal"),
+    encoding: Encoding = "float16",
+    batch_clips: int = _BATCH_CLIPS,
+    internal_batch_size: int | None = None,
+    shard_clips: int | None = None,
+    devices: Sequence[str] | None = None,
+    decoders: int | None = None,
+    retry_failed: bool = False,
+    show_progress: bool = False,
+) -> Outcome:
+    """Explain every clip of a data set, or go on where an earlier run with the same arguments stopped.
+
+    A run may be killed at any moment. What is committed stays; the next run with the same arguments computes the rest, and
+    ends with the rows and maps of a run that was not killed.
+
+    Args:
+        root: a folder with a subfolder for each class, a UCF-101 tree, or a table; see
+            :func:`captum_dtd.dataset.find_videos`.
+        out: folder of the store; made if it is not there.
+        recipe: model, preprocessing and method.
+        target: what is explained: "label"; "top1", the model's class for the clip; "video", its class for the mean over
+            the video's clips, as the method's authors do; or "column:NAME" of a table, a class name or index.
+        lists: as for ``find_videos``.
+        clip_stride: frames of the video from the start of one clip to the start of the next; by default clips follow each
+            other without overlap.
+        maps: two of "spatial", "temporal", "total", from which the third follows; none keeps the manifest alone.
+        encoding: "float32", "float16" or "int8"; see :mod:`captum_dtd.dataset.encoding`.
+        batch_clips: clips explained together.
+        internal_batch_size: how many of their frozen clips are explained together; by default as many as memory allows, at
+            most 4. Decided once for a store.
+        shard_clips: clips committed together; by default about a minute of work, at most 256 MiB of maps. Decided once for
+            a store.
+        devices: "cpu", "cuda:0", ...; by default every GPU, or the CPU. Several get one process each.
+        decoders: processes that decode for each device; 0 decodes in the explaining process, which a script without
+            ``if __name__ == "__main__":`` needs.
+        retry_failed: explain again the videos of which a clip failed.
+        show_progress: show a progress bar: clips per second, the time left, the stage that takes most of it.
+
+    Returns:
+        Counts; ``captum_dtd.dataset.open(out)`` reads the store.
+
+    Raises:
+        StoreError: another run is writing to ``out``, it holds something else, or it was begun with other arguments or
+            other videos; the message shows the difference.
+        ValueError, TypeError, OSError, ImportError: as ``find_videos`` and ``Recipe.load``, or a full disk. What is committed
+            stays.
+        RuntimeError: as the model raises, or a process died again and again.
+
+    Example::
+
+        outcome = explain_dataset("UCF-101", "out", Recipe("c3d", "ucf101.pth"), target="video", lists=["testlist01.txt"])
+        outcome.failed                                         # 0
+    """
+    out = Path(out)
+    names = _devices(devices)
+    source = find_videos(root, lists, target_column(target))
+    explainer = recipe.load(names[0])
+    prepare = explainer.prepare
+    inputs = torch.zeros(1, prepare.channels, prepare.frames, *prepare.crop, device=explainer.device)
+    outputs = explainer.outputs(inputs).shape[1]
+    classes = explainer.classes or source.classes
+    asked = Configuration(
+        recipe=recipe,
+        weights_digest=weights_digest(explainer.model),
+        preprocessing=prepare.to_dict(),
+        classes=classes if classes and len(classes) == outputs else None,
+        target=target,
+        lists=tuple(lists),
+        clip_stride=prepare.frames * prepare.stride if clip_stride is None else clip_stride,
+        maps=tuple(maps),
+        encoding=encoding,
+        batch_clips=batch_clips,
+        internal_batch_size=1 if internal_batch_size is None else internal_batch_size,
+        shard_clips=batch_clips if shard_clips is None else shard_clips,
+        device=explainer.device.type,
+        version=__version__,
+    )
+    share = _share_of_cores(len(names), explainer.device.type)
+    decoders = share.decoders if decoders is None else decoders
+    with running_alone(out), Processes(decoders) as processes:
+        look = partial(_probed, source, asked, processes, show_progress)
+        stored = read_configuration(out)
+        if stored is None:
+            clips = clips_of(source, list(look(range(len(source.entries))).values()), asked.classes, outputs)
+            _check_targets(asked, clips)
+            if internal_batch_size is None:
+                affordable = explainer.method.method.affordable_batch((inputs,))
+                asked = replace(asked, internal_batch_size=min(_FROZEN_CLIPS, affordable))
+            if shard_clips is None:
+                asked = replace(asked, shard_clips=_minute_of_clips(explainer, asked, source, clips, processes))
+            write_clips(out, clips)
+            write_configuration(out, asked, source.folder)
+        else:
+            asked = replace(
+                asked,
+                internal_batch_size=internal_batch_size or stored.internal_batch_size,
+                shard_clips=shard_clips or stored.shard_clips,
+            )
+            _check_same(out, "another configuration", stored.differences(asked))
+            clips = read_clips(out)
+            _check_same(out, "other videos", differences(clips, source, asked.classes, outputs))
+            if retry_failed and (broken := {clip.entry for clip in clips if clip.error}):
+                repaired = {entry: probe for entry, probe in look(broken).items() if probe.error is None}
+                clips = add_repaired(clips, repaired)
+                write_clips(out, clips)
+        job = Job(os.fspath(source.folder), out, asked, clips, decoders, share.threads)
+        store = job.store()
+        rows = store.manifest()
+        works = plan(clips, _missing(clips, rows, retry_failed), asked)
+        new = sum(len(batch) for work in works for batch in work.batches)
+        with Progress(len(clips), len(clips) - new, show_progress) as progress:
+            if len(names) == 1:
+                run_here(job, works, explainer, processes, progress)
+            else:
+                run_on_devices(job, works, names, progress)
+        store.gather()
+        rows = store.manifest()
+    ok = pc.equal(rows["status"], "ok")
+    warned = pc.and_(ok, pc.is_valid(rows["warning"]))
+    return Outcome(
+        clips=len(rows),
+        failed=len(rows) - pc.sum(ok).as_py(),
+        warnings=pc.sum(warned).as_py(),
+        new=new,
+        passed_over=source.passed_over,
+    )
+
+
+def _devices(devices: Sequence[str] | None) -> list[str]:
+    if devices is None:
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+    if not devices or len({torch.device(name).type for name in devices}) > 1:
+        raise ValueError(f"devices must be one or more of one kind, not {', '.join(devices) or 'none'}")
+    return list(devices)
+
+
+class _Share(NamedTuple):
+    """What each of some processes that explain gets of the machine: processes that decode for it, and threads."""
+
+    decoders: int
+    threads: int
+
+
+def _share_of_cores(explaining: int, device: str) -> _Share:
+    cores = len(os.sched_getaffinity(0))
+    # A core decodes thousands of frames per second; a model on the CPU takes tens, so there nearly all cores are its.
+    decoders = cores // 8 if device == "cpu" else min(8, cores // 2)
+    return _Share(max(1, decoders // explaining), max(1, torch.get_num_threads() // explaining))
+
+
+def _probed(
+    source: Source, configuration: Configuration, processes: Processes, show_progress: bool, entries: Collection[int]
+) -> dict[int, Probe]:
+    """Where the clips of some videos begin, by number of the video."""
+    preprocessing = configuration.preprocessing
+    frames, stride = preprocessing["frames"], preprocessing["stride"]
+    tasks = ((source.folder, source.entries[entry], frames, stride, configuration.clip_stride) for entry in entries)
+    lost = Probe([], "the process that looked into this video died, twice")
+    found = processes.map(probe_entry, tasks, lambda task: lost)
+    bar = tqdm(found, desc="counting frames", unit="video", total=len(entries), disable=not show_progress, leave=False)
+    return dict(zip(entries, bar, strict=True))
+
+
+def _check_targets(configuration: Configuration, clips: Sequence[Clip]) -> None:
+    """Raise ValueError if some clip says not which class to explain."""
+    if configuration.target == "label":
+        without = [clip for clip in clips if clip.label_index is None]
+        what = "no label that is a class of the model (--classes FILE names the classes in the order of the outputs)"
+    elif column := target_column(configuration.target):
+        without = [clip for clip in clips if clip.target is None]
+        what = f"nothing in the column {column}"
+    else:
+        return
+    if without:
+        example = f"{without[0].id}, label {without[0].label}"
+        raise ValueError(f"target {configuration.target}: {len(without)} of {len(clips)} clips have {what}: {example}")
+
+
+def _check_same(out: Path, what: str, differences: Sequence[str]) -> None:
+    if differences:
+        raise StoreError(
+            f"{out} was begun with {what}: {'; '.join(differences)}. Give the same again, or another folder for the output"
+        )
+
+
+def _minute_of_clips(
+    explainer: Explainer, configuration: Configuration, source: Source, clips: Sequence[Clip], processes: Processes
+) -> int:
+    """How many clips a shard should hold, from how long the first takes that can be explained."""
+    size = configuration.batch_clips
+    frames, stride = explainer.prepare.frames, explainer.prepare.stride
+    most = _SHARD_BYTES // (4 * math.prod(map_shape(configuration)))
+    for clip in clips:
+        tasks = [(os.fspath(source.folder), (clip,), frames, stride)]
+        (decoded,) = processes.map(decode, tasks, lambda task: undecodable(task[1], "not decoded"))
+        pixels = decoded[0].frames
+        if pixels is None:
+            continue
+        alone = replace(configuration, target="top1", maps=())
+        still = decoded[0]._replace(frames=np.repeat(pixels[:1], frames, axis=0))
+        seconds = 0.0
+        # A still clip first: it costs little, and the model is traced.
+        for shown in (still, decoded[0]):
+            begin = time.monotonic()
+            list(explain(explainer, alone, Work(0, ((clip,),)), [[shown]]))
+            seconds = time.monotonic() - begin
+        most = min(most, int(_SHARD_SECONDS / seconds))
+        break
+    return max(1, most // size) * size
+
+
+def _missing(clips: Sequence[Clip], rows: pa.Table, retry_failed: bool) -> set[int]:
+    """Rows that are not there; to retry, also those of every video of which a clip failed, since it may have changed."""
+    missing = set(range(len(clips))) - set(rows["row"].to_pylist())
+    if retry_failed:
+        failed = set(rows.filter(pc.not_equal(rows["status"], "ok"))["path_bytes"].to_pylist())
+        missing |= {clip.row for clip in clips if clip.path in failed}
+    return missing

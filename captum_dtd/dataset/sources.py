@@ -1,0 +1,272 @@
+"""What videos there are: a UCF-101 tree, a folder for each class, or a table of clips. Nothing is opened here."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+__all__ = ["Entry", "Source", "escaped", "find_videos"]
+
+VIDEO_SUFFIXES = (
+    *(".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
+    *(".ogv", ".ts", ".webm", ".wmv"),
+)
+"""Of the files in a tree of folders, those with these endings are videos; a list or a table may name any file."""
+
+_CLASS_INDEX = "classInd.txt"
+_LIST_FOLDERS = (".", "ucfTrainTestlist", "../ucfTrainTestlist")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One video to explain, or one clip of it.
+
+    Attributes:
+        path: the file's name as the system stores it, relative to the source's folder.
+        label: its class, by name or, in a table, by index; None if unknown.
+        start: seconds at which its only clip begins; None for clips at a stride over the whole video.
+        target: what the table's target column says, by name or by index; None if none was asked for.
+    """
+
+    path: bytes
+    label: str | None = None
+    start: float | None = None
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """All videos of a data set, in an order that depends on names alone.
+
+    Attributes:
+        folder: what paths are relative to.
+        entries: the videos.
+        classes: class names in the order of their indices; None if the source has no order of its own.
+        passed_over: how many files below the folder were no videos by their endings.
+    """
+
+    folder: Path
+    entries: tuple[Entry, ...]
+    classes: tuple[str, ...] | None
+    passed_over: int = 0
+
+
+def find_videos(root: str | os.PathLike[str], lists: Sequence[str] = (), target_column: str | None = None) -> Source:
+    """List the videos of a data set.
+
+    Args:
+        root: a folder with a subfolder for each class, or a table, CSV or parquet, with the columns path, start (seconds)
+            and label, of which only path is needed; its paths are relative to the table. A folder is a UCF-101 tree if
+            ``classInd.txt`` lies in it, in ``ucfTrainTestlist`` inside or beside it, or beside a list: that gives the
+            order of the classes. Otherwise classes are ordered by name.
+        lists: files such as ``testlist01.txt`` that name the videos to take, a path and perhaps a class number in each
+            line; looked for where ``classInd.txt`` is, or a path. None takes every video of the tree.
+        target_column: a column of the table that says which class to explain.
+
+    Raises:
+        ValueError: there is nothing to explain, or a list or table cannot be understood; the message names file and line.
+        OSError: a file or folder cannot be read.
+
+    Example::
+
+        source = find_videos("UCF-101", ["testlist01.txt"])
+        source.entries[0]                                      # Entry(path=b'ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi', ...
+    """
+    root = Path(root)
+    if root.is_file():
+        if lists:
+            raise ValueError(f"--list goes with a tree of folders, but {root} is a table")
+        return _table(root, target_column)
+    if target_column is not None:
+        raise ValueError(f"--target column:{target_column} needs a table, CSV or parquet, but {root} is a folder")
+    if not root.is_dir():
+        raise ValueError(f"there is no folder or table {root}")
+    files = [_list_file(root, name) for name in lists]
+    index = next(
+        (path for folder in _list_folders(root, files) if (path := folder / _CLASS_INDEX).is_file()),
+        None,
+    )
+    if files and index is None:
+        raise ValueError(f"lists need class numbers, but there is no {_CLASS_INDEX} in {root} or beside {files[0]}")
+    classes = _class_index(index) if index else None
+    found: tuple[list[Entry], int] = ([], 0)
+    if files:
+        found = ([entry for file in files for entry in _listed(file, classes or ())], 0)
+    else:
+        found = _tree(root, classes)
+        classes = classes or tuple(dict.fromkeys(entry.label for entry in found[0] if entry.label is not None))
+    entries, passed_over = found
+    if not entries:
+        what = "the lists name no video" if files else f"no folder in {root} has a video in it"
+        raise ValueError(f"nothing to explain: {what}")
+    return Source(root, tuple(entries), classes, passed_over)
+
+
+def escaped(name: bytes | str) -> str:
+    """A file or class name as printable text: what is not printable UTF-8, and the backslash, becomes an escape sequence.
+
+    Example:
+        >>> print(escaped(b"a b.avi"), escaped(b"new\\nline \\xff.avi"))
+        a b.avi new\\nline \\xff.avi
+    """
+    text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name
+    return "".join(_escaped(character) for character in text)
+
+
+def _escaped(character: str) -> str:
+    if 0xDC80 <= ord(character) <= 0xDCFF:  # a byte that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    if character.isprintable() and character != "\\":
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def _tree(root: Path, classes: Sequence[str] | None) -> tuple[list[Entry], int]:
+    """The videos below each class's folder, and how many other files there are."""
+    entries: list[Entry] = []
+    passed_over = 0
+    top = os.fsencode(root)
+    for folder in sorted(os.scandir(top), key=lambda item: item.name):
+        if folder.name.startswith(b".") or not folder.is_dir():
+            continue
+        label = escaped(folder.name)
+        if classes is not None and label not in classes:
+            if any(_is_video(path) for path in _files(folder.path, (os.path.realpath(top),))):
+                raise ValueError(f"the folder {label} of {root} is no class of its {_CLASS_INDEX}")
+            continue
+        for path in _files(folder.path, (os.path.realpath(top),)):
+            if _is_video(path):
+                entries.append(Entry(os.path.relpath(path, top), label))
+            else:
+                passed_over += 1
+    return entries, passed_over
+
+
+def _files(folder: bytes, above: tuple[bytes, ...]) -> Iterator[bytes]:
+    """Files below a folder in the order of their names. Links are followed, but not into a folder that holds them.
+
+    A folder that is named like a video is given too: it cannot be read, and then a row says so.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for item in sorted(os.scandir(folder), key=lambda item: item.name):
+        if item.name.startswith(b"."):
+            continue
+        if item.is_dir() and not _is_video(item.name):
+            yield from _files(item.path, (*above, real))
+        else:
+            yield item.path
+
+
+def _is_video(path: bytes) -> bool:
+    return os.path.splitext(path)[1].lower() in {suffix.encode() for suffix in VIDEO_SUFFIXES}
+
+
+def _list_folders(root: Path, files: Sequence[Path] = ()) -> list[Path]:
+    return [*(root / name for name in _LIST_FOLDERS), *(file.parent for file in files)]
+
+
+def _list_file(root: Path, name: str) -> Path:
+    for path in (*(folder / name for folder in _list_folders(root)), Path(name)):
+        if path.is_file():
+            return path
+    raise ValueError(f"there is no list {name} in {root}, in ucfTrainTestlist, or as a path")
+
+
+def _class_index(path: Path) -> tuple[str, ...]:
+    """Names in the order of the numbers, which begin with 1."""
+    numbered: dict[int, str] = {}
+    for count, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        match = re.fullmatch(rb"\s*(\d+)\s+(.*\S)\s*", line)
+        if match is None or int(match[1]) in numbered:
+            raise ValueError(
+                f"{path}, line {count}: expected a number of its own and a class name, got {escaped(line)}"
+            )
+        numbered[int(match[1])] = escaped(match[2])
+    if sorted(numbered) != list(range(1, len(numbered) + 1)) or not numbered:
+        raise ValueError(f"{path}: class numbers must run from 1 to the number of classes")
+    return tuple(numbered[number] for number in sorted(numbered))
+
+
+def _listed(path: Path, classes: Sequence[str]) -> Iterator[Entry]:
+    """A list's videos. The class is that of the folder, which need not be the one in the file's name, as in UCF-101."""
+    for count, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        match = re.fullmatch(rb"(.*?)(?:\s+(\d+))?\s*", line)
+        assert match is not None
+        name = match[1]
+        if os.path.isabs(name) or b".." in name.split(b"/"):
+            raise ValueError(f"{path}, line {count}: {escaped(name)} leaves the data set's folder")
+        label = escaped(name.split(b"/")[0])
+        if label not in classes:
+            raise ValueError(f"{path}, line {count}: the folder {label} is no class of {_CLASS_INDEX}")
+        if match[2] is not None and classes.index(label) != int(match[2]) - 1:
+            raise ValueError(
+                f"{path}, line {count}: class {int(match[2])}, but {_CLASS_INDEX} gives the folder {label} number "
+                f"{classes.index(label) + 1}"
+            )
+        yield Entry(name, label)
+
+
+def _table(path: Path, target_column: str | None) -> Source:
+    columns = _columns(path, target_column)
+    if "path" not in columns:
+        raise ValueError(f"{path} has no column path; its columns are {', '.join(columns) or 'none'}")
+    if target_column is not None and target_column not in columns:
+        raise ValueError(f"{path} has no column {target_column} to take targets from; it has {', '.join(columns)}")
+    count = len(columns["path"])
+    nothing: list[object] = [None] * count
+    entries = []
+    for row in range(count):
+        name = columns["path"][row]
+        if not name:
+            raise ValueError(f"{path}, row {row + 1}: there is no path")
+        start = columns.get("start", nothing)[row]
+        if start is not None and not 0 <= float(str(start)) < float("inf"):
+            raise ValueError(f"{path}, row {row + 1}: start must be seconds from 0 on, not {start}")
+        entries.append(
+            Entry(
+                name if isinstance(name, bytes) else os.fsencode(str(name)),
+                _text(columns.get("label", nothing)[row]),
+                None if start is None else float(str(start)),
+                _text(columns[target_column][row]) if target_column is not None else None,
+            )
+        )
+    if not entries:
+        raise ValueError(f"nothing to explain: {path} has no rows")
+    return Source(path.parent, tuple(entries), None)
+
+
+def _columns(path: Path, target_column: str | None) -> Mapping[str, list[object]]:
+    """The table's columns of interest as Python values."""
+    texts = {"label", target_column} - {None}
+    table: pa.Table
+    try:
+        if path.suffix.lower() in (".parquet", ".pq"):
+            table = pyarrow.parquet.read_table(path)
+        else:
+            types = {"path": pa.binary(), "start": pa.float64(), **{name: pa.string() for name in texts}}
+            table = pyarrow.csv.read_csv(
+                path,
+                parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+                convert_options=pyarrow.csv.ConvertOptions(column_types=types),
+            )
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from error
+    wanted = {"path", "start", *texts}
+    return {name: table[name].to_pylist() for name in table.column_names if name in wanted}
+
+
+def _text(value: object) -> str | None:
+    return None if value is None or value == "" else str(value)

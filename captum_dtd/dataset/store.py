@@ -1,0 +1,379 @@
+"""The store of a run: what is in its folder, and in which order it gets there, so that a kill at any moment loses nothing.
+
+A folder holds::
+
+    configuration.json           everything that decides what is in the store
+    clips.parquet                which clip each row is
+    maps.zarr/spatial, temporal  Zarr v3 arrays (clips, T, H, W); one file for each shard, one chunk for each clip
+    manifest/part-00007.parquet  the rows of shard 7: a shard without this file does not exist
+    manifest/all.parquet         the rows of many shards, gathered; a part that is there counts before it
+    lock                         held by the run that writes
+
+Every file is written under a temporary name, brought to the disk (fsync), renamed, and the folder is brought to the disk
+too. A shard's maps come first, and its part of the manifest last: what the manifest names is on the disk. A part is renamed
+as a whole, so a shard is there or it is not, and one that is not is computed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+import zarr
+from zarr.codecs import ZstdCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
+
+from captum_dtd.dataset.clips import Clip, clip_table, clips_of_table
+from captum_dtd.dataset.configuration import MAPS, Configuration
+from captum_dtd.dataset.sources import escaped
+from captum_dtd.dataset.work import Explained
+from captum_dtd.version import __version__
+
+__all__ = [
+    "MOST_PARTS",
+    "Store",
+    "StoreError",
+    "count_clips",
+    "map_shape",
+    "open_arrays",
+    "read_clips",
+    "read_configuration",
+    "read_manifest",
+    "running_alone",
+    "write_clips",
+    "write_configuration",
+]
+
+_CONFIGURATION, _CLIPS, _ARRAYS, _MANIFEST, _LOCK = (
+    "configuration.json",
+    "clips.parquet",
+    "maps.zarr",
+    "manifest",
+    "lock",
+)
+_NAMES = (_CONFIGURATION, _CLIPS, _ARRAYS, _MANIFEST, _LOCK)
+_ALL, _PART = "all.parquet", "part-{:05d}.parquet"
+_TEMPORARY = ".temporary"
+
+MOST_PARTS = 256
+"""So many parts are gathered: opening thousands takes seconds, and gathering each by itself would rewrite all rows each time."""
+
+
+class StoreError(ValueError):
+    """A folder that is no store, is in use, or belongs to another run; the message says what to do."""
+
+
+class Store:
+    """A store to write to, for as long as the lock is held.
+
+    Attributes:
+        folder: where it is.
+        configuration: what it was begun with.
+        clips: which clip each row is.
+        shape: (T, H, W) of a map.
+
+    Raises:
+        StoreError: a file of the store cannot be understood.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path, configuration: Configuration, clips: Sequence[Clip]) -> None:
+        self.folder = folder
+        self.configuration = configuration
+        self.clips = clips
+        self.shape = map_shape(configuration)
+        zarr.open_group(_DurableStore(folder / _ARRAYS), mode="a")
+        self._arrays = {name: self._array(name) for name in configuration.maps}
+        self._shards = set(self.manifest()["shard"].to_pylist())
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        """A map's array, made or made longer if need be."""
+        store = _DurableStore(self.folder / _ARRAYS)
+        shape = (len(self.clips), *self.shape)
+        try:
+            array = zarr.open_array(store, path=name, mode="r+")
+        except FileNotFoundError:
+            return zarr.create_array(
+                store,
+                name=name,
+                shape=shape,
+                chunks=(1, *self.shape),
+                shards=(self.configuration.shard_clips, *self.shape),
+                dtype=self.configuration.encoding,
+                compressors=ZstdCodec(level=3, checksum=True),
+                fill_value=0,
+                chunk_key_encoding={"name": "default", "separator": "."},
+                dimension_names=("clip", "time", "height", "width"),
+            )
+        if array.shape != shape:
+            array.resize(shape)
+        return array
+
+    def manifest(self) -> pa.Table:
+        """The rows that are there, by row."""
+        return read_manifest(self.folder, self.configuration)
+
+    def commit(self, shard: int, rows: Sequence[Explained]) -> None:
+        """Write rows of one shard, maps first; rows of the shard that are there already and not given stay.
+
+        Raises:
+            OSError: the disk is full, say; then the shard is as it was, but for maps that no row names.
+        """
+        first = shard * self.configuration.shard_clips
+        stop = min(first + self.configuration.shard_clips, len(self.clips))
+        before = self._part(shard)
+        for name, array in self._arrays.items():
+            given = {row.clip.row - first: row.maps[name] for row in rows if name in row.maps}
+            block = (
+                np.zeros((stop - first, *self.shape), array.dtype) if before is None else np.asarray(array[first:stop])
+            )
+            for position, values in given.items():
+                block[position] = values
+            array[first:stop] = block
+        table = self._table(shard, rows)
+        if before is not None:
+            kept = before.filter(pc.invert(pc.is_in(before["row"], table["row"])))
+            table = pa.concat_tables([kept, table]).sort_by("row")
+        write_durably(self.folder / _MANIFEST / _PART.format(shard), _parquet(table))
+        self._shards.add(shard)
+
+    def gather(self, *, at_least: int = 1) -> None:
+        """Move the parts of the manifest into one file, if there are so many; what the store holds does not change."""
+        parts = _parts(self.folder)
+        if len(parts) < at_least:
+            return
+        write_durably(self.folder / _MANIFEST / _ALL, _parquet(self.manifest()))
+        for part in parts:
+            part.unlink()
+
+    def _part(self, shard: int) -> pa.Table | None:
+        """The shard's rows, None if there are none."""
+        if shard not in self._shards:
+            return None
+        rows = self.manifest()
+        return rows.filter(pc.equal(rows["shard"], shard))
+
+    def _table(self, shard: int, rows: Sequence[Explained]) -> pa.Table:
+        schema = _schema(self.configuration)
+        records = []
+        for row in sorted(rows, key=lambda row: row.clip.row):
+            clip = row.clip
+            named = {
+                "row": clip.row,
+                "id": clip.id,
+                "path": escaped(clip.path),
+                "path_bytes": clip.path,
+                "frame": clip.frame,
+                "label": clip.label,
+                "label_index": clip.label_index,
+                "shard": shard,
+                "configuration": self.configuration.digest,
+            }
+            records.append(dict.fromkeys(schema.names) | named | row.columns)
+        return pa.Table.from_pylist(records, schema)
+
+
+@contextmanager
+def running_alone(folder: Path) -> Iterator[None]:
+    """Hold a store's lock; the folder is made if need be. The system releases the lock of a process that is killed.
+
+    Raises:
+        StoreError: another process holds it, or the folder holds something that is no store.
+        OSError: the folder cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"cannot write to {folder}: it is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in _NAMES and path.suffix != _TEMPORARY)
+    if strangers and not (folder / _CONFIGURATION).exists():
+        raise StoreError(f"{folder} holds {escaped(strangers[0])} and is no store: give a new or an empty folder")
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
+            raise StoreError(f"another run is writing to {folder} ({holder or 'it has just begun'})") from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        for left_over in folder.rglob(f"*{_TEMPORARY}"):  # of a run that was killed
+            left_over.unlink()
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_configuration(folder: Path, configuration: Configuration, root: Path) -> None:
+    """Begin a store whose clips are written: from here on the folder belongs to this configuration."""
+    record = {
+        "configuration": configuration.to_dict(),
+        "digest": configuration.digest,
+        "root": escaped(os.fspath(root.absolute())),
+        "software": {"captum_dtd": __version__, "torch": torch.__version__, "zarr": zarr.__version__},
+    }
+    write_durably(folder / _CONFIGURATION, json.dumps(record, indent=2).encode())
+
+
+def read_configuration(folder: Path) -> Configuration | None:
+    """What a store was begun with, None if it was not begun yet.
+
+    Raises:
+        StoreError: the file cannot be understood.
+    """
+    try:
+        record = json.loads((folder / _CONFIGURATION).read_bytes())
+        return Configuration.from_dict(record["configuration"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{folder / _CONFIGURATION} cannot be understood: {error}") from error
+
+
+def write_clips(folder: Path, clips: Sequence[Clip]) -> None:
+    """Write what the rows are."""
+    write_durably(folder / _CLIPS, _parquet(clip_table(clips)))
+
+
+def read_clips(folder: Path) -> list[Clip]:
+    """What the rows of a store that was begun are.
+
+    Raises:
+        StoreError: the file cannot be understood.
+    """
+    return clips_of_table(_read_parquet(folder / _CLIPS))
+
+
+def count_clips(folder: Path) -> int:
+    """How many rows a store that was begun has once it is complete."""
+    return int(pq.read_metadata(folder / _CLIPS).num_rows)
+
+
+def read_manifest(folder: Path, configuration: Configuration) -> pa.Table:
+    """All rows that a store has, by row; also while a run is writing.
+
+    Raises:
+        StoreError: a file of the manifest cannot be understood.
+    """
+    while True:
+        parts = _parts(folder)
+        gathered = folder / _MANIFEST / _ALL
+        try:
+            tables = [_read_parquet(part) for part in parts]
+            if gathered.exists():
+                newer = pa.array([int(part.stem.removeprefix("part-")) for part in parts], pa.int32())
+                rows = _read_parquet(gathered)
+                tables.append(rows.filter(pc.invert(pc.is_in(rows["shard"], newer))))
+        except FileNotFoundError:
+            continue  # a part was gathered while we read
+        return pa.concat_tables([_schema(configuration).empty_table(), *tables]).sort_by("row")
+
+
+def open_arrays(folder: Path, configuration: Configuration) -> dict[str, zarr.Array[Any]]:
+    """The stored maps, to read; none while a run has not come so far."""
+    arrays = {}
+    for name in configuration.maps:
+        with suppress(FileNotFoundError):
+            arrays[name] = zarr.open_array(LocalStore(folder / _ARRAYS, read_only=True), path=name, mode="r")
+    return arrays
+
+
+def map_shape(configuration: Configuration) -> tuple[int, int, int]:
+    """(T, H, W) of a clip's maps."""
+    height, width = configuration.preprocessing["size"]
+    return configuration.preprocessing["frames"], height, width
+
+
+def write_durably(path: Path, data: bytes | memoryview) -> None:
+    """Write a file so that it is on the disk, whole, once this returns, and as it was before if the machine stops earlier."""
+    new = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        _sync(folder.parent)
+    temporary = path.with_name(path.name + _TEMPORARY)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+class _DurableStore(LocalStore):
+    """Zarr's own store of files, but a file is on the disk once it is set."""
+
+    async def set(self, key: str, value: Buffer) -> None:
+        await asyncio.to_thread(write_durably, self.root / key, value.as_numpy_array().data)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted((folder / _MANIFEST).glob(_PART.format(0).replace("00000", "*")))
+
+
+def _parquet(table: pa.Table) -> memoryview:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return memoryview(sink.getvalue())
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except pa.ArrowException as error:
+        raise StoreError(f"{path} cannot be read as parquet: {' '.join(str(error).split())}") from error
+
+
+def _schema(configuration: Configuration) -> pa.Schema:
+    """The manifest's columns; docs/dataset.md says what each means."""
+    frames = pa.list_(pa.float64(), configuration.preprocessing["frames"])
+    return pa.schema(
+        [
+            ("row", pa.int64()),
+            ("id", pa.string()),
+            ("path", pa.string()),
+            ("path_bytes", pa.binary()),
+            ("frame", pa.int64()),
+            ("start", pa.float64()),
+            ("fps", pa.float64()),
+            ("looped", pa.bool_()),
+            ("label", pa.string()),
+            ("label_index", pa.int32()),
+            ("prediction", pa.int32()),
+            ("target", pa.int32()),
+            ("score", pa.float32()),
+            ("delta", pa.float32()),
+            ("spatial_mass", pa.float64()),
+            ("temporal_mass", pa.float64()),
+            *((f"{name}_{kind}", frames) for name in ("spatial", "temporal") for kind in ("masses", "sums")),
+            *((f"{name}_scale", pa.float32()) for name in MAPS),
+            ("shard", pa.int32()),
+            ("status", pa.string()),
+            ("warning", pa.string()),
+            ("error", pa.string()),
+            ("configuration", pa.string()),
+        ]
+    )

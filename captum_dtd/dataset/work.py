@@ -1,0 +1,297 @@
+"""The unit of work: the clips of one shard, from files to rows and maps. What it gives depends on nothing but its arguments.
+
+Two functions, so that engines may run them where they like: :func:`decode`, which needs the video files and no model, and
+:func:`explain`, which needs the model and no files. Everything that an engine hands from one to the other can be pickled.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from captum_dtd.dataset.clips import Clip
+from captum_dtd.dataset.configuration import MAPS, Configuration
+from captum_dtd.dataset.encoding import encode_map
+from captum_dtd.dataset.sources import escaped
+from captum_dtd.recipe import Explainer
+from captum_dtd.video import VideoError, read_windows, sample_clip
+
+__all__ = ["Decoded", "Explained", "Work", "decode", "explain", "plan", "undecodable"]
+
+
+class Decoded(NamedTuple):
+    """One clip's pixels, or why there are none.
+
+    Attributes:
+        frames: uint8 (T, H, W, 3), None if the clip could not be decoded.
+        start: seconds in the video at which it begins.
+        fps: frames per second of the video.
+        looped: whether the video is too short and its frames come round again.
+        warning: what the decoder had to say.
+        error: why there are no frames.
+    """
+
+    frames: NDArray[np.uint8] | None
+    start: float | None = None
+    fps: float | None = None
+    looped: bool = False
+    warning: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One row of the store.
+
+    Attributes:
+        clip: which.
+        columns: what the manifest says about it beside what the clip says itself, by name of the column.
+        maps: what is stored of its maps, (T, H, W) each, by name; empty if it failed or maps are not stored.
+    """
+
+    clip: Clip
+    columns: dict[str, Any]
+    maps: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to do for one shard.
+
+    Attributes:
+        shard: its number.
+        batches: clips that are explained together.
+        classified: batches to be classified before: all clips of all videos that occur, where their mean is the target.
+    """
+
+    shard: int
+    batches: tuple[tuple[Clip, ...], ...]
+    classified: tuple[tuple[Clip, ...], ...] = ()
+
+    def decodings(self) -> Iterator[tuple[Clip, ...]]:
+        """What has to be decoded, in the order in which :func:`explain` takes it: clips of one video each."""
+        for batch in (*self.classified, *self.batches):
+            for _, clips in groupby(batch, key=lambda clip: clip.path):
+                yield tuple(clips)
+
+
+def plan(clips: Sequence[Clip], wanted: Collection[int], configuration: Configuration) -> list[Work]:
+    """The work that gives the wanted rows: their whole batches, and nothing else.
+
+    Batches and shards begin at fixed rows, so a row always has the same neighbours, and comes out the same, whatever is
+    computed beside it.
+
+    Args:
+        clips: all clips of the store, by row.
+        wanted: rows to be computed.
+        configuration: of the store.
+    """
+    size, per_shard = configuration.batch_clips, configuration.shard_clips
+    batches: dict[int, list[tuple[Clip, ...]]] = {}
+    for start in sorted({row - row % size for row in wanted}):
+        batches.setdefault(start // per_shard, []).append(tuple(clips[start : start + size]))
+    of_video: dict[bytes, list[Clip]] = {}
+    if configuration.target == "video":
+        for clip in clips:
+            of_video.setdefault(clip.path, []).append(clip)
+    works = []
+    for shard, chosen in batches.items():
+        classified = []
+        for path in dict.fromkeys(clip.path for batch in chosen for clip in batch):
+            siblings = of_video.get(path, [])
+            classified += [tuple(siblings[start : start + size]) for start in range(0, len(siblings), size)]
+        works.append(Work(shard, tuple(chosen), tuple(classified)))
+    return works
+
+
+def decode(folder: str, clips: Sequence[Clip], frames: int, stride: int) -> list[Decoded]:
+    """Decode some clips of one video.
+
+    Args:
+        folder: what paths are relative to.
+        clips: clips of the same video.
+        frames: length of a clip.
+        stride: every so many frames of the video.
+    """
+    if any(clip.error for clip in clips):
+        return [Decoded(None, error=clip.error) for clip in clips]
+    path = os.path.join(folder, os.fsdecode(clips[0].path))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            windows = read_windows(path, [clip.frame for clip in clips], (frames - 1) * stride + 1)
+        except VideoError as error:
+            return undecodable(clips, escaped(str(error)))
+    said = [escaped(str(warning.message)) for warning in caught]
+    decoded = []
+    for window in windows:
+        if isinstance(window, VideoError):
+            decoded.append(Decoded(None, error=escaped(str(window))))
+            continue
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            clip = sample_clip(window, frames, stride, frame=0)
+        texts = [*said, *(escaped(str(warning.message)) for warning in caught)]
+        decoded.append(Decoded(clip.frames, float(window.times[0]), window.fps, clip.looped, "; ".join(texts) or None))
+    return decoded
+
+
+def undecodable(clips: Sequence[Clip], error: str) -> list[Decoded]:
+    """What :func:`decode` gives for clips of which none can be decoded, and why."""
+    return [Decoded(None, error=error) for _ in clips]
+
+
+def explain(
+    explainer: Explainer, configuration: Configuration, work: Work, decoded: Iterable[list[Decoded]]
+) -> Iterator[list[Explained]]:
+    """Explain a shard's clips, batch by batch.
+
+    Args:
+        explainer: the configuration's recipe, loaded.
+        configuration: of the store.
+        work: the shard.
+        decoded: what :func:`decode` gave for each of ``work.decodings()``; taken as it is needed.
+
+    Yields:
+        The rows of each of ``work.batches``. A clip that cannot be decoded or prepared gives a row with the error.
+
+    Raises:
+        ValueError, RuntimeError: what the model or the method raises, which is no fault of a clip.
+    """
+    pending = iter(decoded)
+    means = _VideoMeans()
+    for batch in work.classified:
+        ready = _prepared(explainer, batch, _take(batch, pending))
+        if ready.clips:
+            means.add(ready.clips, explainer.outputs(torch.stack(ready.inputs)))
+    for batch in work.batches:
+        pixels = _take(batch, pending)
+        ready = _prepared(explainer, batch, pixels)
+        measured = _measured(explainer, configuration, ready, means) if ready.clips else {}
+        yield [
+            _row(clip, shown, measured.get(clip.row), ready.problems.get(clip.row))
+            for clip, shown in zip(batch, pixels, strict=True)
+        ]
+
+
+class _VideoMeans:
+    """The model's mean output over the clips of each video."""
+
+    def __init__(self) -> None:
+        self._sums: dict[bytes, Tensor] = {}
+
+    def add(self, clips: Sequence[Clip], outputs: Tensor) -> None:
+        for clip, output in zip(clips, outputs.double(), strict=True):
+            self._sums[clip.path] = self._sums.get(clip.path, 0) + output
+
+    def top(self, clip: Clip) -> int:
+        """The class that is largest in the mean, and so in the sum."""
+        return int(self._sums[clip.path].argmax())
+
+
+def _take(batch: Sequence[Clip], decoded: Iterator[list[Decoded]]) -> list[Decoded]:
+    taken: list[Decoded] = []
+    while len(taken) < len(batch):
+        taken += next(decoded)
+    return taken
+
+
+class _Ready(NamedTuple):
+    """A batch's clips that can be explained, with their inputs, and what is the matter with the others, by row."""
+
+    clips: list[Clip]
+    inputs: list[Tensor]
+    problems: dict[int, str]
+
+
+def _prepared(explainer: Explainer, batch: Sequence[Clip], decoded: Sequence[Decoded]) -> _Ready:
+    ready = _Ready([], [], {})
+    for clip, pixels in zip(batch, decoded, strict=True):
+        if pixels.frames is None:
+            ready.problems[clip.row] = pixels.error or "no frames"
+            continue
+        try:
+            ready.inputs.append(explainer.prepare(torch.from_numpy(pixels.frames).to(explainer.device)))
+            ready.clips.append(clip)
+        except ValueError as error:  # a size that does not fit
+            ready.problems[clip.row] = str(error)
+    return ready
+
+
+class _Measured(NamedTuple):
+    """What came out for one clip: columns of the manifest, and its maps as they are stored."""
+
+    columns: dict[str, Any]
+    maps: dict[str, NDArray[np.generic]]
+
+
+def _measured(
+    explainer: Explainer, configuration: Configuration, ready: _Ready, means: _VideoMeans
+) -> dict[int, _Measured | str]:
+    """For each row its results, or why they cannot be stored."""
+    inputs = torch.stack(ready.inputs)
+    outputs = explainer.outputs(inputs)
+    tops = outputs.argmax(1).tolist()
+    targets = [_target(configuration, clip, means, top) for clip, top in zip(ready.clips, tops, strict=True)]
+    relevance, delta = explainer.method.attribute(
+        inputs,
+        target=targets,
+        return_convergence_delta=True,
+        internal_batch_size=configuration.internal_batch_size,
+    )
+    results: dict[int, _Measured | str] = {}
+    for position, clip in enumerate(ready.clips):
+        maps = {name: getattr(relevance, name)[position] for name in MAPS}
+        if not all(bool(torch.isfinite(values).all()) for values in maps.values()):
+            results[clip.row] = "the relevance is not finite"
+            continue
+        columns = {
+            "target": targets[position],
+            "prediction": tops[position],
+            "score": float(outputs[position, targets[position]]),
+            "delta": float(delta[position]),
+            **_sums(maps),
+        }
+        stored = {}
+        for name in configuration.maps:
+            values, columns[f"{name}_scale"] = encode_map(maps[name], configuration.encoding)
+            stored[name] = values.cpu().numpy()
+        results[clip.row] = _Measured(columns, stored)
+    return results
+
+
+def _row(clip: Clip, pixels: Decoded, measured: _Measured | str | None, problem: str | None) -> Explained:
+    shown = {"start": pixels.start, "fps": pixels.fps, "looped": pixels.looped, "warning": pixels.warning}
+    if isinstance(measured, _Measured):
+        return Explained(clip, {**shown, **measured.columns, "status": "ok", "error": None}, measured.maps)
+    return Explained(clip, {**shown, "status": "failed", "error": measured or problem})
+
+
+def _target(configuration: Configuration, clip: Clip, means: _VideoMeans, top: int) -> int:
+    if configuration.target == "top1":
+        return top
+    if configuration.target == "video":
+        return means.top(clip)
+    chosen = clip.label_index if configuration.target == "label" else clip.target
+    assert chosen is not None
+    return chosen
+
+
+def _sums(maps: dict[str, Tensor]) -> dict[str, Any]:
+    """Relevance by frame: summed, and its magnitude summed, which is its mass."""
+    columns: dict[str, Any] = {}
+    for name in ("spatial", "temporal"):
+        values = maps[name].double().flatten(1)
+        columns[f"{name}_sums"] = values.sum(1).tolist()
+        columns[f"{name}_masses"] = values.abs().sum(1).tolist()
+        columns[f"{name}_mass"] = float(values.abs().sum())
+    return columns
