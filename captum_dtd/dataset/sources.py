@@ -134,7 +134,7 @@ def _tree(root: Path, classes: Sequence[str] | None) -> tuple[list[Entry], int]:
     passed_over = 0
     top = os.fsencode(root)
     for folder in sorted(os.scandir(top), key=lambda item: item.name):
-        if folder.name.startswith(b".") or not folder.is_dir():
+        if folder.name.startswith(b".") or not _is_folder(folder):
             continue
         label = escaped(folder.name)
         if classes is not None and label not in classes:
@@ -160,10 +160,17 @@ def _files(folder: bytes, above: tuple[bytes, ...]) -> Iterator[bytes]:
     for item in sorted(os.scandir(folder), key=lambda item: item.name):
         if item.name.startswith(b"."):
             continue
-        if item.is_dir() and not _is_video(item.name):
+        if _is_folder(item) and not _is_video(item.name):
             yield from _files(item.path, (*above, real))
         else:
             yield item.path
+
+
+def _is_folder(item: os.DirEntry[bytes]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _is_video(path: bytes) -> bool:

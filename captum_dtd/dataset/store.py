@@ -95,6 +95,7 @@ class Store:
         self.configuration = configuration
         self.clips = clips
         self.shape = map_shape(configuration)
+        _make_folder(folder / _ARRAYS)
         zarr.open_group(_DurableStore(folder / _ARRAYS), mode="a")
         self._arrays = {name: self._array(name) for name in configuration.maps}
         self._shards = set(self.manifest()["shard"].to_pylist())
@@ -196,7 +197,7 @@ def running_alone(folder: Path) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"cannot write to {folder}: it is a file")
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     strangers = sorted(path.name for path in folder.iterdir() if path.name not in _NAMES and path.suffix != _TEMPORARY)
     if strangers and not (folder / _CONFIGURATION).exists():
         raise StoreError(f"{folder} holds {escaped(strangers[0])} and is no store: give a new or an empty folder")
@@ -298,10 +299,7 @@ def map_shape(configuration: Configuration) -> tuple[int, int, int]:
 
 def write_durably(path: Path, data: bytes | memoryview) -> None:
     """Write a file so that it is on the disk, whole, once this returns, and as it was before if the machine stops earlier."""
-    new = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for folder in new:
-        _sync(folder.parent)
+    _make_folder(path.parent)
     temporary = path.with_name(path.name + _TEMPORARY)
     try:
         with open(temporary, "wb") as file:
@@ -320,6 +318,17 @@ class _DurableStore(LocalStore):
 
     async def set(self, key: str, value: Buffer) -> None:
         await asyncio.to_thread(write_durably, self.root / key, value.as_numpy_array().data)
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        if not await self.exists(key):
+            await self.set(key, value)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder, and those it lies in, so that they are on the disk."""
+    for missing in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
+        missing.mkdir(exist_ok=True)
+        _sync(missing.parent)
 
 
 def _sync(folder: Path) -> None:

@@ -1,0 +1,143 @@
+"""Runs over a small data set that are killed: at each of their calls to the system that change the disk, or at random.
+
+`python killing.py FOLDER` prints the calls of a run that is not killed, as a list in JSON, then an object for each kill:
+how the run ended, the clips that were committed, how many clips the next run explained, and whether the store is then
+that of the run that was not killed. `python killing.py FOLDER SEED TIMES` prints such objects for random moments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import data_sets
+import pyarrow.parquet as pq
+import torch
+
+from captum_dtd.dataset import explain_dataset
+from captum_dtd.recipe import Recipe
+
+FEW = {"bend/a.avi": 9, "jack/b.avi": 13}
+MANY = {f"{name}/{number}.avi": 12 + number for name in data_sets.CLASSES for number in range(5)}
+SETTINGS: dict[str, Any] = {"decoders": 0, "batch_clips": 1, "shard_clips": 2, "internal_batch_size": 4}
+CALLS = ("fsync", "replace", "unlink", "mkdir")
+"""Of module os: all that a store's files and folders come and go by."""
+
+
+def counted(videos: str, out: Path, before: Callable[[int, str], None]) -> None:
+    """Explain, and call ``before`` with the number and the name of each call about to be made in the store's folder."""
+    number = 0
+
+    def wrap(name: str) -> None:
+        call = getattr(os, name)
+
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            nonlocal number
+            subject = arguments[1] if name == "replace" else arguments[0]
+            place = os.readlink(f"/proc/self/fd/{subject}") if name == "fsync" else os.fspath(subject)
+            nothing = name == "mkdir" and Path(place).is_dir()
+            if Path(place).absolute().is_relative_to(out.absolute()) and not nothing:
+                before(number, f"{name} {Path(place).absolute().relative_to(out.absolute())}")
+                number += 1
+            return call(*arguments, **options)
+
+        setattr(os, name, wrapped)
+
+    for name in CALLS:
+        wrap(name)
+    outcome = explain_dataset(videos, out, data_sets.RECIPE, **SETTINGS)
+    Path(f"{out}.new").write_text(str(outcome.new))
+
+
+def in_a_child(work: Callable[[], None], kill_after: float | None = None) -> int:
+    """Do it in a copy of this process, which has traced the model already; how that ended: 0, or minus a signal's number."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            os._exit(1)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def at_every_call(videos: str) -> None:
+    """Kill a run before each of its calls."""
+    whole = Path("whole")
+    read, write = os.pipe()
+    assert (
+        in_a_child(lambda: counted(videos, whole, lambda _, name: print(name, file=os.fdopen(os.dup(write), "w")))) == 0
+    )
+    os.close(write)
+    with os.fdopen(read) as file:
+        calls = file.read().splitlines()
+    print(json.dumps(calls), flush=True)
+    for fatal in range(len(calls)):
+        out = Path(f"killed{fatal}")
+
+        def die(number: int, _: str, fatal: int = fatal) -> None:
+            if number == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        ended = in_a_child(lambda out=out, die=die: counted(videos, out, die))  # type: ignore[misc]
+        report(videos, out, whole, ended=ended)
+
+
+def at_random(videos: str, seed: int, times: int) -> None:
+    """Kill runs on one store, one after another, and finish copies of it."""
+    begin = time.monotonic()
+    whole, out = Path("whole"), Path("killed")
+    assert in_a_child(lambda: counted(videos, whole, lambda *_: None)) == 0
+    usual = time.monotonic() - begin
+    generator = random.Random(seed)
+    for number in range(times):
+        after = generator.uniform(0.1, 0.5) * usual
+        ended = in_a_child(lambda: counted(videos, out, lambda *_: None), after)
+        copy = Path(f"copy{number}")
+        shutil.copytree(out, copy) if out.exists() else None
+        report(videos, copy, whole, ended=ended, after=after)
+
+
+def report(videos: str, out: Path, whole: Path, **facts: Any) -> None:
+    """Let a store that a killed run left be finished, and print how that went."""
+    parts = list((out / "manifest").glob("*.parquet"))
+    committed = {row for part in parts for row in pq.read_table(part)["row"].to_pylist()}
+    again = in_a_child(lambda: counted(videos, out, lambda *_: None))
+    facts |= {
+        "committed": len(committed),
+        "again": again,
+        "new": int(Path(f"{out}.new").read_text()),
+        "same": data_sets.same(out, whole),
+        "left": sorted(path.name for path in out.rglob("*temporary*")),
+    }
+    print(json.dumps(facts), flush=True)
+
+
+def main(folder: Path, *when: str) -> None:
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    Recipe.load = data_sets.load_once  # type: ignore[assignment]
+    # Traced here, for all children; explained only there, since the threads that autograd starts do not survive a fork.
+    explainer = data_sets.load_once(data_sets.RECIPE, "cpu")
+    explainer.method.method.rule_table(torch.zeros(1, 3, data_sets.FRAMES, data_sets.SIZE, data_sets.SIZE))
+    if when:
+        seed, times = map(int, when)
+        at_random(str(data_sets.make_tree(Path("many"), MANY)), seed, times)
+    else:
+        at_every_call(str(data_sets.make_tree(Path("few"), FEW)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

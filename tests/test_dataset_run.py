@@ -1,0 +1,495 @@
+"""A data set from end to end: every clip is there, with the maps of a plain loop, whatever its video is like."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("zarr", reason="zarr is not installed")
+pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+pytest.importorskip("av", reason="PyAV is not installed")
+
+import data_sets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from data_sets import CLASSES, FRAMES, OPTIONS, RECIPE, frames_of, make_tree, same, stored, write_avi
+
+import captum_dtd.dataset as dataset
+from captum_dtd import DiscriminativeDeepTaylor
+from captum_dtd.cli import main
+from captum_dtd.dataset import StoreError, explain_dataset
+from captum_dtd.models import load_model
+from captum_dtd.video import Preprocessing
+
+TREE = {"bend/a.avi": 9, "bend/b.avi": 13, "jack/a.avi": 4, "jack/c.avi": 6, "walk/d.avi": 17}
+"""Clips: 2, 3, 1, 1, 4."""
+SETTINGS: dict[str, Any] = {"decoders": 0, "batch_clips": 2, "shard_clips": 4, "encoding": "float32"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    data_sets.install_model(tmp_path, monkeypatch)
+    return tmp_path
+
+
+@pytest.fixture
+def root(folder: Path) -> Path:
+    return make_tree(folder / "root", TREE)
+
+
+@cache
+def method() -> DiscriminativeDeepTaylor:
+    low, high = Preprocessing.from_dict(RECIPE.preprocessing).bounds
+    return DiscriminativeDeepTaylor(load_model(RECIPE.model).model, low, high)
+
+
+def explained(clip: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The model's outputs for a prepared clip, and the spatial, temporal and total maps of the largest."""
+    outputs = method().model(clip)[0].detach()
+    return outputs, [part[0] for part in method().attribute(clip, target=int(outputs.argmax()))]
+
+
+def resized(frames: data_sets.Frames) -> torch.Tensor:
+    return Preprocessing.from_dict(RECIPE.preprocessing)(frames)[None]
+
+
+def test_maps_and_rows_are_those_of_a_plain_loop(root: Path, folder: Path) -> None:
+    outcome = explain_dataset(root, "out", RECIPE, **SETTINGS)
+    assert (outcome.clips, outcome.failed, outcome.warnings, outcome.new) == (11, 0, 0, 11)
+    store = dataset.open("out")
+    assert store.complete
+    rows = store.table.to_pylist()
+    number = 0
+    for name, count in TREE.items():
+        frames = frames_of(root / name)
+        assert len(frames) == count
+        for start in range(0, count - FRAMES + 1, FRAMES):
+            row = rows[number]
+            outputs, maps = explained(resized(frames[start : start + FRAMES]))
+            assert (row["row"], row["id"], row["path"]) == (number, f"{name}@{start}", name)
+            assert (row["path_bytes"], row["frame"]) == (name.encode(), start)
+            assert row["start"] == pytest.approx(start / 25)
+            assert (row["fps"], row["status"], row["error"], row["looped"]) == (25, "ok", None, False)
+            assert row["label"] == name.split("/")[0] == CLASSES[row["label_index"]]
+            assert row["shard"] == number // 4
+            assert row["prediction"] == row["target"] == int(outputs.argmax())
+            assert row["score"] == pytest.approx(float(outputs.max()), rel=1e-5)
+            assert row["delta"] == pytest.approx(float(outputs.max() - maps[2].sum()), abs=1e-5)
+            for part, expected in zip(("spatial", "temporal", "total"), maps, strict=True):
+                got = getattr(store, part)[number]
+                assert got.dtype == np.float32
+                assert np.abs(got - expected.numpy()).max() <= 1e-5 * float(expected.abs().max())
+            for part, expected in zip(("spatial", "temporal"), maps, strict=False):
+                by_frame = expected.double().sum((1, 2)).tolist()
+                assert row[f"{part}_sums"] == pytest.approx(by_frame, rel=1e-4, abs=1e-6)
+                assert row[f"{part}_masses"] == pytest.approx(expected.double().abs().sum((1, 2)).tolist(), rel=1e-4)
+                assert row[f"{part}_mass"] == pytest.approx(float(expected.abs().sum()), rel=1e-4)
+            number += 1
+    assert number == len(rows)
+
+
+@pytest.mark.parametrize("encoding", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("maps", [("spatial", "temporal"), ("spatial", "total"), ("temporal", "total")])
+def test_two_maps_are_stored_and_the_third_follows(root: Path, encoding: str, maps: tuple[str, str]) -> None:
+    shutil.rmtree(root / "bend")
+    settings = {**SETTINGS, "encoding": encoding, "maps": maps}
+    explain_dataset(root, "out", RECIPE, **settings)
+    store = dataset.open("out")
+    _, arrays = stored(Path("out"))
+    assert {name: str(array.dtype) for name, array in arrays.items()} == dict.fromkeys(maps, encoding)
+    expected = explained(resized(frames_of(root / "jack/a.avi")))[1]
+    largest = {
+        name: float(part.abs().max()) for name, part in zip(("spatial", "temporal", "total"), expected, strict=True)
+    }
+    within = {"float32": 1e-5, "float16": 1e-3, "int8": 1 / 250}[encoding]
+    for name, part in zip(("spatial", "temporal", "total"), expected, strict=True):
+        allowed = largest[name] if name in maps else sum(largest[stored_map] for stored_map in maps)
+        assert np.abs(getattr(store, name)[0] - part.numpy()).max() <= within * allowed
+
+
+def test_no_maps_keeps_the_table_alone(root: Path) -> None:
+    explain_dataset(root, "out", RECIPE, **SETTINGS, maps=())
+    store = dataset.open("out")
+    assert len(store.table) == 11
+    assert all(mass > 0 for mass in store.table["spatial_mass"].to_pylist())
+    assert stored(Path("out"))[1] == {}
+    with pytest.raises(StoreError, match="keeps no maps"):
+        _ = store.total
+
+
+def test_overlapping_clips_and_strides(root: Path) -> None:
+    settings = {**SETTINGS, "clip_stride": 3}
+    recipe = replace(RECIPE, preprocessing={**RECIPE.preprocessing, "stride": 2})
+    explain_dataset(root, "out", recipe, **settings)
+    rows, arrays = stored(Path("out"))
+    # a clip spans 7 frames
+    starts = [(row["path"], row["frame"]) for row in rows]
+    expected = [(name, start) for name, count in TREE.items() for start in range(0, max(count - 7, 0) + 1, 3)]
+    assert starts == expected
+    frames = frames_of(root / "walk/d.avi")
+    number = expected.index(("walk/d.avi", 6))
+    spatial = explained(resized(frames[6:13:2]))[1][0]
+    assert np.abs(arrays["spatial"][number] - spatial.numpy()).max() <= 1e-5 * float(spatial.abs().max())
+
+
+def test_targets(root: Path) -> None:
+    """Seeds show which class was explained: relevance sums to its logit."""
+    for target in ("label", "top1", "video"):
+        explain_dataset(root, target, RECIPE, **SETTINGS, target=target)
+    outputs = {
+        name: [
+            explained(resized(frames_of(root / name)[s : s + FRAMES]))[0] for s in range(0, count - FRAMES + 1, FRAMES)
+        ]
+        for name, count in TREE.items()
+    }
+    for target in ("label", "top1", "video"):
+        rows, arrays = stored(Path(target))
+        for row in rows:
+            of_video = outputs[row["path"]]
+            clip = of_video[row["frame"] // FRAMES]
+            expected = {
+                "label": row["label_index"],
+                "top1": int(clip.argmax()),
+                "video": int(torch.stack(of_video).mean(0).argmax()),
+            }[target]
+            assert row["target"] == expected
+            total = (arrays["spatial"] + arrays["temporal"])[row["row"]].sum()
+            assert total + row["delta"] == pytest.approx(float(clip[expected]), abs=1e-5)
+
+
+def test_a_tables_column_says_what_is_explained(root: Path, folder: Path) -> None:
+    (folder / "clips.csv").write_text(
+        "path,start,label,aim\nroot/walk/d.avi,0.21,walk,jack\nroot/bend/a.avi,,0,2\nroot/walk/d.avi,0.21,,bend\n"
+    )
+    explain_dataset(folder / "clips.csv", "out", RECIPE, **SETTINGS, target="column:aim")
+    rows, _ = stored(Path("out"))
+    assert [row["target"] for row in rows] == [1, 2, 2, 0]
+    assert [row["frame"] for row in rows] == [5, 0, 4, 5]
+    assert [row["label"] for row in rows] == ["walk", "bend", "bend", None]
+    assert len({row["id"] for row in rows}) == 4
+    with pytest.raises(ValueError, match="target label: 1 of 4 clips"):
+        explain_dataset(folder / "clips.csv", "other", RECIPE, **SETTINGS, target="label")
+    table = pa.table({"path": [b"root/walk/d.avi"], "start": [0.21], "aim": [1]})
+    pq.write_table(table, folder / "clips.parquet")
+    explain_dataset(folder / "clips.parquet", "again", RECIPE, **{**SETTINGS, "batch_clips": 1}, target="column:aim")
+    (row,), _ = stored(Path("again"))
+    assert row["score"] == pytest.approx(rows[0]["score"], rel=1e-6)
+
+
+def test_decoding_in_processes_and_several_devices_give_the_same(root: Path) -> None:
+    shutil.rmtree(root / "walk")
+    explain_dataset(root, "one", RECIPE, **SETTINGS)
+    explain_dataset(root, "two", RECIPE, **{**SETTINGS, "decoders": 1})
+    explain_dataset(root, "three", RECIPE, **SETTINGS, devices=["cpu", "cpu"])
+    assert same(Path("one"), Path("two"))
+    assert same(Path("one"), Path("three"))
+
+
+def test_a_second_run_finds_everything_done(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    explain_dataset(root, "out", RECIPE, **SETTINGS)
+    before = {
+        path: path.stat().st_mtime_ns for path in Path("out").rglob("*") if path.is_file() and path.name != "lock"
+    }
+    monkeypatch.setattr("captum_dtd.dataset.run.probe_entry", lambda *_: pytest.fail("frames are counted again"))
+    # what was decided in the first run need not be given again
+    outcome = explain_dataset(root, "out", RECIPE, **{**SETTINGS, "shard_clips": None})
+    assert (outcome.clips, outcome.new) == (11, 0)
+    after = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*") if path.is_file() and path.name != "lock"}
+    unchanged = {path for path in before if after.get(path) == before[path]}
+    assert {path.name for path in set(before) - unchanged} <= {"all.parquet"}
+
+
+CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"encoding": "int8"}, 'encoding: "float32" -> "int8"'),
+    ({"maps": ()}, r'maps: \["spatial", "temporal"\] -> \[\]'),
+    ({"batch_clips": 4}, "batch_clips: 2 -> 4"),
+    ({"shard_clips": 8}, "shard_clips: 4 -> 8"),
+    ({"internal_batch_size": 1}, "internal_batch_size: 4 -> 1"),
+    ({"target": "label"}, 'target: "top1" -> "label"'),
+    ({"clip_stride": 2}, "clip_stride: 4 -> 2"),
+    ({"recipe": replace(RECIPE, readout="mean")}, 'recipe.readout: null -> "mean"'),
+    (
+        {"recipe": replace(RECIPE, model=f"{data_sets.MODULE}:other")},
+        'weights_digest: "[0-9a-f]{16}" -> "[0-9a-f]{16}"',
+    ),
+    (
+        {"recipe": replace(RECIPE, preprocessing={**RECIPE.preprocessing, "mean": [0.5]})},
+        r"preprocessing.mean: \[0.4, 0.4, 0.4\] -> \[0.5, 0.5, 0.5\]",
+    ),
+]
+
+
+def test_a_changed_configuration_is_refused_with_the_difference(root: Path) -> None:
+    explain_dataset(root, "out", RECIPE, **SETTINGS)
+    before = stored(Path("out"))
+    for change, message in CHANGES:
+        settings = {"recipe": RECIPE, **SETTINGS, **change}
+        with pytest.raises(StoreError, match=message) as caught:
+            explain_dataset(root, "out", **settings)
+        assert "another folder" in str(caught.value)
+    assert repr(stored(Path("out"))) == repr(before)
+
+
+def test_changed_videos_are_refused_with_the_difference(root: Path) -> None:
+    explain_dataset(root, "out", RECIPE, **SETTINGS)
+    write_avi(root / "walk" / "new one.avi", 5)
+    with pytest.raises(StoreError, match=r"new: walk/new one.avi"):
+        explain_dataset(root, "out", RECIPE, **SETTINGS)
+    (root / "walk" / "new one.avi").unlink()
+    (root / "bend" / "a.avi").rename(root / "bend" / "z.avi")
+    with pytest.raises(StoreError, match=r"gone: bend/a.avi; new: bend/z.avi"):
+        explain_dataset(root, "out", RECIPE, **SETTINGS)
+    (root / "bend" / "z.avi").rename(root / "bend" / "a.avi")
+    assert explain_dataset(root, "out", RECIPE, **SETTINGS).new == 0
+
+
+def test_a_folder_that_is_no_store_is_left_alone(root: Path, folder: Path) -> None:
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(StoreError, match=r"thesis\.txt"):
+        explain_dataset(root, "mine", RECIPE, **SETTINGS)
+    assert [path.name for path in (folder / "mine").iterdir()] == ["thesis.txt"]
+    with pytest.raises(StoreError, match="is a file"):
+        explain_dataset(root, "classes.txt", RECIPE, **SETTINGS)
+    with pytest.raises(StoreError, match="no store"):
+        dataset.open("mine")
+    for wrong in (
+        {"maps": ("spatial",)},
+        {"target": "best"},
+        {"shard_clips": 3},
+        {"batch_clips": 0},
+        {"encoding": "int4"},
+    ):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            explain_dataset(root, "out", RECIPE, **{**SETTINGS, **wrong})
+    assert not (folder / "out").exists()
+
+
+def break_videos(root: Path) -> dict[str, str]:
+    """Videos with something wrong, beside good ones, and what their rows must say."""
+    write_avi(root / "bend" / "one frame.avi", 1)
+    write_avi(root / "bend" / "odd.avi", 9, height=33, width=47)
+    good = write_avi(root / "jack" / "cut.avi", 40, seed=3).read_bytes()
+    (root / "jack" / "cut.avi").write_bytes(good[: len(good) // 2])
+    (root / "jack" / "empty.avi").touch()
+    (root / "walk" / "folder.avi").mkdir(parents=True)
+    (root / "walk" / "loop.avi").symlink_to("loop.avi")
+    (root / "walk" / "around").symlink_to("..", target_is_directory=True)
+    (root / "walk" / "text.avi").write_text("not a video\n" * 99)
+    os.mkfifo(root / "walk" / "pipe.avi")
+    return {
+        "jack/empty.avi": "empty",
+        "walk/folder.avi": "directory",
+        "walk/loop.avi": "cannot open",
+        "walk/text.avi": "not a video",
+        "walk/pipe.avi": "not a regular file",
+    }
+
+
+def test_broken_videos_have_rows_with_errors_and_the_others_are_explained(root: Path) -> None:
+    errors = break_videos(root)
+    outcome = explain_dataset(root, "out", RECIPE, **SETTINGS)
+    rows, arrays = stored(Path("out"))
+    failed = {row["path"]: row["error"] for row in rows if row["status"] == "failed" and row["frame"] == 0}
+    assert failed.keys() == errors.keys()
+    assert all(word in failed[path] for path, word in errors.items())
+    by_path = {
+        name: [row for row in rows if row["path"] == name] for name in [*TREE, "bend/one frame.avi", "bend/odd.avi"]
+    }
+    assert all(row["status"] == "ok" for of_video in by_path.values() for row in of_video)
+    assert [len(of_video) for of_video in by_path.values()] == [2, 3, 1, 1, 4, 1, 2]
+    (short,) = by_path["bend/one frame.avi"]
+    assert short["looped"] and "repeated in a loop" in short["warning"]
+    assert short["temporal_mass"] == 0 and not arrays["temporal"][short["row"]].any()
+    # the header promises 40 frames: what is missing is not dropped silently
+    cut = [row for row in rows if row["path"] == "jack/cut.avi"]
+    assert [row["frame"] for row in cut] == list(range(0, 40, FRAMES))
+    assert cut[0]["status"] == "ok" and cut[-1]["status"] == "failed"
+    assert "ends after" in cut[-1]["error"]
+    assert outcome.failed == len(errors) + sum(row["status"] == "failed" for row in cut)
+    assert outcome.warnings >= 1
+    store = dataset.open("out")
+    for row in rows:
+        assert np.isnan(store.temporal[row["row"]]).all() == (row["status"] == "failed")
+
+
+HOSTILE = [
+    b"a b.avi",
+    b"it's.avi",
+    b'"quoted".avi',
+    b"new\nline.avi",
+    b"not utf-8 \xff\xfe.avi",
+    b"back\\slash.avi",
+    b"-x.avi",
+    "日本.avi".encode(),
+]
+
+
+def test_hostile_names(folder: Path) -> None:
+    root = folder / "root"
+    source = write_avi(folder / "source.avi", 5).read_bytes()
+    for name in HOSTILE:
+        (root / "jack").mkdir(parents=True, exist_ok=True)
+        with open(os.path.join(os.fsencode(root), b"jack", name), "wb") as file:
+            file.write(source)
+    strange = os.path.join(os.fsencode(root), b"cl\xffss\n; rm -rf")
+    os.mkdir(strange)
+    with open(os.path.join(strange, b"v.avi"), "wb") as file:
+        file.write(source)
+    outcome = explain_dataset(root, "out", RECIPE, **SETTINGS)
+    assert (outcome.clips, outcome.failed) == (len(HOSTILE) + 1, 0)
+    rows, _ = stored(Path("out"))
+    assert {row["path_bytes"] for row in rows} == {b"jack/" + name for name in HOSTILE} | {b"cl\xffss\n; rm -rf/v.avi"}
+    assert len({row["path"] for row in rows}) == len(rows)
+    assert all(row["path"].isprintable() for row in rows)
+    assert [row["label_index"] for row in rows if row["path"].startswith("jack")] == [1] * len(HOSTILE)
+    assert [row["label_index"] for row in rows if row["path"].startswith("cl")] == [None]
+    assert explain_dataset(root, "out", RECIPE, **SETTINGS).new == 0
+
+
+def test_a_class_that_climbs_out_stays_a_name(folder: Path) -> None:
+    write_avi(folder / "root" / "v.avi", 5)
+    (folder / "root" / "clips.csv").write_text('path,label\nv.avi,"../../x"\n')
+    outcome = explain_dataset(folder / "root" / "clips.csv", "deep/out", RECIPE, **SETTINGS)
+    assert outcome.failed == 0
+    assert stored(Path("deep/out"))[0][0]["label"] == "../../x"
+    assert not list(folder.glob("**/x"))
+    (folder / "root" / "classInd.txt").write_text("1 ../../x\n2 jack\n")
+    (folder / "root" / "list.txt").write_text("../../x/v.avi 1\n")
+    with pytest.raises(ValueError, match=r"line 1: \.\./\.\./x/v\.avi leaves"):
+        explain_dataset(folder / "root", "other", RECIPE, **SETTINGS, lists=["list.txt"])
+
+
+def test_failed_clips_are_explained_once_the_video_is_whole(root: Path, folder: Path) -> None:
+    make_tree(folder / "good", TREE)
+    good = {name: (root / name).read_bytes() for name in ("bend/b.avi", "jack/c.avi")}
+    (root / "bend/b.avi").write_bytes(b"")
+    (root / "jack/c.avi").write_bytes(b"no video")
+    assert explain_dataset(root, "out", RECIPE, **SETTINGS).failed == 2
+    before = stored(Path("out"))[0]
+    # still broken: nothing changes
+    assert explain_dataset(root, "out", RECIPE, **SETTINGS, retry_failed=True).failed == 2
+    assert repr(stored(Path("out"))[0]) == repr(before)
+    for name, data in good.items():
+        (root / name).write_bytes(data)
+    assert explain_dataset(root, "out", RECIPE, **SETTINGS).failed == 2  # not asked to try again
+    outcome = explain_dataset(root, "out", RECIPE, **SETTINGS, retry_failed=True)
+    assert (outcome.failed, outcome.clips) == (0, 11)
+    explain_dataset(folder / "good", "whole", RECIPE, **SETTINGS)
+    store, whole = dataset.open("out"), dataset.open("whole")
+    rows = {row["id"]: row["row"] for row in store.table.to_pylist()}
+    for row in whole.table.to_pylist():
+        got, expected = store.total[rows[row["id"]]], whole.total[row["row"]]
+        assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+    # no row that was there has moved
+    assert [row["path"] for row in before] == [row["path"] for row in store.table.to_pylist()][: len(before)]
+    assert explain_dataset(root, "out", RECIPE, **SETTINGS, retry_failed=True).new == 0
+
+
+@pytest.mark.parametrize("target", ["top1", "video"])
+def test_a_clip_that_failed_comes_out_as_if_it_had_not(root: Path, folder: Path, target: str) -> None:
+    """A video cut short has rows for what its header promises; whole again, all is as in a run over whole videos."""
+    explain_dataset(root, "whole", RECIPE, **SETTINGS, target=target)
+    data = (root / "walk/d.avi").read_bytes()
+    (root / "walk/d.avi").write_bytes(data[: len(data) // 2])
+    failed = explain_dataset(root, "out", RECIPE, **SETTINGS, target=target).failed
+    assert 0 < failed < 4
+    (root / "walk/d.avi").write_bytes(data)
+    assert explain_dataset(root, "out", RECIPE, **SETTINGS, target=target, retry_failed=True).failed == 0
+    assert same(Path("out"), Path("whole"))
+
+
+def test_the_command_and_its_exit_codes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["dataset", str(root), *OPTIONS, "-o", "out", "--batch-clips", "2", "--decoders", "0"]
+    assert main([*command, "--target", "label", "--encoding", "int8"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("11 clips, 11 of them new: 11 explained, 0 failed\n")
+    assert err == ""
+    assert dataset.open("out").configuration.shard_clips % 2 == 0
+    assert main([*command, "--target", "top1", "--encoding", "int8"]) == 2
+    assert 'target: "label" -> "top1"' in capsys.readouterr().err
+    (root / "jack" / "empty.avi").touch()
+    (root / "jack" / "notes.txt").touch()
+    command[command.index("out")] = "second"
+    assert main(command) == 1
+    out, _ = capsys.readouterr()
+    assert "12 clips, 12 of them new: 11 explained, 1 failed" in out
+    assert "--retry-failed" in out
+    assert "1 files are no videos" in out
+    write_avi(root / "jack" / "empty.avi", 4)
+    assert main([*command, "--retry-failed"]) == 0
+    for wrong, message in (
+        (["nowhere", *OPTIONS], "nowhere"),
+        ([str(root), *OPTIONS, "--maps", "spatial"], "maps must be two of"),
+        ([str(root), *OPTIONS, "--list", "testlist09.txt"], "testlist09.txt"),
+        ([str(root), *OPTIONS, "--target", "column:x"], "column:x"),
+        ([str(root), *OPTIONS, "--internal-batch-size", "0"], "internal_batch_size"),
+    ):
+        assert main(["dataset", *wrong, "-o", "third"]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not Path("third").exists()
+
+
+def test_progress_names_the_bottleneck(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    explain_dataset(root, "out", RECIPE, **SETTINGS, show_progress=True)
+    err = capsys.readouterr().err
+    assert "11/11" in err
+    assert "bottleneck: " in err
+    assert "clip/s" in err or "s/clip" in err
+
+
+def against_a_loop(out: Path, data: Path, within: float) -> None:
+    """Compare a store of the UCF-10 videos with explanations one by one."""
+    loaded = load_model("c3d_mini", "ucf10")
+    prepare = Preprocessing.from_dict(loaded.preprocessing or {})
+    method = DiscriminativeDeepTaylor(loaded.model, *prepare.bounds)
+    store = dataset.open(out)
+    for row in store.table.to_pylist():
+        frames = frames_of(data / "ucf10_64px" / row["path"])[row["frame"] :][
+            : prepare.frames * prepare.stride : prepare.stride
+        ]
+        clip = prepare(frames)[None]
+        maps = method.attribute(clip, target=int(loaded.model(clip).argmax()))
+        for name in ("spatial", "temporal"):
+            expected = getattr(maps, name)[0].numpy()
+            assert np.abs(getattr(store, name)[row["row"]] - expected).max() <= within * np.abs(expected).max()
+
+
+def test_some_of_ucf10_against_a_plain_loop(data: Path, tmp_path: Path) -> None:
+    videos = (data / "ucf10_64px" / "vallist.txt").read_text().splitlines()
+    chosen = [next(line for line in videos if line.endswith(f" {number}")) for number in range(1, 11)]
+    (tmp_path / "some.txt").write_text("\n".join(chosen))
+    recipe = replace(RECIPE, model="c3d_mini", classes=None, preprocessing={})
+    outcome = explain_dataset(
+        data / "ucf10_64px",
+        tmp_path / "out",
+        recipe,
+        lists=[str(tmp_path / "some.txt")],
+        encoding="float16",
+        decoders=0,
+    )
+    assert (outcome.clips, outcome.failed) == (10, 0)
+    against_a_loop(tmp_path / "out", data, 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_all_of_ucf10_in_every_encoding(data: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, model="c3d_mini", classes=None, preprocessing={})
+    for encoding, within in (("float32", 1e-5), ("float16", 1e-3), ("int8", 1 / 250)):
+        out = tmp_path / encoding
+        settings: dict[str, Any] = {"lists": ["vallist.txt"], "encoding": encoding}
+        assert explain_dataset(data / "ucf10_64px", out, recipe, **settings).failed == 0
+        rows, _ = stored(out)
+        listed = [line.split()[0] for line in (data / "ucf10_64px" / "vallist.txt").read_text().splitlines()]
+        assert [row["path"] for row in rows] == [path for path in listed for _ in range(2)][::2]
+        against_a_loop(out, data, within)
