@@ -15,11 +15,13 @@ from captum_dtd.video import (
     Preprocessing,
     Video,
     VideoError,
+    frame_times,
     iter_clips,
     iter_frames,
     overlay_frames,
     probe,
     read_video,
+    read_windows,
     sample_clip,
     shared_scale,
     write_contact_sheet,
@@ -443,3 +445,39 @@ def test_real_recordings() -> None:
             assert (np.diff(video.times) > 0).all()
             assert video.times[0] == 0
             assert video.frames.std() > 10
+
+
+@pytest.mark.parametrize(("name", "codec", "pix_fmt"), CONTAINERS)
+def test_frames_are_counted_and_timed_without_decoding(tmp_path: Path, name: str, codec: str, pix_fmt: str) -> None:
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    path = encode(tmp_path / name, numbered(23), codec, pix_fmt)
+    assert frame_times(path) == pytest.approx(read_video(path).times, abs=2e-3)
+
+
+def test_frames_that_a_cut_file_lacks_are_counted(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (60, 48, 64, 3), dtype=np.uint8)
+    path = encode(tmp_path / "cut.avi", noise, "mpeg4")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert frame_times(path) == pytest.approx(np.arange(60) / 25)
+    with pytest.raises(VideoError, match=r"none\.avi"):
+        frame_times(tmp_path / "none.avi")
+
+
+@pytest.mark.parametrize(("name", "codec", "pix_fmt"), CONTAINERS)
+def test_windows_are_runs_of_the_videos_frames(tmp_path: Path, name: str, codec: str, pix_fmt: str) -> None:
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no {codec}")
+    path = encode(tmp_path / name, numbered(12), codec, pix_fmt)
+    video = read_video(path)
+    windows = read_windows(path, [7, 0, 2, 10], 4)
+    for start, window in zip([7, 0, 2, 10], windows, strict=True):
+        assert isinstance(window, Video)
+        assert np.array_equal(window.frames, video.frames[start : start + 4])
+        assert np.array_equal(window.times, video.times[start : start + 4])
+        assert window.fps == video.fps
+    beyond, first = read_windows(path, [12, 0], 2)
+    assert isinstance(first, Video) and len(first) == 2
+    assert isinstance(beyond, VideoError) and f"{name} ends after 12 frames, before frame 12" in str(beyond)
+    with pytest.raises(VideoError, match="is a directory"):
+        read_windows(tmp_path, [0], 2)

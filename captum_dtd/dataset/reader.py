@@ -40,7 +40,9 @@ class Maps:
         if isinstance(index, (int, np.integer)):
             one: NDArray[np.float32] = self[[int(index)]][0]
             return one
-        rows = np.arange(len(self))[index if isinstance(index, slice) else np.asarray(index)]
+        if not isinstance(index, slice):
+            index = np.asarray(index) if len(index) else np.zeros(0, np.int64)
+        rows = np.arange(len(self))[index]
         if rows.ndim != 1:
             raise IndexError("maps are indexed by clips alone: index what that gives for times, heights and widths")
         # each row once and in order, as reading takes them; a run of rows as a slice

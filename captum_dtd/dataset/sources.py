@@ -89,20 +89,14 @@ def find_videos(root: str | os.PathLike[str], lists: Sequence[str] = (), target_
     if not root.is_dir():
         raise ValueError(f"there is no folder or table {root}")
     files = [_list_file(root, name) for name in lists]
-    index = next(
-        (path for folder in _list_folders(root, files) if (path := folder / _CLASS_INDEX).is_file()),
-        None,
-    )
-    if files and index is None:
+    classes = _find_class_index(root, files)
+    if files and classes is None:
         raise ValueError(f"lists need class numbers, but there is no {_CLASS_INDEX} in {root} or beside {files[0]}")
-    classes = _class_index(index) if index else None
-    found: tuple[list[Entry], int] = ([], 0)
     if files:
-        found = ([entry for file in files for entry in _listed(file, classes or ())], 0)
+        entries, passed_over = [entry for file in files for entry in _listed(file, classes or ())], 0
     else:
-        found = _tree(root, classes)
-        classes = classes or tuple(dict.fromkeys(entry.label for entry in found[0] if entry.label is not None))
-    entries, passed_over = found
+        entries, passed_over = _tree(root, classes)
+        classes = classes or tuple(dict.fromkeys(entry.label for entry in entries if entry.label is not None))
     if not entries:
         what = "the lists name no video" if files else f"no folder in {root} has a video in it"
         raise ValueError(f"nothing to explain: {what}")
@@ -177,15 +171,22 @@ def _is_video(path: bytes) -> bool:
     return os.path.splitext(path)[1].lower() in {suffix.encode() for suffix in VIDEO_SUFFIXES}
 
 
-def _list_folders(root: Path, files: Sequence[Path] = ()) -> list[Path]:
-    return [*(root / name for name in _LIST_FOLDERS), *(file.parent for file in files)]
-
-
 def _list_file(root: Path, name: str) -> Path:
-    for path in (*(folder / name for folder in _list_folders(root)), Path(name)):
+    for path in (*(root / folder / name for folder in _LIST_FOLDERS), Path(name)):
         if path.is_file():
             return path
     raise ValueError(f"there is no list {name} in {root}, in ucfTrainTestlist, or as a path")
+
+
+def _find_class_index(root: Path, files: Sequence[Path]) -> tuple[str, ...] | None:
+    """The classes of the tree's index, which lies where its lists lie; one beside the tree may be another tree's."""
+    folders = {escaped(os.fsencode(item.name)) for item in os.scandir(root)}
+    for place in (*(root / folder for folder in _LIST_FOLDERS), *(file.parent for file in files)):
+        if (place / _CLASS_INDEX).is_file():
+            classes = _class_index(place / _CLASS_INDEX)
+            if place == root or not folders.isdisjoint(classes):
+                return classes
+    return None
 
 
 def _class_index(path: Path) -> tuple[str, ...]:

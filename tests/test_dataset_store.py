@@ -1,0 +1,181 @@
+"""How maps are stored, and what a reader gets: of a finished store, an unfinished one, one that is being written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("zarr", reason="zarr is not installed")
+pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+pytest.importorskip("av", reason="PyAV is not installed")
+
+import data_sets
+from data_sets import RECIPE, SIZE, make_tree, stored
+
+import captum_dtd.dataset as dataset
+from captum_dtd.dataset import StoreError, explain_dataset
+from captum_dtd.dataset.encoding import decode_maps, encode_map
+from captum_dtd.dataset.store import write_durably
+
+
+@pytest.mark.parametrize(("encoding", "within"), [("float32", 0.0), ("float16", 1 / 4096), ("int8", 1 / 253.9)])
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e-4, 1.0, 1e30])
+def test_every_encoding_keeps_small_and_large_maps(
+    encoding: str, within: float, size: float, generator: torch.Generator
+) -> None:
+    values = size * torch.randn(5, 7, 6, generator=generator) ** 3
+    stored_map, scale = encode_map(values, encoding)  # type: ignore[arg-type]
+    assert str(stored_map.dtype) == f"torch.{encoding}"
+    back = decode_maps(stored_map.numpy()[None], np.array([scale], np.float32))[0]
+    assert np.abs(back - values.numpy()).max() <= within * float(values.abs().max())
+
+
+@pytest.mark.parametrize("encoding", ["float32", "float16", "int8"])
+def test_no_relevance_stays_none(encoding: str) -> None:
+    for values in (torch.zeros(3, 4, 4), torch.full((3, 4, 4), 1e-45)):
+        stored_map, scale = encode_map(values, encoding)  # type: ignore[arg-type]
+        back = decode_maps(stored_map.numpy()[None], np.array([scale], np.float32))
+        assert np.abs(back).max() <= 1e-44
+        assert scale > 0
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dataset.Relevance:
+    data_sets.install_model(tmp_path, monkeypatch)
+    make_tree(tmp_path / "root", {"bend/a.avi": 9, "jack/b.avi": 13, "walk/c.avi": 5})
+    (tmp_path / "root" / "jack" / "a.avi").touch()
+    explain_dataset("root", "out", RECIPE, decoders=0, batch_clips=1, shard_clips=2, encoding="int8")
+    return dataset.open("out")
+
+
+def test_maps_are_indexed_like_arrays(store: dataset.Relevance) -> None:
+    rows, arrays = stored(store.folder)
+    scales = np.array([row["spatial_scale"] or np.nan for row in rows], np.float32)
+    expected = arrays["spatial"].astype(np.float32) * scales[:, None, None, None]
+    maps = store.spatial
+    assert maps.shape == expected.shape == (7, data_sets.FRAMES, SIZE, SIZE)
+    assert len(maps) == store.clips == 7
+    chosen = np.array([True, False, True, False, False, False, True])
+    for index in (
+        0,
+        6,
+        -1,
+        np.int64(3),
+        slice(None),
+        slice(1, 6, 2),
+        slice(5, 1, -1),
+        slice(3, 3),
+        [4, 0, 0],
+        [],
+        chosen,
+    ):
+        got = maps[index]  # type: ignore[index]
+        assert got.dtype == np.float32
+        np.testing.assert_array_equal(got, expected[index if not (isinstance(index, list) and not index) else slice(0)])
+    np.testing.assert_allclose(store.total[:], store.spatial[:] + store.temporal[:])
+    for wrong in (7, [0, 9], np.zeros((2, 2), int)):
+        with pytest.raises(IndexError):
+            maps[wrong]  # type: ignore[index]
+
+
+def test_maps_that_are_stored_can_be_read_with_zarr_alone(store: dataset.Relevance) -> None:
+    """One file for each shard, one chunk for each clip, zstd."""
+    import zarr
+
+    array = zarr.open_group(store.folder / "maps.zarr", mode="r")["temporal"]
+    assert array.metadata.zarr_format == 3
+    assert array.shards == (2, data_sets.FRAMES, SIZE, SIZE)
+    assert array.chunks == (1, data_sets.FRAMES, SIZE, SIZE)
+    assert "zstd" in str(array.metadata.to_dict()["codecs"])
+    assert array.metadata.dimension_names == ("clip", "time", "height", "width")
+    assert len(list((store.folder / "maps.zarr" / "temporal").glob("c*"))) == 4
+
+
+def test_an_unfinished_store_is_open_to_read(store: dataset.Relevance, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there is as in the end; what is not is NaN."""
+    from captum_dtd.dataset import store as writing
+
+    commits = 0
+    commit = writing.Store.commit
+
+    def stop(self: writing.Store, shard: int, rows: list[object]) -> None:
+        nonlocal commits
+        if commits == 2:
+            raise OSError("the lights went out")
+        commits += 1
+        commit(self, shard, rows)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(writing.Store, "commit", stop)
+    with pytest.raises(OSError, match="the lights went out"):
+        explain_dataset("root", "half", RECIPE, decoders=0, batch_clips=1, shard_clips=2, encoding="int8")
+    half = dataset.open("half")
+    assert not half.complete and store.complete
+    assert (len(half.table), half.clips, half.total.shape) == (4, 7, store.total.shape)
+    np.testing.assert_array_equal(half.total[:4], store.total[:4])
+    assert np.isnan(half.total[4:]).all()
+    assert half.table["id"].to_pylist() == store.table["id"].to_pylist()[:4]
+
+
+def test_parts_are_gathered_without_a_change(store: dataset.Relevance, monkeypatch: pytest.MonkeyPatch) -> None:
+    from captum_dtd.dataset import engine_local
+
+    monkeypatch.setattr(engine_local, "MOST_PARTS", 2)
+    seen = set()
+    gather = engine_local.Store.gather
+
+    def watched(self: engine_local.Store, *, at_least: int = 1) -> None:
+        gather(self, at_least=at_least)
+        left = [path.name for path in (self.folder / "manifest").iterdir()]
+        seen.add(len(left))
+        assert len(dataset.open(self.folder).table) in (2, 4, 6, 7)
+
+    monkeypatch.setattr(engine_local.Store, "gather", watched)
+    explain_dataset("root", "again", RECIPE, decoders=0, batch_clips=1, shard_clips=2, encoding="int8")
+    assert seen == {1, 2}
+    assert data_sets.same(Path("again"), store.folder)
+
+
+def test_files_that_cannot_be_understood_are_named(store: dataset.Relevance) -> None:
+    out = store.folder
+    for file, data in (
+        ("manifest/all.parquet", b"torn"),
+        ("configuration.json", b"{"),
+        ("configuration.json", b'{"a": 1}'),
+    ):
+        before = (out / file).read_bytes()
+        (out / file).write_bytes(data)
+        with pytest.raises(StoreError, match=Path(file).name):
+            dataset.open(out)
+        (out / file).write_bytes(before)
+    assert len(dataset.open(out).table) == 7
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_durably(tmp_path / "deep" / "file", b"before")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        write_durably(tmp_path / "deep" / "file", b"after")
+    assert (tmp_path / "deep" / "file").read_bytes() == b"before"
+    assert len(list((tmp_path / "deep").iterdir())) == 1
+
+
+@pytest.mark.parametrize("missing", ["zarr", "pyarrow"])
+def test_what_is_missing_is_said_in_one_line(tmp_path: Path, missing: str) -> None:
+    script = f"""
+    import sys
+    sys.modules[{missing!r}] = None
+    from captum_dtd.cli import main
+    sys.exit(main(["dataset", "root", "--model", "c3d_mini", "-o", "out"]))
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2
+    assert "pip install 'captum_dtd[dataset]'" in run.stderr
+    assert run.stderr.count("\n") == 1
