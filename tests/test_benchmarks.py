@@ -72,6 +72,7 @@ def test_explanations_are_compared(tmp_path: Path) -> None:
 
 def test_pytest_benchmarks_run() -> None:
     chosen = "conv3a or stem or fc8 or pool2 or pool5 or (test_others and zennit) or (test_captum_dtd and float32)"
+    chosen += " or test_open or (test_end_to_end and c3d_mini)"
     command = [sys.executable, "-m", "pytest", str(FOLDER), "--small", "--benchmark-disable", "-q", "-k", chosen]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for variable in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):

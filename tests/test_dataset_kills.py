@@ -137,6 +137,19 @@ def test_a_kill_before_any_call_that_changes_the_disk(folder: Path) -> None:
     assert committed == sorted(committed) and set(committed) == {0, 2, 4, 5}
 
 
+def test_a_kill_while_what_failed_is_explained_again(folder: Path) -> None:
+    """Never does a row name the maps of another."""
+    calls, *kills = killing_runs(folder, "retry")
+    first = calls.index("replace manifest/part-00000.parquet")
+    maps = calls.index("replace maps.zarr/spatial/c.0.0.0.0")
+    assert first < maps < calls.index("replace manifest/part-00000.parquet", first + 1)
+    for call, kill in zip(calls, kills, strict=True):
+        assert kill["ended"] == -signal.SIGKILL, call
+        assert kill["again"] == 0, call
+        assert kill["same"], call
+        assert kill["left"] == [], call
+
+
 def random_seed() -> int:
     seed = int.from_bytes(os.urandom(4), "little")
     print(f"seed {seed}")

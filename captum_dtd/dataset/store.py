@@ -131,25 +131,25 @@ class Store:
         """Write rows of one shard, maps first; rows of the shard that are there already and not given stay.
 
         Raises:
-            OSError: the disk is full, say; then the shard is as it was, but for maps that no row names.
+            OSError: the disk is full, say; then no row names what was not written.
         """
         first = shard * self.configuration.shard_clips
         stop = min(first + self.configuration.shard_clips, len(self.clips))
+        table = self._table(shard, rows)
         before = self._part(shard)
+        if before is not None:
+            # What is replaced must not be named while its maps change: until all is written it is not there.
+            before = before.filter(pc.invert(pc.is_in(before["row"], table["row"])))
+            self._write_part(shard, before)
+            table = pa.concat_tables([before, table]).sort_by("row")
         for name, array in self._arrays.items():
-            given = {row.clip.row - first: row.maps[name] for row in rows if name in row.maps}
             block = (
                 np.zeros((stop - first, *self.shape), array.dtype) if before is None else np.asarray(array[first:stop])
             )
-            for position, values in given.items():
-                block[position] = values
+            for row in rows:
+                block[row.clip.row - first] = row.maps.get(name, 0)
             array[first:stop] = block
-        table = self._table(shard, rows)
-        if before is not None:
-            kept = before.filter(pc.invert(pc.is_in(before["row"], table["row"])))
-            table = pa.concat_tables([kept, table]).sort_by("row")
-        write_durably(self.folder / _MANIFEST / _PART.format(shard), _parquet(table))
-        self._shards.add(shard)
+        self._write_part(shard, table)
 
     def gather(self, *, at_least: int = 1) -> None:
         """Move the parts of the manifest into one file, if there are so many; what the store holds does not change."""
@@ -159,6 +159,10 @@ class Store:
         write_durably(self.folder / _MANIFEST / _ALL, _parquet(self.manifest()))
         for part in parts:
             part.unlink()
+
+    def _write_part(self, shard: int, table: pa.Table) -> None:
+        write_durably(self.folder / _MANIFEST / _PART.format(shard), _parquet(table))
+        self._shards.add(shard)
 
     def _part(self, shard: int) -> pa.Table | None:
         """The shard's rows, None if there are none."""
