@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 from data_sets import CLASSES, FRAMES, OPTIONS, RECIPE, frames_of, make_tree, same, stored, write_avi
 
 import captum_dtd.dataset as dataset
-from captum_dtd import DiscriminativeDeepTaylor
+import captum_dtd.dataset.work
+from captum_dtd import DiscriminativeDeepTaylor, FrameCache
 from captum_dtd.cli import main
 from captum_dtd.dataset import StoreError, explain_dataset
 from captum_dtd.models import load_model
@@ -138,6 +139,28 @@ def test_overlapping_clips_and_strides(root: Path) -> None:
     number = expected.index(("walk/d.avi", 6))
     spatial = explained(resized(frames[6:13:2]))[1][0]
     assert np.abs(arrays["spatial"][number] - spatial.numpy()).max() <= 1e-5 * float(spatial.abs().max())
+
+
+def test_frames_of_many_clips_are_explained_once_in_each_batch(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches: list[FrameCache] = []
+
+    def recorded() -> FrameCache:
+        caches.append(FrameCache())
+        return caches[-1]
+
+    monkeypatch.setattr(captum_dtd.dataset.work, "FrameCache", recorded)
+    explain_dataset(root, "out", RECIPE, **{**SETTINGS, "clip_stride": 1, "batch_clips": 4})
+    rows, arrays = stored(Path("out"))
+    starts = [(row["path"], row["frame"]) for row in rows]
+    assert starts == [(name, start) for name, count in TREE.items() for start in range(max(count - FRAMES, 0) + 1)]
+    frames = frames_of(root / "walk/d.avi")
+    for start in (0, 5):
+        number = starts.index(("walk/d.avi", start))
+        spatial = explained(resized(frames[start : start + FRAMES]))[1][0]
+        assert np.abs(arrays["spatial"][number] - spatial.numpy()).max() <= 1e-5 * float(spatial.abs().max())
+    shown = sum(cache.hits + cache.misses for cache in caches)
+    assert shown == FRAMES * sum(row["looped"] is False for row in rows)
+    assert sum(cache.misses for cache in caches) < 0.7 * shown
 
 
 def test_targets(root: Path) -> None:

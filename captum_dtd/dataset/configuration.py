@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
@@ -74,6 +75,13 @@ class Configuration:
                 f"shard_clips ({self.shard_clips}) must be a multiple of batch_clips ({self.batch_clips}): batches do not "
                 "cross shards"
             )
+
+    @property
+    def shares_frames(self) -> bool:
+        """Whether clips overlap so far that every frame is in more than two of them, and is better explained once for all."""
+        frames, stride = int(self.preprocessing["frames"]), int(self.preprocessing["stride"])
+        clips_of_a_frame = frames * stride / math.lcm(self.clip_stride, stride)
+        return clips_of_a_frame > 2
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON stores and :meth:`from_dict` reads."""

@@ -22,6 +22,7 @@ from captum_dtd.dataset.clips import Clip
 from captum_dtd.dataset.configuration import MAPS, Configuration
 from captum_dtd.dataset.encoding import encode_map
 from captum_dtd.dataset.sources import escaped
+from captum_dtd.frame_cache import FrameCache
 from captum_dtd.recipe import Explainer
 from captum_dtd.video import VideoError, read_windows, sample_clip
 
@@ -247,6 +248,8 @@ def _measured(
         target=targets,
         return_convergence_delta=True,
         internal_batch_size=configuration.internal_batch_size,
+        # One for each batch: what a row holds must not depend on what was explained before its batch.
+        frame_cache=FrameCache() if configuration.shares_frames else None,
     )
     results: dict[int, _Measured | str] = {}
     for position, clip in enumerate(ready.clips):
