@@ -31,6 +31,12 @@ def other():
     model = net()
     model[-1].bias.data[0] += 1
     return model
+
+def exploding():
+    model = net()
+    model[-1].weight.data.mul_(1e38)
+    model[-1].bias.data.fill_(3e38)
+    return model
 """
 MODULE = "tiny_dataset_net"
 FRAMES, SIZE = 4, 12

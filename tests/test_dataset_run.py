@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,8 @@ import captum_dtd.dataset as dataset
 import captum_dtd.dataset.work
 from captum_dtd import DiscriminativeDeepTaylor, FrameCache
 from captum_dtd.cli import main
-from captum_dtd.dataset import StoreError, explain_dataset
+from captum_dtd.dataset import Entry, StoreError, explain_dataset
+from captum_dtd.dataset.clips import probe_entry
 from captum_dtd.models import load_model
 from captum_dtd.video import Preprocessing
 
@@ -342,6 +344,30 @@ def test_broken_videos_have_rows_with_errors_and_the_others_are_explained(root: 
     store = dataset.open("out")
     for row in rows:
         assert np.isnan(store.temporal[row["row"]]).all() == (row["status"] == "failed")
+
+
+def test_a_file_that_may_not_be_read(root: Path) -> None:
+    path = Path(tempfile.mkdtemp()) / "v.avi"
+    path.parent.chmod(0o755)
+    shutil.copy(root / "bend/a.avi", path)
+    path.chmod(0)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # everything may be read by root
+    try:
+        probe = probe_entry(path.parent, Entry(b"v.avi"), FRAMES, 1, FRAMES)
+    finally:
+        os.seteuid(user)
+        shutil.rmtree(path.parent)
+    assert probe.starts == [] and "Permission denied" in str(probe.error)
+
+
+def test_relevance_that_is_not_finite_is_not_stored(root: Path) -> None:
+    outcome = explain_dataset(root, "out", replace(RECIPE, model=f"{data_sets.MODULE}:exploding"), **SETTINGS)
+    rows, arrays = stored(Path("out"))
+    assert outcome.failed == len(rows) == 11
+    assert {row["error"] for row in rows} == {"the relevance is not finite"}
+    assert not arrays["spatial"].any()
+    assert np.isnan(dataset.open("out").total[:]).all()
 
 
 HOSTILE = [

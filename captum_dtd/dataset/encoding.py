@@ -19,34 +19,35 @@ from torch import Tensor
 
 from captum_dtd.dataset.configuration import Encoding
 
-__all__ = ["decode_maps", "encode_map"]
+__all__ = ["decode_maps", "encode_maps"]
 
 
-def encode_map(values: Tensor, encoding: Encoding) -> tuple[Tensor, float]:
-    """A map as it is stored, and its scale.
+def encode_maps(values: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor]:
+    """Maps as they are stored, and their scales.
 
     Args:
-        values: a finite map of any shape and floating-point type.
+        values: finite maps (N, ...) of any floating-point type.
         encoding: "float32", "float16" or "int8".
 
     Returns:
-        A tensor of that type and shape, on the same device, and the scale, a positive float32 number.
+        A tensor of that type and shape, and the scales, positive float32 numbers (N,), both on the same device.
 
     Example:
-        >>> stored, scale = encode_map(torch.tensor([0.0, 0.5, -2.54]), "int8")
-        >>> stored.tolist(), round(scale, 6)
-        ([0, 25, -127], 0.02)
+        >>> stored, scales = encode_maps(torch.tensor([[0.0, 0.5, -2.54], [0.0, 0.0, 0.0]]), "int8")
+        >>> stored.tolist(), scales.tolist()
+        ([[0, 25, -127], [0, 0, 0]], [0.019999999552965164, 1.0])
     """
     values = values.float()
     if encoding == "float32":
-        return values, 1.0
+        return values, values.new_ones(len(values))
     steps = 127 if encoding == "int8" else 1
-    # as float32 throughout, since that is how the scale is kept
-    scale = float(values.abs().amax() / steps)
-    if scale == 0:  # no relevance, or too little for a float32 scale
-        return torch.zeros_like(values, dtype=getattr(torch, encoding)), 1.0
-    scaled = (values / scale).clamp(-steps, steps)
-    return (scaled.round() if encoding == "int8" else scaled).to(getattr(torch, encoding)), scale
+    scales = values.flatten(1).abs().amax(1) / steps
+    none = scales == 0  # no relevance, or too little for a float32 scale
+    scales = torch.where(none, torch.ones_like(scales), scales)
+    shape = (-1, *[1] * (values.ndim - 1))
+    scaled = (values / scales.view(shape)).clamp(-steps, steps)
+    scaled = torch.where(none.view(shape), torch.zeros_like(scaled), scaled)
+    return (scaled.round() if encoding == "int8" else scaled).to(getattr(torch, encoding)), scales
 
 
 def decode_maps(stored: NDArray[np.generic], scales: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from captum_dtd.dataset.clips import Clip
-from captum_dtd.dataset.configuration import MAPS, Configuration
-from captum_dtd.dataset.encoding import encode_map
+from captum_dtd.dataset.configuration import Configuration
+from captum_dtd.dataset.encoding import encode_maps
 from captum_dtd.dataset.sources import escaped
+from captum_dtd.discriminate import SpatioTemporalRelevance
 from captum_dtd.frame_cache import FrameCache
 from captum_dtd.recipe import Explainer
 from captum_dtd.video import VideoError, read_windows, sample_clip
@@ -251,25 +252,22 @@ def _measured(
         # One for each batch: what a row holds must not depend on what was explained before its batch.
         frame_cache=FrameCache() if configuration.shares_frames else None,
     )
-    results: dict[int, _Measured | str] = {}
-    for position, clip in enumerate(ready.clips):
-        maps = {name: getattr(relevance, name)[position] for name in MAPS}
-        if not all(bool(torch.isfinite(values).all()) for values in maps.values()):
-            results[clip.row] = "the relevance is not finite"
-            continue
-        columns = {
-            "target": targets[position],
-            "prediction": tops[position],
-            "score": float(outputs[position, targets[position]]),
-            "delta": float(delta[position]),
-            **_sums(maps),
-        }
-        stored = {}
-        for name in configuration.maps:
-            values, columns[f"{name}_scale"] = encode_map(maps[name], configuration.encoding)
-            stored[name] = values.cpu().numpy()
-        results[clip.row] = _Measured(columns, stored)
-    return results
+    finite = torch.stack([torch.isfinite(values).flatten(1).all(1) for values in relevance]).all(0).tolist()
+    columns = {"target": targets, "prediction": tops, "delta": delta.tolist(), **_sums(relevance)}
+    columns["score"] = outputs[range(len(targets)), targets].tolist()
+    stored = {}
+    for name in configuration.maps:
+        values, scales = encode_maps(getattr(relevance, name), configuration.encoding)
+        stored[name], columns[f"{name}_scale"] = values.cpu().numpy(), scales.tolist()
+    return {
+        clip.row: _Measured(
+            {name: values[position] for name, values in columns.items()},
+            {name: values[position] for name, values in stored.items()},
+        )
+        if finite[position]
+        else "the relevance is not finite"
+        for position, clip in enumerate(ready.clips)
+    }
 
 
 def _row(clip: Clip, pixels: Decoded, measured: _Measured | str | None, problem: str | None) -> Explained:
@@ -289,12 +287,13 @@ def _target(configuration: Configuration, clip: Clip, means: _VideoMeans, top: i
     return chosen
 
 
-def _sums(maps: dict[str, Tensor]) -> dict[str, Any]:
-    """Relevance by frame: summed, and its magnitude summed, which is its mass."""
-    columns: dict[str, Any] = {}
-    for name in ("spatial", "temporal"):
-        values = maps[name].double().flatten(1)
-        columns[f"{name}_sums"] = values.sum(1).tolist()
-        columns[f"{name}_masses"] = values.abs().sum(1).tolist()
-        columns[f"{name}_mass"] = float(values.abs().sum())
+def _sums(relevance: SpatioTemporalRelevance) -> dict[str, list[Any]]:
+    """For each clip its relevance by frame, summed, and its magnitude summed, which is its mass."""
+    columns: dict[str, list[Any]] = {}
+    for name, values in (("spatial", relevance.spatial), ("temporal", relevance.temporal)):
+        values = values.double().flatten(2)
+        masses = values.abs().sum(2)
+        columns[f"{name}_sums"] = values.sum(2).tolist()
+        columns[f"{name}_masses"] = masses.tolist()
+        columns[f"{name}_mass"] = masses.sum(1).tolist()
     return columns
