@@ -176,7 +176,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         internal_batch_size: int | None = None,
         show_progress: bool = False,
     ) -> list[Any]:
-        """What `attribute` returns for each of several targets of the same inputs, for little more than a third of the time each.
+        """What `attribute` returns for each of several targets of the same inputs, each further one in about half of the time.
 
         The targets share the forward pass and every denominator; what each has of its own is the walk back.
 
