@@ -45,9 +45,10 @@ lint: $(VENV)/.ready
 tune: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/tune.py
 
-# Kernels and whole explanations against what else computes them, in one run; writes benchmarks/results/.
+# Whole explanations and single operations against what else computes them, in one run of at most 40 minutes; writes a record, a
+# table and plots to benchmarks/results/. COMPARE=record.json fails where something became slower than noise explains.
 bench: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/measure.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/measure.py $(if $(COMPARE),--compare "$(COMPARE)")
 
 # dist/ gets a wheel with all kernels for every Python and torch that is supported, and a pure one for other platforms.
 wheel: $(VENV)/.ready

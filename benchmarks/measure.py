@@ -1,36 +1,43 @@
-"""Measure the fused operations and whole explanations against their rivals, in one run, on this machine.
+"""Measure whole explanations and single operations against what else computes them, in one run, on this machine.
 
-    python benchmarks/measure.py                        # everything; about half an hour on one core
-    python benchmarks/measure.py --only "conv4|pool"    # the cases whose name matches
-    python benchmarks/measure.py --precision bfloat16 --repetitions 5 --no-compile
+    python benchmarks/measure.py                               # everything; at most 40 minutes
+    python benchmarks/measure.py --only "C3D, 16|conv4"        # the workloads and layers whose name matches
+    python benchmarks/measure.py --threads 2 --out two.json    # on two threads
+    python benchmarks/measure.py --compare old.json            # exit code 1 where something became slower than noise explains
 
-Ratios are of medians, rival over ours: above 1 the fused operation is faster. Every case compares our fastest layout with the
-fastest rival. The record goes to benchmarks/results/.
+Ratios are of medians, rival over ours: above 1 ours is faster. The record goes to benchmarks/results/, and beside it a table and
+plots of it (report.py). It is written after every case, so that what was measured is kept if the run is stopped. The exit code
+is 1 too where an answer of ours is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-import rivals
+import compare
+import memory
+import networks
+import operations
+import report
 import torch
-import workloads
-from timing import Protocol, Timing, interleaved, machine, protocol_of, timed_by
-from torch import Tensor
+from explanations import Contest
+from networks import Workload
+from timing import Protocol, ceilings, machine, protocol_of, timed_by
 
-from captum_dtd import DeepTaylor
 from captum_dtd.kernels import Precision
 
 RESULTS = Path(__file__).with_name("results")
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,10 @@ class Goal:
     mean: float
 
 
+def _job_goals(workload: str, peer: str, **ratios: float) -> dict[tuple[str, str], Goal]:
+    return {(f"job of {workload} / {peer}", precision): Goal(ratio, ratio) for precision, ratio in ratios.items()}
+
+
 GOALS: dict[tuple[str, str], Goal] = {
     ("convolution layers / best composition", "float32"): Goal(0.95, 1.3),
     ("convolution layers / best composition", "bfloat16"): Goal(0.95, 1.4),
@@ -48,182 +59,60 @@ GOALS: dict[tuple[str, str], Goal] = {
     ("pixel layers / three convolutions and adjoints", "bfloat16"): Goal(3, 3),
     ("max pooling / average pooling and its adjoint", "float32"): Goal(5, 5),
     ("max pooling / average pooling and its adjoint", "bfloat16"): Goal(5, 5),
-    ("explanation of C3D / zennit", "float32"): Goal(4, 4),
-    ("explanation of C3D / zennit", "ieee"): Goal(2.7, 2.7),
-    ("explanation of C3D / zennit", "bfloat16"): Goal(16, 16),
+    ("explanation of C3D, 16 frames / zennit", "float32"): Goal(4, 4),
+    ("explanation of C3D, 16 frames / zennit", "bfloat16"): Goal(16, 16),
+    **_job_goals("C3D, 16 frames", "zennit", ieee=6, float32=12, mixed=18, bfloat16=36),
+    **_job_goals("C3D, 32 frames", "zennit", ieee=9, float32=20, mixed=30, bfloat16=55),
+    **_job_goals("r3d_18, 16 frames", "plain torch", ieee=2.2, bfloat16=12),
+    **_job_goals("s3d, 16 frames", "zennit", float32=5, bfloat16=15),
 }
-"""By kind of comparison and precision. What has no goal is measured for information."""
-
-Contenders = dict[str, Callable[[], Tensor]]
+"""By kind of comparison and precision, for a CPU with AMX. What has no goal is measured for information."""
 
 
-@dataclass
-class Case:
-    """Contenders that compute the same, to be timed in turn, and which of them are compared.
-
-    Attributes:
-        name: of the layer or network.
-        precision: of ours.
-        flops: of one run, to tell the rate; 0 if not counted.
-        reference: what the results are compared with, to show that all compute the same.
-        contenders: everything that is timed.
-        comparisons: (kind, precision, ours, rivals), the last two being names of contenders.
-        others: contenders whose relevance is another by definition, and is not compared with the reference.
-    """
+@dataclass(frozen=True)
+class Task:
+    """A case that is yet to be measured: its name, and what gives its records."""
 
     name: str
-    precision: str
-    flops: int
-    reference: Callable[[], Tensor]
-    contenders: Contenders = field(default_factory=dict)
-    comparisons: list[tuple[str, str, list[str], list[str]]] = field(default_factory=list)
-    others: frozenset[str] = frozenset()
-
-    def add(self, kind: str, precision: str, ours: Contenders, theirs: Contenders) -> None:
-        """Compare the best of ours with the best of theirs."""
-        self.contenders |= ours | theirs
-        if ours and theirs:
-            self.comparisons.append((kind, precision, list(ours), list(theirs)))
+    measure: Callable[[], list[Record]]
 
 
-def layer_cases(
-    precisions: list[Precision], wanted: Callable[[str], bool], small: bool, compiled: bool
-) -> Iterator[Case]:
-    """Every layer in every precision; tensors are made when a case is asked for and die with it."""
-    for layer in workloads.CONVOLUTIONS + workloads.LINEAR_LAYERS:
-        for precision in precisions:
-            if wanted(f"{layer} {precision}"):
-                yield _convolution_case(workloads.reduced(layer) if small else layer, precision, compiled)
-    for layer in workloads.PIXEL_LAYERS:
-        for precision in precisions:
-            if wanted(f"{layer} pixels {precision}"):
-                yield _pixel_case(workloads.reduced(layer) if small else layer, precision, compiled)
-    for pool in workloads.POOLINGS:
-        for precision in precisions:
-            if wanted(f"{pool} {precision}"):
-                yield _pooling_case(workloads.reduced_pooling(pool) if small else pool, precision, compiled)
+def tasks(given: argparse.Namespace, protocol: Protocol, peaks: dict[str, float]) -> Iterator[Task]:
+    """Everything that ``--only`` lets through, the most important first."""
+    pattern = re.compile(given.only)
+
+    def wanted(name: str) -> bool:
+        return pattern.search(name) is not None
+
+    def of(workload: Workload) -> Task:
+        return Task(str(workload), partial(_explained, workload, given, protocol, peaks))
+
+    yield from (of(workload) for workload in networks.WORKLOADS if wanted(str(workload)))
+    for name, make in operations.cases(given.precision, given.small, given.compile == "all"):
+        if wanted(name):
+            yield Task(name, partial(_operated, make, protocol))
+    yield from (of(workload) for workload in networks.CURVES if wanted(str(workload)))
 
 
-def _convolution_case(layer: workloads.Convolution, precision: Precision, compiled: bool) -> Case:
-    dtype = workloads.dtype_of(precision)
-    given = workloads.draw(layer, dtype)
-    kernel = workloads.chosen("z_plus_conv3d", layer, dtype, precision)
-    case = Case(str(layer), precision, layer.flops, partial(workloads.z_plus, layer, given, "reference"))
-    theirs = _by_name(rivals.z_plus_rivals(layer, given, compiled))
-    kind = "linear layers" if workloads.shape_class(layer) == "linear" else "convolution layers"
-    case.add(f"{kind} / best composition", precision, _ours(layer, given, kernel, workloads.z_plus), theirs)
-    return case
+def _explained(
+    workload: Workload, given: argparse.Namespace, protocol: Protocol, peaks: dict[str, float]
+) -> list[Record]:
+    records = Contest(workload, protocol, peaks, given.small, given.compile != "nothing").records()
+    if workload.memory and memory.MEASURABLE:
+        for kind, found in memory.peaks(workload, given.small).items():
+            for record in records:
+                for name in found if record["kind"] == kind else ():
+                    record["contenders"][name] |= found[name]
+    return records
 
 
-def _pixel_case(layer: workloads.Convolution, precision: Precision, compiled: bool) -> Case:
-    dtype = workloads.dtype_of(precision)
-    given = workloads.draw(layer, dtype, pixels=True)
-    kernel = workloads.chosen("z_beta_conv3d", layer, dtype, precision)
-    reference = partial(workloads.z_beta, layer, given, "reference")
-    case = Case(f"{layer} pixels", precision, 2 * layer.flops, reference)
-    ours = _ours(layer, given, kernel, workloads.z_beta)
-    three = _by_name(rivals.z_beta_rivals(layer, given))
-    lifted = {f"lifted {n}": run for n, run in _by_name(rivals.lifted_z_beta_rivals(layer, given, compiled)).items()}
-    case.add("pixel layers / three convolutions and adjoints", precision, ours, three)
-    case.add("pixel layers / best composition", precision, ours, three | lifted)
-    return case
+def _operated(make: Callable[[], operations.Case], protocol: Protocol) -> list[Record]:
+    found = operations.measured(make(), protocol)
+    torch._dynamo.reset()
+    return [found]
 
 
-def _pooling_case(layer: workloads.Pooling, precision: Precision, compiled: bool) -> Case:
-    dtype = workloads.dtype_of(precision)
-    x, relevance = workloads.draw_pooling(layer, dtype)
-    kernel = workloads.chosen("max_pool3d_relevance", layer, dtype, precision)
-    reference = partial(workloads.max_pool, layer, x, relevance, "reference")
-    case = Case(str(layer), precision, 0, reference)
-    ours: Contenders = {}
-    for layout, memory_format in rivals.LAYOUTS.items():
-        u, given = (t.contiguous(memory_format=memory_format) for t in (x, relevance))
-        ours[f"captum_dtd {kernel}, {layout}"] = partial(workloads.max_pool, layer, u, given, kernel)
-    pooled = _by_name(rivals.max_pool_rivals(layer, x, relevance))
-    blocks = _by_name(rivals.block_max_pool_rivals(layer, x, relevance, compiled))
-    case.add("max pooling / average pooling and its adjoint", precision, ours, pooled)
-    case.add("max pooling / best composition", precision, ours, pooled | blocks)
-    return case
-
-
-def _ours(
-    layer: workloads.Convolution,
-    given: workloads.Tensors,
-    kernel: str,
-    operation: Callable[[workloads.Convolution, workloads.Tensors, str], Tensor],
-) -> Contenders:
-    return {
-        f"captum_dtd {kernel}, {layout}": partial(operation, layer, given.in_layout(memory_format), kernel)
-        for layout, memory_format in rivals.LAYOUTS.items()
-    }
-
-
-def _by_name(found: list[rivals.Rival]) -> Contenders:
-    return {rival.name: rival.run for rival in found}
-
-
-def explanation_cases(precision: Precision, small: bool) -> Iterator[Case]:
-    """One explanation of C3D: ours against the plain walk, against Captum's LRP, and against zennit.
-
-    Each rival and each precision by itself, as a user runs them: memory that one keeps, and packed weights of several
-    precisions that push each other out of their cache, would weigh on the others.
-    """
-    model = workloads.c3d(thinner=16 if small else 1)
-    clip, target = workloads.pixels(), 7
-    low, high = (torch.tensor(bound).view(1, 3, 1, 1, 1) for bound in (workloads.LOW, workloads.HIGH))
-    plain = partial(DeepTaylor(model, workloads.LOW, workloads.HIGH, backend="reference").attribute, clip, target)
-    theirs: dict[str, Callable[[], Contenders]] = {
-        "plain torch": lambda: {"plain torch": plain},
-        "captum": lambda: {"captum": rivals.captum_walk(rivals.one_by_one(model), clip, target)},
-    }
-    if importlib.util.find_spec("zennit"):
-        theirs["zennit"] = lambda: {"zennit": rivals.zennit_walk(rivals.one_by_one(model), clip, target, low, high)}
-    else:
-        print("zennit is not installed: C3D is explained without it")
-    for name, rival in theirs.items():
-        ours = partial(DeepTaylor(model, workloads.LOW, workloads.HIGH, precision=precision).attribute, clip, target)
-        others = frozenset() if name == "plain torch" else frozenset({name})
-        case = Case(f"C3D explained, {name}", precision, 0, plain, others=others)
-        case.add(f"explanation of C3D / {name}", precision, {f"captum_dtd {precision}": ours}, rival())
-        yield case
-
-
-def measured(case: Case, protocol: Protocol) -> dict[str, Any]:
-    """Time a case; everything that is known about it afterwards."""
-    right = case.reference().double()
-    errors = {name: _error(run(), right) for name, run in case.contenders.items()}  # and warm up
-    timings = interleaved(case.contenders, protocol)
-    return {
-        "case": case.name,
-        "precision": case.precision,
-        "comparisons": [
-            _compared(kind, precision, timings, ours, theirs) for kind, precision, ours, theirs in case.comparisons
-        ],
-        "contenders": {
-            name: {
-                **timing.record(),
-                **({"gflops": round(case.flops / timing.median / 1e9, 1)} if case.flops else {}),
-                **({"error": float(f"{errors[name]:.2g}")} if name not in case.others else {}),
-            }
-            for name, timing in timings.items()
-        },
-    }
-
-
-def _error(result: Tensor, right: Tensor) -> float:
-    """Relative L2 distance of a result from the definition's."""
-    return float((result.double() - right).norm() / right.norm())
-
-
-def _compared(
-    kind: str, precision: str, timings: dict[str, Timing], ours: list[str], theirs: list[str]
-) -> dict[str, Any]:
-    best, rival = (min(names, key=lambda name: timings[name].median) for names in (ours, theirs))
-    ratio = timings[rival].median / timings[best].median
-    return {"kind": kind, "precision": precision, "ours": best, "rival": rival, "ratio": round(ratio, 3)}
-
-
-def summary(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summary(cases: list[Record]) -> list[Record]:
     """Worst ratio and geometric mean of every kind of comparison in every precision, beside what is aimed at."""
     groups: dict[tuple[str, str], list[tuple[float, str]]] = {}
     for case in cases:
@@ -244,78 +133,112 @@ def summary(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def show(record: dict[str, Any]) -> None:
-    """Print one case: every contender, the fastest first, and the ratios."""
-    print(f"\n{record['case']}  {record['precision']}")
+def show(record: Record) -> None:
+    """Print one case: every contender, the fastest first."""
+    print(f"\n{record['case']}")
     for name, found in sorted(record["contenders"].items(), key=lambda item: float(item[1]["median_ms"])):
         spread = found["third_quartile_ms"] - found["first_quartile_ms"]
         rate = f"{found['gflops']:8.1f} GFLOP/s" if "gflops" in found else " " * 16
         error = f"error {found['error']:.1e}" if "error" in found else " " * 13
-        print(f"  {found['median_ms']:10.3f} ms +- {spread:8.3f} {rate}  {error}  {name}")
-    for compared in record["comparisons"]:
-        print(f"  {compared['ratio']:6.2f} x  {compared['kind']}, {compared['precision']}")
+        remarks = [found.get("verdict", ""), "extrapolated" if found.get("extrapolated") else ""]
+        told = ", ".join(remark for remark in remarks if remark not in ("", "agrees"))
+        print(f"  {found['median_ms']:10.3f} ms +- {spread:8.3f} {rate}  {error}  {name}{told and f'  ({told})'}")
+    print(flush=True)
 
 
-def show_summary(rows: list[dict[str, Any]]) -> None:
-    """Print the summary's table."""
-    width = max((len(row["kind"]) for row in rows), default=4)
-    print(f"\n{'kind':{width}}  {'precision':9}  cases  worst   mean  goal          worst at")
-    for row in rows:
-        goal = ""
-        if "goal" in row:
-            aimed = row["goal"]
-            goal = f"{aimed['worst']:g}, {aimed['geometric_mean']:g} {'met' if row['met'] else 'missed'}"
-        print(
-            f"{row['kind']:{width}}  {row['precision']:9}  {row['cases']:5}  {row['worst']:5.2f}  "
-            f"{row['geometric_mean']:5.2f}  {goal:16}  {row['worst_case']}"
-        )
+def show_goals(rows: list[Record]) -> None:
+    """Print what was aimed at, and what was reached."""
+    aimed = [row for row in rows if "goal" in row]
+    width = max((len(row["kind"]) for row in aimed), default=0)
+    if aimed:
+        print(f"\n{'kind':{width}}  {'precision':9}  cases  worst   mean  goal")
+    for row in aimed:
+        goal = f"{row['goal']['worst']:g}, {row['goal']['geometric_mean']:g} {'met' if row['met'] else 'missed'}"
+        found = f"{row['cases']:5}  {row['worst']:5.2f}  {row['geometric_mean']:5.2f}"
+        print(f"{row['kind']:{width}}  {row['precision']:9}  {found}  {goal}")
 
 
-def main(arguments: list[str] | None = None) -> Path:
-    """Measure, print and write the record; its path."""
+def wrong(cases: list[Record]) -> list[str]:
+    """Where an answer of ours is wrong."""
+    return [
+        f"{case['case']}: {name} is off by {found['error']:.1e}"
+        for case in cases
+        for name, found in case["contenders"].items()
+        if name.startswith("captum_dtd") and found.get("verdict") == "wrong"
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print and write the record; the exit code."""
     precisions = get_args(Precision)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    timed_by(parser, Protocol())
-    parser.add_argument("--precision", nargs="+", choices=precisions, default=["float32", "bfloat16"])
-    parser.add_argument("--only", default="", help="regular expression that a case's name and precision must match")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the rivals that torch.compile makes")
+    timed_by(parser, Protocol(repetitions=3, seconds=0.5))
+    parser.add_argument(
+        "--precision", nargs="+", choices=precisions, default=["float32", "bfloat16"], help="of single operations"
+    )
+    parser.add_argument("--only", default="", help="regular expression that a workload's or a layer's name must match")
+    parser.add_argument(
+        "--compile",
+        choices=["nothing", "networks", "all"],
+        default="networks",
+        help="which rivals torch.compile makes as well: of whole explanations, or also of single operations (minutes)",
+    )
+    parser.add_argument("--minutes", type=float, default=35, help="begin no case after this; what was left out is told")
+    parser.add_argument("--compare", type=Path, metavar="OLD", help="a record that this one must not be slower than")
     parser.add_argument("--out", type=Path, help="file for the record")
     given = parser.parse_args(arguments)
     protocol = protocol_of(given, parser)
+    begun = time.monotonic()
     about = machine()
-    pattern = re.compile(given.only)
-
-    def wanted(name: str) -> bool:
-        return pattern.search(name) is not None
-
-    found = []
-    with torch.no_grad():
-        for case in layer_cases(given.precision, wanted, given.small, not given.no_compile):
-            found.append(measured(case, protocol))
-            show(found[-1])
-            del case  # before the next is drawn
-            torch._dynamo.reset()
-        if wanted("C3D explained"):
-            for precision in [p for p in precisions if p in given.precision or p == "ieee"]:
-                for case in explanation_cases(precision, given.small):
-                    found.append(measured(case, protocol))
-                    show(found[-1])
-    rows = summary(found)
-    show_summary(rows)
-    path = given.out or RESULTS / f"cpu_kernels_{about['date']}_{about['feature_level']}.json"
+    old = json.loads(given.compare.read_text()) if given.compare else None
+    if old is not None:
+        try:
+            compare.check_same_machine(old["machine"], about)
+        except ValueError as error:
+            parser.error(str(error))
+    path = given.out or RESULTS / f"bench_{about['date']}_{about['feature_level']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    how = {
-        "repetitions": protocol.repetitions,
-        "seconds": protocol.seconds,
-        "clock": protocol.clock,
-        "order": "contenders in turn",
-        "small": given.small,
+    record: Record = {
+        "machine": about,
+        "protocol": {
+            "repetitions": protocol.repetitions,
+            "seconds": protocol.seconds,
+            "patience": protocol.patience,
+            "clock": protocol.clock,
+            "order": "contenders in turn",
+            "small": given.small,
+        },
+        "ceilings_gflops": ceilings(64 if given.small else 1024),
+        "left_out": [] if memory.MEASURABLE else [f"peak memory, which needs {memory.RESET}"],
+        "summary": [],
+        "cases": [],
     }
-    record = {"machine": about, "protocol": how, "summary": rows, "cases": found}
+    with torch.no_grad():
+        for task in tasks(given, protocol, record["ceilings_gflops"]):
+            minutes = (time.monotonic() - begun) / 60
+            if minutes > given.minutes:
+                record["left_out"].append(task.name)
+                continue
+            print(f"--- {minutes:4.1f} min: {task.name}", flush=True)
+            found = task.measure()
+            record["cases"] += found
+            record["summary"] = summary(record["cases"])
+            path.write_text(json.dumps(record, indent=1) + "\n")
+            for case in found:
+                show(case)
+    show_goals(record["summary"])
+    if record["left_out"]:
+        print(f"\nleft out: {', '.join(record['left_out'])}")
+    record["minutes"] = round((time.monotonic() - begun) / 60, 1)
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\nwritten to {path}")
-    return path
+    print("\nwritten:", *(path, *report.write(record, path)), sep="\n  ")
+    failures = wrong(record["cases"])
+    if old is not None:
+        failures += map(str, compare.regressions(old, record))
+    for failure in failures:
+        print(failure)
+    return int(bool(failures))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -16,10 +16,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from workloads import Convolution, Pooling, Tensors
-
-from captum_dtd.models import C3D
 
 aten = torch.ops.aten
 
@@ -286,82 +284,3 @@ def fastest_rival(rivals: list[Rival]) -> Rival:
     """The one that `fastest` finds."""
     name = fastest({rival.name: rival.run for rival in rivals})
     return next(rival for rival in rivals if rival.name == name)
-
-
-# --- whole explanations ----------------------------------------------------------------------------------------------
-
-
-def one_by_one(model: C3D) -> nn.Sequential:
-    """C3D's layers in a row with the same weights and a ReLU of its own for each: other libraries need no sharing."""
-    layers: list[nn.Module] = []
-    for name, module in model.named_children():
-        if name == "fc6":
-            layers.append(nn.Flatten())
-        if name.startswith(("conv", "fc")):
-            layers += [module] if name == "fc8" else [module, nn.ReLU()]
-        elif name.startswith("pool"):
-            layers.append(module)
-    return nn.Sequential(*layers).eval()
-
-
-def zennit_walk(model: nn.Sequential, clip: Tensor, target: int, low: Tensor, high: Tensor) -> Callable[[], Tensor]:
-    """zennit's z+ and z-beta, biases ignored; its max pooling routes to the maximum, which is less work than sharing."""
-    from zennit.attribution import Gradient
-    from zennit.composites import SpecialFirstLayerMapComposite
-    from zennit.rules import Pass, ZBox, ZPlus
-    from zennit.types import Activation, Convolution, Linear
-
-    z_plus = ZPlus(stabilizer=1e-15, zero_params=["bias"])
-    composite = SpecialFirstLayerMapComposite(
-        layer_map=[(Activation, Pass()), (Convolution, z_plus), (Linear, z_plus)],
-        first_map=[(Convolution, ZBox(low=low, high=high, stabilizer=1e-15))],
-    )
-
-    def explain() -> Tensor:
-        with torch.enable_grad(), Gradient(model=model, composite=composite) as attributor:
-            relevance: Tensor = attributor(clip, lambda output: _only(output.detach(), target))[1]
-        return relevance.detach()
-
-    return explain
-
-
-class _FlatteningLinear(nn.Linear):
-    """A linear layer that flattens what it is given: Captum has no rule for nn.Flatten."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(1))
-
-
-def captum_walk(model: nn.Sequential, clip: Tensor, target: int) -> Callable[[], Tensor]:
-    """Captum's LRP with its z+ set by hand, for it has no rule for nn.Conv3d: z+ at the pixels too, so not the same relevance."""
-    from captum.attr import LRP
-    from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule
-
-    layers: list[nn.Module] = []
-    for module in model:
-        if isinstance(module, nn.Flatten):
-            continue
-        if isinstance(module, nn.Linear) and not any(isinstance(layer, nn.Linear) for layer in layers):
-            with torch.device("meta"):
-                flattening = _FlatteningLinear(module.in_features, module.out_features)
-            flattening.weight, flattening.bias = module.weight, module.bias
-            layers.append(flattening)
-        else:
-            layers.append(module)
-    ruled = [layer for layer in layers if isinstance(layer, (nn.Conv3d, nn.Linear))]
-    network = nn.Sequential(*layers).eval()
-
-    def explain() -> Tensor:
-        for layer in ruled:  # every call removes them
-            layer.rule = Alpha1_Beta0_Rule(set_bias_to_zero=True)
-        with torch.enable_grad():
-            relevance: Tensor = LRP(network).attribute(clip.clone().requires_grad_(), target=target)
-        return relevance.detach()
-
-    return explain
-
-
-def _only(scores: Tensor, target: int) -> Tensor:
-    chosen = torch.zeros_like(scores)
-    chosen[:, target] = scores[:, target]
-    return chosen

@@ -1,41 +1,27 @@
-"""One explanation of C3D: ours in every precision, the walk in plain PyTorch, zennit, and Captum's LRP."""
+"""One explanation of every named network: ours in every precision, and everybody else's."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import get_args
 
 import pytest
-import rivals
-import torch
-import workloads
+from explanations import explainer, ours
+from networks import WORKLOADS, Workload
+from peers import PEERS
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from captum_dtd import DeepTaylor
-from captum_dtd.kernels import Precision
-
-TARGET = 7
-
-
-@pytest.mark.parametrize("precision", get_args(Precision))
-def test_captum_dtd(benchmark: BenchmarkFixture, precision: Precision, small: bool) -> None:
-    benchmark.group = "C3D explained"
-    method = DeepTaylor(workloads.c3d(16 if small else 1), workloads.LOW, workloads.HIGH, precision=precision)
-    clip = workloads.pixels()
-    benchmark(partial(method.attribute, clip, TARGET))
+CASES = [
+    pytest.param(workload, name, id=f"{workload}-{name}")
+    for workload in WORKLOADS
+    for name in (*map(ours, workload.precisions), *workload.peers)
+]
 
 
-@pytest.mark.parametrize("library", ["plain torch", "zennit", "captum"])
-def test_others(benchmark: BenchmarkFixture, library: str, small: bool) -> None:
-    benchmark.group = "C3D explained"
-    model, clip = workloads.c3d(16 if small else 1), workloads.pixels()
-    if library == "plain torch":
-        method = DeepTaylor(model, workloads.LOW, workloads.HIGH, backend="reference")
-        run = partial(method.attribute, clip, TARGET)
-    elif library == "zennit":
-        pytest.importorskip("zennit", reason="zennit is not installed (pip install zennit)")
-        low, high = (torch.tensor(bound).view(1, 3, 1, 1, 1) for bound in (workloads.LOW, workloads.HIGH))
-        run = partial(rivals.zennit_walk(rivals.one_by_one(model), clip, TARGET, low, high))
-    else:
-        run = partial(rivals.captum_walk(rivals.one_by_one(model), clip, TARGET))
-    benchmark(run)
+@pytest.mark.parametrize(("workload", "name"), CASES)
+def test_explanation(benchmark: BenchmarkFixture, workload: Workload, name: str, small: bool) -> None:
+    benchmark.group = f"{workload} explained"
+    if name in PEERS and not PEERS[name].installed:
+        pytest.skip(f"{name} is not installed (pip install {PEERS[name].needs})")
+    question = workload.posed(small)
+    run = partial(explainer(name, question), question.clips)
+    assert benchmark(run).shape == question.clips.shape

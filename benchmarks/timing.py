@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from captum_dtd import kernels, native
 
@@ -32,14 +32,15 @@ _FEATURES |= {"asimd", "sve", "sve2", "bf16"}
 class Protocol:
     """How often a contender runs: at least ``repetitions`` times, then on until all together have run for ``seconds``.
 
-    ``clock`` is "wall", or "cpu": this thread's own time, which other processes on a busy machine do not lengthen; it tells
-    nothing where more than one thread works.
+    One that has run for ``patience`` seconds sits out the rest. ``clock`` is "wall", or "cpu": this thread's own time, which
+    other processes on a busy machine do not lengthen; it tells nothing where more than one thread works.
     """
 
     repetitions: int = 11
     seconds: float = 1.0
     most: int = 200
     clock: str = "wall"
+    patience: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Timing:
     def median(self) -> float:
         """Half of the runs took longer."""
         return statistics.median(self.samples)
+
+    def times(self, factor: int) -> Timing:
+        """As if every run had done its work so many times."""
+        return Timing(tuple(factor * seconds for seconds in self.samples))
 
     def record(self) -> dict[str, float]:
         """Median, quartiles and smallest in milliseconds, and the number of runs."""
@@ -66,7 +71,7 @@ _LONG = 0.5
 """Seconds."""
 
 
-def interleaved(contenders: Mapping[str, Callable[[], Tensor]], protocol: Protocol) -> dict[str, Timing]:
+def interleaved(contenders: Mapping[str, Callable[[], object]], protocol: Protocol) -> dict[str, Timing]:
     """Time all contenders in turn, A B C A B C ...: what disturbs the machine disturbs all alike. They have warmed up before."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     collecting = gc.isenabled()
@@ -77,6 +82,8 @@ def interleaved(contenders: Mapping[str, Callable[[], Tensor]], protocol: Protoc
         if repetition >= protocol.repetitions and now() - begun > protocol.seconds:
             break
         for name, run in contenders.items():
+            if sum(samples[name]) > protocol.patience:
+                continue
             if samples[name] and samples[name][-1] > _LONG:
                 gc.collect()  # what a contender leaves in cycles must not weigh on the next
             start = now()
@@ -85,6 +92,18 @@ def interleaved(contenders: Mapping[str, Callable[[], Tensor]], protocol: Protoc
     if collecting:
         gc.enable()
     return {name: Timing(tuple(times)) for name, times in samples.items()}
+
+
+def ceilings(size: int) -> dict[str, float]:
+    """What this many threads of the machine reach at best, in GFLOP/s: matrix products of this size, by number format."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.rand(size, size).to(dtype)
+        product = partial(torch.mm, matrix, matrix)
+        product()
+        (timing,) = interleaved({"product": product}, Protocol(3, 0.2)).values()
+        found[str(dtype).removeprefix("torch.")] = round(2 * size**3 / min(timing.samples) / 1e9, 1)
+    return found
 
 
 def timed_by(parser: argparse.ArgumentParser, default: Protocol) -> None:

@@ -1,4 +1,4 @@
-"""What is measured: the layers of C3D and of torchvision's r3d_18 for a clip of 16 frames of 112 x 112 pixels."""
+"""Layers that are measured: those of C3D and of torchvision's r3d_18 for a clip of 16 frames of 112 x 112 pixels."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_dtd import kernels, ops
 from captum_dtd.kernels import Precision
-from captum_dtd.models import C3D
 
 Triple = tuple[int, int, int]
 
@@ -228,23 +227,3 @@ def convolved(layer: Convolution, given: Tensors, kernel: str) -> Tensor:
 def max_pool(layer: Pooling, x: Tensor, relevance: Tensor, kernel: str) -> Tensor:
     """Proportional max pooling."""
     return ops.max_pool3d_relevance(x, relevance, layer.kernel, padding=layer.padding, kernel=kernel)
-
-
-def c3d(thinner: int = 1) -> C3D:
-    """C3D with random weights; thinned, its layers have the same kinds and a fraction of the channels."""
-    torch.manual_seed(0)
-    with torch.device("cpu" if thinner == 1 else "meta"):
-        model = C3D()
-    for name, module in model.named_children() if thinner > 1 else ():
-        if isinstance(module, nn.Conv3d):
-            c_in = 3 if module.in_channels == 3 else module.in_channels // thinner
-            setattr(model, name, nn.Conv3d(c_in, module.out_channels // thinner, 3, padding=1))
-        elif isinstance(module, nn.Linear):
-            outputs = module.out_features if name == "fc8" else module.out_features // thinner
-            setattr(model, name, nn.Linear(module.in_features // thinner, outputs))
-    return model.eval()
-
-
-def pixels(seed: int = 0) -> Tensor:
-    """A clip of noise between `LOW` and `HIGH`, (1, 3, 16, 112, 112)."""
-    return draw(C3D_CONVOLUTIONS[0], torch.float32, pixels=True, seed=seed).x.contiguous()

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from captum_dtd import native
+from captum_dtd import DeepTaylor, native
 from captum_dtd.models import C3D
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -34,20 +37,21 @@ def script(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def measured(tmp_path: Path, *options: str) -> dict[str, Any]:
+def measured(tmp_path: Path, *options: str, code: int = 0) -> dict[str, Any]:
+    """The record of a run in which nothing is timed seriously, which must end with this exit code."""
     out = tmp_path / "measured.json"
-    script("measure").main(["--small", "--repetitions", "1", "--seconds", "0", "--out", str(out), *options])
+    quick = ("--small", "--repetitions", "1", "--seconds", "0", "--out", str(out))
+    assert script("measure").main([*quick, *options]) == code
     record: dict[str, Any] = json.loads(out.read_text())
     return record
 
 
-def test_every_contender_computes_the_same(tmp_path: Path) -> None:
-    precisions = ["--precision", *TOLERANCE]
-    record = measured(tmp_path, "--no-compile", "--only", "^(?!C3D explained)", *precisions)
+def test_every_composition_computes_the_same(tmp_path: Path) -> None:
+    record = measured(tmp_path, "--only", " k[1-7]x", "--precision", *TOLERANCE)
     assert len(record["cases"]) == 4 * (22 + 2 + 5)
     for case in record["cases"]:
         for name, contender in case["contenders"].items():
-            assert contender["error"] <= TOLERANCE[case["precision"]], (case["case"], case["precision"], name)
+            assert contender["error"] <= TOLERANCE[case["case"].split()[-1]], (case["case"], name)
     for row in record["summary"]:
         assert 0 < row["worst"] <= row["geometric_mean"]
     assert {"cpu", "features", "commit", "date", "versions", "threads"} <= set(record["machine"])
@@ -57,21 +61,294 @@ def test_compositions_can_be_compiled(tmp_path: Path, monkeypatch: pytest.Monkey
     """Traced as for the compiler, which itself is left out: it takes a C++ compiler and a while."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, **{**options, "backend": "eager"}))
-    record = measured(tmp_path, "--precision", "float32", "--only", "conv3a|stem|pool2")
+    record = measured(tmp_path, "--precision", "float32", "--compile", "all", "--only", "conv3a|stem|pool2")
     compiled = {name for case in record["cases"] for name in case["contenders"] if "compiled" in name}
     assert len(compiled) >= 6
 
 
-def test_explanations_are_compared(tmp_path: Path) -> None:
-    record = measured(tmp_path, "--precision", "float32", "--only", "C3D explained")
-    assert {case["precision"] for case in record["cases"]} == {"float32", "ieee"}
-    assert {"C3D explained, plain torch", "C3D explained, captum"} <= {case["case"] for case in record["cases"]}
-    for case in record["cases"]:
-        assert case["contenders"][f"captum_dtd {case['precision']}"]["error"] <= 1e-4
+# --- whole explanations ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def contest() -> Callable[..., Any]:
+    """A small workload: a network's name, and who takes part."""
+
+    def made(network: str, *peers: str, precisions: tuple[str, ...] = ()) -> Any:
+        networks = script("networks")
+        workload = networks.Workload(getattr(networks, network), 16, precisions, peers)
+        protocol = script("timing").Protocol(1, 0.0)
+        return script("explanations").Contest(workload, protocol, {"float32": 1.0, "bfloat16": 1.0}, True, True)
+
+    return made
+
+
+def test_explanations_and_jobs_are_measured_and_told(tmp_path: Path) -> None:
+    record = measured(tmp_path, "--compile", "nothing", "--only", "^c3d_mini, 16")
+    explanation, job = record["cases"]
+    assert (explanation["kind"], job["kind"]) == ("explanation", "job")
+    assert job["gflop"] == pytest.approx(5 * explanation["gflop"], rel=0.1)  # small clips have four frames
+    for case in (explanation, job):
+        for precision, tolerance in TOLERANCE.items():
+            told = case["contenders"][f"captum_dtd {precision}"]
+            assert told["verdict"] == "agrees" and told["error"] <= tolerance
+            assert told["sum_over_score"] == pytest.approx(1, abs=1e-2)
+        assert case["contenders"]["plain torch"]["verdict"] == "agrees"
+        assert case["contenders"]["input x gradient"]["verdict"] == "another question"
+        for compared in case["comparisons"]:
+            ratio = (
+                case["contenders"][compared["rival"]]["median_ms"] / case["contenders"][compared["ours"]]["median_ms"]
+            )
+            assert compared["ratio"] == pytest.approx(ratio, rel=1e-2)
+    table = (tmp_path / "measured.md").read_text()
+    assert "### c3d_mini, 16 frames" in table and "| captum_dtd bfloat16 |" in table
+
+
+def test_a_peer_that_counts_residuals_twice_is_wrong(contest: Callable[..., Any]) -> None:
+    pytest.importorskip("zennit", reason="zennit is not installed (pip install zennit)")
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    (record,) = contest("R3D_18", "zennit", "plain torch").records()[:1]
+    told = record["contenders"]
+    assert told["plain torch"]["verdict"] == "agrees" and told["plain torch"]["error"] < 1e-5
+    assert told["zennit"]["verdict"] == "wrong"
+    assert told["zennit"]["sum_over_score"] == pytest.approx(2**8, rel=1e-3)  # eight blocks
+
+
+def test_verdicts() -> None:
+    verdict = script("explanations").verdict
+    right = torch.tensor([3.0, 1.0], dtype=torch.float64)
+    told = verdict(torch.tensor([3.0, 1.04]), "shares", 0.02, 4.0, lambda: right)
+    assert told["verdict"] == "agrees" and told["error"] == pytest.approx(0.04 / 10**0.5, rel=1e-2)
+    assert verdict(torch.tensor([6.0, 2.0]), "winners", 0.02, 4.0, lambda: right) == {
+        "verdict": "wrong",
+        "error": 1.0,
+        "sum_over_score": 2.0,
+    }
+    assert verdict(torch.tensor([torch.nan, 1.0]), "shares", 0.02, 4.0, lambda: right)["verdict"] == "wrong"
+    assert verdict(torch.tensor([1.0, 3.0]), "sum", 0.02, 4.0, lambda: right)["verdict"] == "agrees"
+    assert verdict(torch.tensor([1.0, 2.0]), "sum", 0.02, 4.0, lambda: right)["verdict"] == "wrong"
+    assert verdict(torch.tensor([9.0, 9.0]), "other", 0.02, 4.0, lambda: right) == {"verdict": "another question"}
+
+
+def test_a_slow_peers_job_is_extrapolated_and_says_so(
+    contest: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    posed = contest("C3D_MINI", "plain torch", precisions=("ieee",))
+    for short, extrapolated in ((0.0, True), (1e9, False)):
+        monkeypatch.setattr(script("explanations"), "SHORT", short)
+        one, job = (record["contenders"] for record in posed.records())
+        times = job["plain torch"]["median_ms"] / one["plain torch"]["median_ms"]
+        assert (times == pytest.approx(1 + 4, rel=1e-3)) == extrapolated
+        assert job["plain torch"]["extrapolated"] == extrapolated
+        assert "extrapolated" not in job["captum_dtd ieee"]
+
+
+def test_a_wrong_answer_of_ours_fails_the_run_and_memory_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    networks, memory = script("networks"), script("memory")
+    monkeypatch.setattr(networks, "WORKLOADS", (networks.Workload(networks.C3D_MINI, 16, ("ieee",), memory=True),))
+    monkeypatch.setattr(script("explanations"), "ALLOWED", dict.fromkeys(TOLERANCE, 0.0))
+    peaks = {
+        kind: {"captum_dtd ieee": {"peak_mib": peak, "kept_mib": 3.0}}
+        for kind, peak in (("explanation", 11), ("job", 22))
+    }
+    monkeypatch.setattr(memory, "peaks", lambda workload, small: peaks)
+    monkeypatch.setattr(memory, "MEASURABLE", True)
+    record = measured(tmp_path, "--only", "^c3d_mini, 16", code=1)
+    told = [case["contenders"]["captum_dtd ieee"] for case in record["cases"]]
+    assert [each["verdict"] for each in told] == ["wrong", "wrong"]
+    assert [each["peak_mib"] for each in told] == [11, 22]
+    assert "c3d_mini, 16 frames, job: captum_dtd ieee is off by" in capsys.readouterr().out
+    table = (tmp_path / "measured.md").read_text()
+    assert "**wrong**" in table and "| 11 + 3, 22 + 3 |" in table
+
+
+def test_what_there_is_no_time_for_is_left_out_and_told(tmp_path: Path) -> None:
+    record = measured(tmp_path, "--minutes", "-1", "--only", "c3d_mini|conv3a")
+    assert record["cases"] == []
+    assert record["left_out"][:2] == ["c3d_mini, 16 frames", "c3d_mini, 32 frames"]
+    assert "C3D conv3a" in (tmp_path / "measured.md").read_text()
+
+
+class Branches(nn.Module):
+    """What the plain walk covers beside C3D and r3d_18: parallel branches, padded and average pools, a mean of class maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv3d(3, 4, 3, (1, 2, 2), 1, bias=False), nn.BatchNorm3d(4), nn.ReLU(inplace=True)
+        )
+        self.left = nn.Sequential(nn.Conv3d(4, 2, 1), nn.ReLU())
+        self.right = nn.Sequential(nn.MaxPool3d(3, 1, 1), nn.Conv3d(4, 3, (3, 1, 1), padding=(1, 0, 0)), nn.ReLU())
+        self.pool = nn.AvgPool3d((2, 3, 3), 1)
+        self.head = nn.Sequential(nn.Dropout(), nn.Conv3d(5, 6, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = self.head(self.pool(torch.cat([self.left(x), self.right(x)], 1)))
+        return torch.mean(x, dim=(2, 3, 4))
+
+
+def test_the_plain_walk_is_deep_taylor() -> None:
+    model = Branches().double().eval()
+    model.stem[1].running_var.uniform_(0.5, 2)
+    low, high = (-1.0, -1.5, -2.0), (2.0, 1.5, 1.0)
+    bounds = (torch.tensor(bound, dtype=torch.float64).view(3, 1, 1, 1) for bound in (low, high))
+    x = torch.lerp(*bounds, torch.rand(2, 3, 4, 9, 11, dtype=torch.float64))
+    expected = DeepTaylor(model, low, high, backend="reference").attribute(x, 4)
+    with torch.no_grad():
+        actual = script("plain_walk").PlainWalk(model, low, high)(x, 4)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
+    with pytest.raises(ValueError, match=r"does not cover Sigmoid"):
+        script("plain_walk").PlainWalk(nn.Sequential(nn.Conv3d(3, 4, 1), nn.Sigmoid()), low, high)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="resets the peak in /proc/self/clear_refs")
+def test_peak_memory_is_that_of_the_activations() -> None:
+    """The first of c3d_mini's blocks makes 16 channels of a clip of 16 x 56 x 56 pixels."""
+    workload = script("networks").named("c3d_mini, 16 frames")
+    found = script("memory").peak(workload, "plain torch", "explanation", small=False)
+    block = 4 * 16 * 16 * 56 * 56 / 2**20
+    assert 2 * block < found["peak_mib"] < 40 * block
+
+
+# --- what is made of records -------------------------------------------------------------------------------------------
+
+
+def record_of(ratio: float = 4.0, spread: float = 0.02, runs: int = 3, peak: float = 100.0) -> dict[str, Any]:
+    """A record of one comparison: ours takes 1 s, the rival ``ratio``; quartiles lie ``spread`` apart, relatively."""
+
+    def timing(median: float) -> dict[str, Any]:
+        quartiles = (median * (1 - spread / 2), median, median * (1 + spread / 2))
+        names = ("first_quartile_ms", "median_ms", "third_quartile_ms")
+        return {**dict(zip(names, quartiles, strict=True)), "runs": runs}
+
+    compared = {"kind": "job of net / zennit", "precision": "ieee", "ratio": ratio}
+    compared |= {"ours": "captum_dtd ieee", "rival": "zennit"}
+    contenders = {"captum_dtd ieee": {**timing(1.0), "peak_mib": peak}, "zennit": timing(ratio)}
+    cases = [{"case": "net, job", "comparisons": [compared], "contenders": contenders}]
+    return {"machine": {"cpu": "a", "feature_level": "b", "threads": 1}, "cases": cases}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "regressed"),
+    [
+        ({}, {}, False),
+        ({}, {"ratio": 5.0}, False),
+        ({}, {"ratio": 3.9}, False),  # 5 % are always noise
+        ({}, {"ratio": 3.6}, True),
+        ({"spread": 0.2}, {"ratio": 3.6}, False),  # either record's spread is
+        ({}, {"ratio": 3.6, "spread": 0.2}, False),
+        ({"spread": 0.2}, {"ratio": 2.0}, True),
+        ({}, {"peak": 105.0}, False),
+        ({}, {"peak": 120.0}, True),
+    ],
+)
+def test_a_regression_is_what_noise_does_not_explain(
+    old: dict[str, float], new: dict[str, float], regressed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path, options in zip(paths, (old, new), strict=True):
+        path.write_text(json.dumps(record_of(**options)))
+    assert script("compare").main([*map(str, paths)]) == int(regressed)
+    assert ("regression: net, job" in capsys.readouterr().out) == regressed
+
+
+def test_a_contender_that_ran_once_has_the_widest_spread() -> None:
+    """Its own quartiles are one number, which tells nothing."""
+    compare, old, new = script("compare"), record_of(spread=0.0, runs=1), record_of(3.2, spread=0.0, runs=1)
+    assert len(compare.regressions(old, new)) == 1
+    noisy = record_of(spread=0.3)["cases"][0]
+    old["cases"].append({**noisy, "case": "another", "comparisons": []})
+    assert compare.regressions(old, new) == []
+
+
+def test_records_of_other_machines_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(record_of()))
+    with pytest.raises(SystemExit):
+        measured(tmp_path, "--compare", str(old))
+    assert "cannot be compared: cpu was 'a'" in capsys.readouterr().err
+
+
+def test_a_run_is_compared_with_an_older_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--only", "C3D conv3a", "--precision", "ieee")
+    record = measured(tmp_path, *options)
+    for compared in record["cases"][0]["comparisons"]:
+        compared["ratio"] *= 1e6
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(record))
+    measured(tmp_path, *options, "--compare", str(old), code=1)
+    assert "regression: C3D conv3a" in capsys.readouterr().out
+
+
+def test_whoever_has_run_for_long_sits_out() -> None:
+    timing = script("timing")
+    runs = {"quick": lambda: None, "slow": lambda: time.sleep(0.02)}
+    timings = timing.interleaved(runs, timing.Protocol(5, 0.0, patience=0.01))
+    assert {name: len(found.samples) for name, found in timings.items()} == {"quick": 5, "slow": 1}
+
+
+def test_curves_are_drawn_where_a_number_varies_alone(tmp_path: Path) -> None:
+    report, timing = script("report"), {"median_ms": 5.0}
+    cases = [
+        {"kind": "job", "network": "C3D", "frames": t, "size": 112, "clips": 1, "contenders": {"zennit": timing}}
+        for t in (16, 32)
+    ]
+    cases += [
+        {
+            "kind": "explanation",
+            "network": "r3d_18",
+            "frames": 16,
+            "size": p,
+            "clips": n,
+            "contenders": {"zennit": timing},
+        }
+        for p, n in ((112, 1), (56, 1), (56, 2))
+    ]
+    drawn = {curve.name: report.drawn(cases, curve, tmp_path / "record.json") for curve in report.CURVES}
+    assert all(path.read_text().startswith("<?xml") for path in drawn.values())
+    frames, pixels, clips = report.CURVES
+    assert report._points(cases, frames, "C3D") == {"zennit": [(16, 0.005), (32, 0.005)]}
+    assert report._points(cases, pixels, "r3d_18") == {"zennit": [(112, 0.005), (56, 0.005)]}
+    assert report._points(cases, clips, "r3d_18") == {"zennit": [(1, 0.005), (2, 0.0025)]}
+    assert report.drawn(cases[:1], frames, tmp_path / "record.json") is None
+
+
+def test_a_profile_tells_kinds_of_operations(capsys: pytest.CaptureFixture[str]) -> None:
+    profile_job = script("profile_job")
+    profile_job.main(["c3d_mini, 16 frames", "--small", "--precision", "ieee"])
+    out = capsys.readouterr().out
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in out.splitlines() if line.startswith("| ")}
+    assert float(rows["forward"][2]) >= 0 and rows["forward"][2].strip()
+    assert sum(
+        float(row[1].split()[0]) for name, row in rows.items() if name not in ("operations", "---")
+    ) == pytest.approx(100, abs=1)
+
+
+def test_operations_are_counted_as_torch_counts_them() -> None:
+    """Of a convolution; z+ is two of them, z-beta two with twice the channels."""
+    flops_of = script("profile_job").flops_of
+    x, weight = torch.zeros(2, 3, 5, 9, 8), torch.zeros(4, 3, 3, 2, 3)
+    stride, padding, dilation = [1, 2, 1], [1, 0, 2], [1, 2, 1]
+    with FlopCounterMode(display=False) as counter:
+        out = torch.conv3d(x, weight, None, stride, padding, dilation)
+    expected = counter.get_total_flops()
+    sizes = [list(x.shape), list(weight.shape)]
+    assert flops_of("aten::convolution", [*sizes, []], [None, None, None, stride, padding, dilation]) == expected
+    sides = [1, 1, 0, 0, 2, 2]
+    assert flops_of("captum_dtd::conv3d", [*sizes, []], [None, None, None, stride, sides, dilation]) == expected
+    assert flops_of("captum_dtd::z_plus_conv3d", [*sizes, [], list(out.shape)], []) == 2 * expected
+    box = [sizes[0]] * 3
+    assert flops_of("captum_dtd::z_beta_conv3d", [*box, sizes[1], [], list(out.shape)], []) == 4 * expected
+    assert flops_of("aten::mul", sizes, []) == 0
+
+
+# --- pytest-benchmark, and the table of kernels ------------------------------------------------------------------------
 
 
 def test_pytest_benchmarks_run() -> None:
-    chosen = "conv3a or stem or fc8 or pool2 or pool5 or (test_others and zennit) or (test_captum_dtd and float32)"
+    chosen = "conv3a or stem or fc8 or pool2 or pool5 or (c3d_mini and 16 and (zennit or float32))"
     chosen += " or test_open or (test_end_to_end and c3d_mini)"
     command = [sys.executable, "-m", "pytest", str(FOLDER), "--small", "--benchmark-disable", "-q", "-k", chosen]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
