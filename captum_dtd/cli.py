@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     dataset.add_argument("--shard-clips", type=int, metavar="N", help="clips committed together (default: a minute's)")
     dataset.add_argument("--device", nargs="+", help="cpu, or cuda:0 cuda:1 ... (default: every GPU, or the CPU)")
     dataset.add_argument("--decoders", type=int, metavar="N", help="processes that decode, for each device")
+    dataset.add_argument("--engine", choices=["local", "ray"], default="local", help="this machine, or a Ray cluster")
     dataset.add_argument("--retry-failed", action="store_true", help="explain videos again of which a clip failed")
     _add_recipe(dataset)
 
@@ -296,6 +297,7 @@ def _dataset(args: argparse.Namespace) -> int:
             batch_clips=args.batch_clips,
             internal_batch_size=args.internal_batch_size,
             shard_clips=args.shard_clips,
+            engine=args.engine,
             devices=args.device,
             decoders=args.decoders,
             retry_failed=args.retry_failed,

@@ -21,7 +21,7 @@ from data_sets import RECIPE, SIZE, make_tree, stored
 import captum_dtd.dataset as dataset
 from captum_dtd.dataset import StoreError, explain_dataset
 from captum_dtd.dataset.encoding import decode_maps, encode_maps
-from captum_dtd.dataset.store import write_durably
+from captum_dtd.dataset.store import Store, write_durably
 
 
 @pytest.mark.parametrize(("encoding", "within"), [("float32", 0.0), ("float16", 1 / 4096), ("int8", 1 / 253.9)])
@@ -127,15 +127,15 @@ def test_parts_are_gathered_without_a_change(store: dataset.Relevance, monkeypat
 
     monkeypatch.setattr(engine_local, "MOST_PARTS", 2)
     seen = set()
-    gather = engine_local.Store.gather
+    gather = Store.gather
 
-    def watched(self: engine_local.Store, *, at_least: int = 1) -> None:
+    def watched(self: Store, *, at_least: int = 1) -> None:
         gather(self, at_least=at_least)
         left = [path.name for path in (self.folder / "manifest").iterdir()]
         seen.add(len(left))
         assert len(dataset.open(self.folder).table) in (2, 4, 6, 7)
 
-    monkeypatch.setattr(engine_local.Store, "gather", watched)
+    monkeypatch.setattr(Store, "gather", watched)
     explain_dataset("root", "again", RECIPE, decoders=0, batch_clips=1, shard_clips=2, encoding="int8")
     assert seen == {1, 2}
     assert data_sets.same(Path("again"), store.folder)

@@ -3,86 +3,106 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from captum_dtd.dataset.clips import Clip
-from captum_dtd.dataset.configuration import Configuration
+from captum_dtd.dataset.job import Job, Listener, lost
 from captum_dtd.dataset.processes import Processes, end_with_parent
 from captum_dtd.dataset.progress import Stages
-from captum_dtd.dataset.store import MOST_PARTS, Store
-from captum_dtd.dataset.work import Decoded, Explained, Work, decode, explain, undecodable
-from captum_dtd.recipe import Explainer
+from captum_dtd.dataset.store import MOST_PARTS
+from captum_dtd.dataset.work import Explained, Work, decode, explain
+from captum_dtd.recipe import Explainer, Recipe
 
-__all__ = ["Job", "Listener", "run_here", "run_on_devices"]
+__all__ = ["LocalEngine", "local_engine"]
+
+Result = TypeVar("Result")
 
 # A device's process that died so often without finishing a shard will not do better.
 _MOST_DEATHS = 3
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a process needs to know beside its work.
+class LocalEngine:
+    """This machine; see `Engine`."""
 
-    Attributes:
-        source: folder that the clips' paths are relative to.
-        out: the store's folder.
-        configuration: of the store.
-        clips: all of the store's.
+    explainer: Explainer
+    processes: Processes
+    _devices: Sequence[str]
+    _share: _Share
+
+    @property
+    def device(self) -> str:
+        """ "cpu" or "cuda"."""
+        return self.explainer.device.type
+
+    def call(self, function: Callable[[Explainer, Processes], Result]) -> Result:
+        """Apply a function to the model and to processes that decode."""
+        return function(self.explainer, self.processes)
+
+    def run(self, job: Job, works: Sequence[Work], listener: Listener) -> None:
+        """Do the work: here if there is one device, otherwise in a process for each, and one that is killed starts again.
+
+        Raises:
+            OSError: the disk is full, say. What is committed stays.
+            ValueError, RuntimeError: as the model and the method raise, or a process died again and again.
+        """
+        if len(self._devices) == 1:
+            _run(job, works, self.explainer, self.processes, listener, gather_at=MOST_PARTS)
+        else:
+            _run_on_devices(job, works, self._devices, self._share, listener)
+
+
+@contextmanager
+def local_engine(recipe: Recipe, devices: Sequence[str] | None, decoders: int | None) -> Iterator[LocalEngine]:
+    """This machine, ready to explain.
+
+    Args:
+        recipe: how.
+        devices: by default every GPU, or the CPU.
         decoders: processes that decode, for each device; 0 decodes in the process that explains.
-        threads: of each process that explains.
-    """
 
-    source: str
-    out: Path
-    configuration: Configuration
-    clips: Sequence[Clip]
+    Raises:
+        ValueError, TypeError, OSError, ImportError: as ``recipe.load``, or the devices are of different kinds.
+    """
+    if devices is None:
+        devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+    if not devices or len({torch.device(name).type for name in devices}) > 1:
+        raise ValueError(f"devices must be one or more of one kind, not {', '.join(devices) or 'none'}")
+    explainer = recipe.load(devices[0])
+    share = _share_of_cores(len(devices), explainer.device.type)
+    if decoders is not None:
+        share = share._replace(decoders=decoders)
+    with Processes(share.decoders) as processes:
+        yield LocalEngine(explainer, processes, devices, share)
+
+
+class _Share(NamedTuple):
+    """What each of some processes that explain gets of the machine: processes that decode for it, and threads."""
+
     decoders: int
     threads: int
 
-    def store(self) -> Store:
-        """The store, to write to."""
-        return Store(self.out, self.configuration, self.clips)
+
+def _share_of_cores(explaining: int, device: str) -> _Share:
+    cores = len(os.sched_getaffinity(0))
+    # A core decodes thousands of frames per second; a model on the CPU takes tens, so there nearly all cores are its.
+    decoders = cores // 8 if device == "cpu" else min(8, cores // 2)
+    return _Share(max(1, decoders // explaining), max(1, torch.get_num_threads() // explaining))
 
 
-class Listener(Protocol):
-    """Whoever wants to know how far the work has come."""
-
-    def explained(self, shard: int, clips: int, failed: int, seconds: dict[str, float]) -> None:
-        """Some clips of a shard are explained, of which some failed; seconds by stage as `Stages` counts them."""
-
-    def committed(self, shard: int) -> None:
-        """A shard is on the disk."""
-
-    def undone(self, shards: Collection[int]) -> None:
-        """What was explained of these shards, and not committed, is lost and will be done again."""
-
-
-def run_here(job: Job, works: Sequence[Work], explainer: Explainer, processes: Processes, listener: Listener) -> None:
-    """Do the work in this process, on the explainer's device, shard by shard; the other processes decode.
-
-    Raises:
-        OSError: the disk is full, say. What is committed stays.
-        ValueError, RuntimeError: as the model and the method raise.
-    """
-    _run(job, works, explainer, processes, listener, gather_at=MOST_PARTS)
-
-
-def run_on_devices(job: Job, works: Sequence[Work], devices: Sequence[str], listener: Listener) -> None:
-    """Do the work in one process for each device, each with its part of the shards; one that is killed is started again.
-
-    Raises:
-        RuntimeError: a process ended with an error, or died again and again. What is committed stays.
-    """
-    teams = [_Team(job, device, works[number :: len(devices)], listener) for number, device in enumerate(devices)]
+def _run_on_devices(job: Job, works: Sequence[Work], devices: Sequence[str], share: _Share, listener: Listener) -> None:
+    teams = [
+        _Team(job, device, share, works[number :: len(devices)], listener) for number, device in enumerate(devices)
+    ]
     try:
         while busy := {team.connection(): team for team in teams if team.left}:
             for connection in wait(list(busy)):
@@ -100,7 +120,7 @@ def _run(
     listener: Listener,
     gather_at: int | None = None,
 ) -> None:
-    store, stages, prepare = job.store(), Stages(), explainer.prepare
+    store, stages = job.store(), Stages()
 
     def commit(shard: int, rows: list[Explained]) -> None:
         store.commit(shard, rows)
@@ -109,8 +129,7 @@ def _run(
             store.gather(at_least=gather_at)
 
     with ThreadPoolExecutor(1) as writer:
-        tasks = ((job.source, clips, prepare.frames, prepare.stride) for work in works for clips in work.decodings())
-        decoded = stages.each("decode", processes.map(decode, tasks, _lost))
+        decoded = stages.each("decode", processes.map(decode, job.decodings(works), lost))
         writing: list[Future[None]] = []
         for work in works:
             rows: list[Explained] = []
@@ -130,15 +149,11 @@ def _finish(writing: list[Future[None]]) -> None:
         writing.pop().result()
 
 
-def _lost(task: tuple[Any, ...]) -> list[Decoded]:
-    return undecodable(task[1], "the process that decoded this video died, twice")
-
-
 class _Team:
     """One device's process, and the shards that are left for it."""
 
-    def __init__(self, job: Job, device: str, works: Sequence[Work], listener: Listener) -> None:
-        self._job, self._device, self._listener = job, device, listener
+    def __init__(self, job: Job, device: str, share: _Share, works: Sequence[Work], listener: Listener) -> None:
+        self._job, self._device, self._share, self._listener = job, device, share, listener
         self.left = {work.shard: work for work in works}
         self._running: tuple[BaseProcess, Connection] | None = None
         self._deaths = 0
@@ -148,7 +163,7 @@ class _Team:
         if self._running is None:
             context = multiprocessing.get_context("spawn")
             ours, theirs = context.Pipe(duplex=False)
-            arguments = (self._job, self._device, tuple(self.left.values()), theirs)
+            arguments = (self._job, self._device, self._share, tuple(self.left.values()), theirs)
             process = context.Process(target=_serve, args=arguments)
             process.start()
             theirs.close()
@@ -212,13 +227,13 @@ class _Messages:
             self._connection.send((name, arguments))
 
 
-def _serve(job: Job, device: str, works: Sequence[Work], connection: Connection) -> None:
+def _serve(job: Job, device: str, share: _Share, works: Sequence[Work], connection: Connection) -> None:
     """What a device's process does."""
     end_with_parent()
     messages = _Messages(connection)
     try:
-        torch.set_num_threads(job.threads)
-        with Processes(job.decoders) as processes:
+        torch.set_num_threads(share.threads)
+        with Processes(share.decoders) as processes:
             _run(job, works, job.configuration.recipe.load(device), processes, messages)
     except Exception as error:
         messages.error(f"{type(error).__name__}: {error}")

@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from captum_dtd.attribution import check_option
 from captum_dtd.dataset.clips import Clip, Probe, add_repaired, clips_of, differences, probe_entry
 from captum_dtd.dataset.configuration import Configuration, Encoding, target_column, weights_digest
-from captum_dtd.dataset.engine_local import Job, run_here, run_on_devices
+from captum_dtd.dataset.engine_local import local_engine
+from captum_dtd.dataset.job import Engine, Job
 from captum_dtd.dataset.processes import Processes
 from captum_dtd.dataset.progress import Progress
 from captum_dtd.dataset.sources import Source, find_videos
@@ -36,7 +40,10 @@ from captum_dtd.dataset.work import Work, decode, explain, plan, undecodable
 from captum_dtd.recipe import Explainer, Recipe
 from captum_dtd.version import __version__
 
-__all__ = ["Outcome", "explain_dataset"]
+__all__ = ["EngineName", "Outcome", "explain_dataset"]
+
+EngineName: TypeAlias = Literal["local", "ray"]
+"""Where clips are explained: on this machine, or on a Ray cluster."""
 
 # What a shard should take, and the most that its maps may take in memory.
 _SHARD_SECONDS = 60.0
@@ -77,6 +84,7 @@ def explain_dataset(
     batch_clips: int = _BATCH_CLIPS,
     internal_batch_size: int | None = None,
     shard_clips: int | None = None,
+    engine: EngineName = "local",
     devices: Sequence[str] | None = None,
     decoders: int | None = None,
     retry_failed: bool = False,
@@ -104,9 +112,12 @@ def explain_dataset(
             most 4. Decided once for a store.
         shard_clips: clips committed together; by default about a minute of work, at most 256 MiB of maps. Decided once for
             a store.
-        devices: "cpu", "cuda:0", ...; by default every GPU, or the CPU. Several get one process each.
+        engine: "local" for this machine, or "ray" for a Ray cluster: the one that the caller is connected to, that
+            RAY_ADDRESS names or that runs on this machine, or else a new one. Both write the same store.
+        devices: "cpu", "cuda:0", ...; by default every GPU, or the CPU. Several get one process each. For a cluster "cpu" or
+            "cuda"; by default its GPUs if it has any.
         decoders: processes that decode for each device; 0 decodes in the explaining process, which a script without
-            ``if __name__ == "__main__":`` needs.
+            ``if __name__ == "__main__":`` needs. A cluster needs at least 1.
         retry_failed: explain again the videos of which a clip failed.
         show_progress: show a progress bar: clips per second, the time left, the stage that takes most of it.
 
@@ -125,70 +136,64 @@ def explain_dataset(
         outcome = explain_dataset("UCF-101", "out", Recipe("c3d", "ucf101.pth"), target="video", lists=["testlist01.txt"])
         outcome.failed                                         # 0
     """
+    check_option("engine", engine, get_args(EngineName))
     out = Path(out)
-    names = _devices(devices)
     source = find_videos(root, lists, target_column(target))
-    explainer = recipe.load(names[0])
-    prepare = explainer.prepare
-    inputs = torch.zeros(1, prepare.channels, prepare.frames, *prepare.crop, device=explainer.device)
-    outputs = explainer.outputs(inputs).shape[1]
-    classes = explainer.classes or source.classes
-    asked = Configuration(
-        recipe=recipe,
-        weights_digest=weights_digest(explainer.model),
-        preprocessing=prepare.to_dict(),
-        classes=classes if classes and len(classes) == outputs else None,
-        target=target,
-        lists=tuple(lists),
-        clip_stride=prepare.frames * prepare.stride if clip_stride is None else clip_stride,
-        maps=tuple(maps),
-        encoding=encoding,
-        batch_clips=batch_clips,
-        internal_batch_size=1 if internal_batch_size is None else internal_batch_size,
-        shard_clips=batch_clips if shard_clips is None else shard_clips,
-        device=explainer.device.type,
-        version=__version__,
-    )
-    share = _share_of_cores(len(names), explainer.device.type)
-    decoders = share.decoders if decoders is None else decoders
-    with running_alone(out), Processes(decoders) as processes:
-        look = partial(_probed, source, asked, processes, show_progress)
-        stored = read_configuration(out)
-        if stored is None:
-            clips = clips_of(source, list(look(range(len(source.entries))).values()), asked.classes, outputs)
-            _check_targets(asked, clips)
-            if internal_batch_size is None:
-                affordable = explainer.method.method.affordable_batch((inputs,))
-                asked = replace(asked, internal_batch_size=min(_FROZEN_CLIPS, affordable))
-            if shard_clips is None:
-                asked = replace(asked, shard_clips=_minute_of_clips(explainer, asked, source, clips, processes))
-            write_clips(out, clips)
-            write_configuration(out, asked, source.folder)
-        else:
-            asked = replace(
-                asked,
-                internal_batch_size=internal_batch_size or stored.internal_batch_size,
-                shard_clips=shard_clips or stored.shard_clips,
-            )
-            _check_same(out, "another configuration", stored.differences(asked))
-            clips = read_clips(out)
-            _check_same(out, "other videos", differences(clips, source, asked.classes, outputs))
-            if retry_failed and (broken := {clip.entry for clip in clips if clip.error}):
-                repaired = {entry: probe for entry, probe in look(broken).items() if probe.error is None}
-                clips = add_repaired(clips, repaired)
+    with _engine(engine)(recipe, devices, decoders) as team:
+        explainer, prepare = team.explainer, team.explainer.prepare
+        outputs = explainer.outputs(_example(explainer)).shape[1]
+        classes = explainer.classes or source.classes
+        asked = Configuration(
+            recipe=recipe,
+            weights_digest=weights_digest(explainer.model),
+            preprocessing=prepare.to_dict(),
+            classes=classes if classes and len(classes) == outputs else None,
+            target=target,
+            lists=tuple(lists),
+            clip_stride=prepare.frames * prepare.stride if clip_stride is None else clip_stride,
+            maps=tuple(maps),
+            encoding=encoding,
+            batch_clips=batch_clips,
+            internal_batch_size=1 if internal_batch_size is None else internal_batch_size,
+            shard_clips=batch_clips if shard_clips is None else shard_clips,
+            device=team.device,
+            version=__version__,
+        )
+        with running_alone(out):
+            look = partial(_probed, source, asked, team.processes, show_progress)
+            stored = read_configuration(out)
+            if stored is None:
+                clips = clips_of(source, list(look(range(len(source.entries))).values()), asked.classes, outputs)
+                _check_targets(asked, clips)
+                if internal_batch_size is None:
+                    asked = replace(asked, internal_batch_size=team.call(_affordable_frozen_clips))
+                if shard_clips is None:
+                    minute = team.call(partial(_minute_of_clips, asked, os.fspath(source.folder), clips))
+                    asked = replace(asked, shard_clips=minute)
                 write_clips(out, clips)
-        job = Job(os.fspath(source.folder), out, asked, clips, decoders, share.threads)
-        store = job.store()
-        rows = store.manifest()
-        works = plan(clips, _missing(clips, rows, retry_failed), asked)
-        new = sum(len(batch) for work in works for batch in work.batches)
-        with Progress(len(clips), len(clips) - new, show_progress) as progress:
-            if len(names) == 1:
-                run_here(job, works, explainer, processes, progress)
+                write_configuration(out, asked, source.folder)
             else:
-                run_on_devices(job, works, names, progress)
-        store.gather()
-        rows = store.manifest()
+                asked = replace(
+                    asked,
+                    internal_batch_size=internal_batch_size or stored.internal_batch_size,
+                    shard_clips=shard_clips or stored.shard_clips,
+                )
+                _check_same(out, "another configuration", stored.differences(asked))
+                clips = read_clips(out)
+                _check_same(out, "other videos", differences(clips, source, asked.classes, outputs))
+                if retry_failed and (broken := {clip.entry for clip in clips if clip.error}):
+                    repaired = {entry: probe for entry, probe in look(broken).items() if probe.error is None}
+                    clips = add_repaired(clips, repaired)
+                    write_clips(out, clips)
+            job = Job(os.fspath(source.folder), out, asked, clips)
+            store = job.store()
+            rows = store.manifest()
+            works = plan(clips, _missing(clips, rows, retry_failed), asked)
+            new = sum(len(batch) for work in works for batch in work.batches)
+            with Progress(len(clips), len(clips) - new, show_progress) as progress:
+                team.run(job, works, progress)
+            store.gather()
+            rows = store.manifest()
     ok = pc.equal(rows["status"], "ok")
     warned = pc.and_(ok, pc.is_valid(rows["warning"]))
     return Outcome(
@@ -200,26 +205,12 @@ def explain_dataset(
     )
 
 
-def _devices(devices: Sequence[str] | None) -> list[str]:
-    if devices is None:
-        return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
-    if not devices or len({torch.device(name).type for name in devices}) > 1:
-        raise ValueError(f"devices must be one or more of one kind, not {', '.join(devices) or 'none'}")
-    return list(devices)
+def _engine(name: EngineName) -> Callable[..., AbstractContextManager[Engine]]:
+    if name == "local":
+        return local_engine
+    from captum_dtd.dataset.engine_ray import ray_engine  # an extra of its own
 
-
-class _Share(NamedTuple):
-    """What each of some processes that explain gets of the machine: processes that decode for it, and threads."""
-
-    decoders: int
-    threads: int
-
-
-def _share_of_cores(explaining: int, device: str) -> _Share:
-    cores = len(os.sched_getaffinity(0))
-    # A core decodes thousands of frames per second; a model on the CPU takes tens, so there nearly all cores are its.
-    decoders = cores // 8 if device == "cpu" else min(8, cores // 2)
-    return _Share(max(1, decoders // explaining), max(1, torch.get_num_threads() // explaining))
+    return ray_engine
 
 
 def _probed(
@@ -257,15 +248,26 @@ def _check_same(out: Path, what: str, differences: Sequence[str]) -> None:
         )
 
 
+def _example(explainer: Explainer) -> Tensor:
+    """An input of the model, black."""
+    prepare = explainer.prepare
+    return torch.zeros(1, prepare.channels, prepare.frames, *prepare.crop, device=explainer.device)
+
+
+def _affordable_frozen_clips(explainer: Explainer, _: Processes) -> int:
+    """How many frozen clips are explained together."""
+    return min(_FROZEN_CLIPS, explainer.method.method.affordable_batch((_example(explainer),)))
+
+
 def _minute_of_clips(
-    explainer: Explainer, configuration: Configuration, source: Source, clips: Sequence[Clip], processes: Processes
+    configuration: Configuration, folder: str, clips: Sequence[Clip], explainer: Explainer, processes: Processes
 ) -> int:
     """How many clips a shard should hold, from how long the first takes that can be explained."""
     size = configuration.batch_clips
     frames, stride = explainer.prepare.frames, explainer.prepare.stride
     most = _SHARD_BYTES // (4 * math.prod(map_shape(configuration)))
     for clip in clips:
-        tasks = [(os.fspath(source.folder), (clip,), frames, stride)]
+        tasks = [(folder, (clip,), frames, stride)]
         (decoded,) = processes.map(decode, tasks, lambda task: undecodable(task[1], "not decoded"))
         pixels = decoded[0].frames
         if pixels is None:

@@ -1,7 +1,7 @@
 """The unit of work: the clips of one shard, from files to rows and maps. What it gives depends on nothing but its arguments.
 
-Two functions, so that engines may run them where they like: :func:`decode`, which needs the video files and no model, and
-:func:`explain`, which needs the model and no files. Everything that an engine hands from one to the other can be pickled.
+Three functions, so that engines may run them where they like: :func:`decode`, which needs the video files and no model, and
+:func:`classify` and :func:`explain`, which need the model and no files. What an engine hands between them can be pickled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from captum_dtd.frame_cache import FrameCache
 from captum_dtd.recipe import Explainer
 from captum_dtd.video import VideoError, read_windows, sample_clip
 
-__all__ = ["Decoded", "Explained", "Work", "decode", "explain", "plan", "undecodable"]
+__all__ = ["Decoded", "Explained", "VideoMeans", "Work", "classify", "decode", "explain", "plan", "undecodable"]
 
 
 class Decoded(NamedTuple):
@@ -152,16 +152,62 @@ def undecodable(clips: Sequence[Clip], error: str) -> list[Decoded]:
     return [Decoded(None, error=error) for _ in clips]
 
 
+class VideoMeans:
+    """The model's mean output over the clips of each video."""
+
+    def __init__(self) -> None:
+        self._sums: dict[bytes, Tensor] = {}
+
+    def add(self, path: bytes, output: Tensor) -> None:
+        """Count the output, (classes,), for one more clip of the video."""
+        self._sums[path] = self._sums.get(path, 0) + output.double().cpu()
+
+    def top(self, path: bytes) -> int:
+        """The class that is largest in the mean, and so in the sum."""
+        return int(self._sums[path].argmax())
+
+    def of(self, paths: Collection[bytes]) -> VideoMeans:
+        """Those of some videos alone; of one that has none, since no clip of it can be decoded, none."""
+        some = VideoMeans()
+        some._sums = {path: self._sums[path] for path in paths if path in self._sums}
+        return some
+
+
+def classify(
+    explainer: Explainer, batches: Iterable[Sequence[Clip]], decoded: Iterable[list[Decoded]]
+) -> Iterator[tuple[Clip, Tensor]]:
+    """What the model says about clips, batch by batch: each with its output, (classes,).
+
+    Args:
+        explainer: the model.
+        batches: clips that the model runs on together.
+        decoded: what :func:`decode` gave for them; taken as it is needed.
+
+    Yields:
+        Clips in their order, but for those that cannot be decoded or prepared.
+    """
+    pending = iter(decoded)
+    for batch in batches:
+        ready = _prepared(explainer, batch, _take(batch, pending))
+        if ready.clips:
+            yield from zip(ready.clips, explainer.outputs(torch.stack(ready.inputs)), strict=True)
+
+
 def explain(
-    explainer: Explainer, configuration: Configuration, work: Work, decoded: Iterable[list[Decoded]]
+    explainer: Explainer,
+    configuration: Configuration,
+    work: Work,
+    decoded: Iterable[list[Decoded]],
+    known: VideoMeans | None = None,
 ) -> Iterator[list[Explained]]:
     """Explain a shard's clips, batch by batch.
 
     Args:
         explainer: the configuration's recipe, loaded.
         configuration: of the store.
-        work: the shard.
+        work: the shard, or some of its batches.
         decoded: what :func:`decode` gave for each of ``work.decodings()``; taken as it is needed.
+        known: the means of the clips' videos, where they are known already; then ``work.classified`` does not count.
 
     Yields:
         The rows of each of ``work.batches``. A clip that cannot be decoded or prepared gives a row with the error.
@@ -170,11 +216,11 @@ def explain(
         ValueError, RuntimeError: what the model or the method raises, which is no fault of a clip.
     """
     pending = iter(decoded)
-    means = _VideoMeans()
-    for batch in work.classified:
-        ready = _prepared(explainer, batch, _take(batch, pending))
-        if ready.clips:
-            means.add(ready.clips, explainer.outputs(torch.stack(ready.inputs)))
+    means = known
+    if means is None:
+        means = VideoMeans()
+        for clip, output in classify(explainer, work.classified, pending):
+            means.add(clip.path, output)
     for batch in work.batches:
         pixels = _take(batch, pending)
         ready = _prepared(explainer, batch, pixels)
@@ -183,21 +229,6 @@ def explain(
             _row(clip, shown, measured.get(clip.row), ready.problems.get(clip.row))
             for clip, shown in zip(batch, pixels, strict=True)
         ]
-
-
-class _VideoMeans:
-    """The model's mean output over the clips of each video."""
-
-    def __init__(self) -> None:
-        self._sums: dict[bytes, Tensor] = {}
-
-    def add(self, clips: Sequence[Clip], outputs: Tensor) -> None:
-        for clip, output in zip(clips, outputs.double(), strict=True):
-            self._sums[clip.path] = self._sums.get(clip.path, 0) + output
-
-    def top(self, clip: Clip) -> int:
-        """The class that is largest in the mean, and so in the sum."""
-        return int(self._sums[clip.path].argmax())
 
 
 def _take(batch: Sequence[Clip], decoded: Iterator[list[Decoded]]) -> list[Decoded]:
@@ -237,7 +268,7 @@ class _Measured(NamedTuple):
 
 
 def _measured(
-    explainer: Explainer, configuration: Configuration, ready: _Ready, means: _VideoMeans
+    explainer: Explainer, configuration: Configuration, ready: _Ready, means: VideoMeans
 ) -> dict[int, _Measured | str]:
     """For each row its results, or why they cannot be stored."""
     inputs = torch.stack(ready.inputs)
@@ -277,11 +308,11 @@ def _row(clip: Clip, pixels: Decoded, measured: _Measured | str | None, problem:
     return Explained(clip, {**shown, "status": "failed", "error": measured or problem})
 
 
-def _target(configuration: Configuration, clip: Clip, means: _VideoMeans, top: int) -> int:
+def _target(configuration: Configuration, clip: Clip, means: VideoMeans, top: int) -> int:
     if configuration.target == "top1":
         return top
     if configuration.target == "video":
-        return means.top(clip)
+        return means.top(clip.path)
     chosen = clip.label_index if configuration.target == "label" else clip.target
     assert chosen is not None
     return chosen
