@@ -181,11 +181,14 @@ class Contest:
         allowed = ALLOWED_TO_PEERS if name in PEERS else ALLOWED[precision_of(name)]
         # An answer to another question is not awaited twice.
         result = torch.empty(0) if answer == "other" else explain(self.question.clips)
-        return verdict(result, answer, allowed, self.question.score, partial(self.right.relevance, answer))
+        told = verdict(result, answer, allowed, self.question.score, partial(self.right.relevance, answer))
+        print(f"  {name}: {told['verdict']}", flush=True)
+        return told
 
     def records(self) -> list[dict[str, Any]]:
         """What is known about one explanation, and about the whole job if the workload has one."""
         clips = self.question.clips
+        print(f"  timing one explanation by {len(self.explainers)}", flush=True)
         singly = interleaved({name: partial(run, clips) for name, run in self.explainers.items()}, self.protocol)
         found = [self._record("explanation", 1, singly, self.verdicts)]
         if self.workload.job:
@@ -208,6 +211,7 @@ class Contest:
                 runs[name] = partial(discriminate, name)
             elif name not in slow:
                 runs[name] = partial(job_by_hand, explain, question)
+        print(f"  timing the whole job by {len(runs)}, extrapolating it for {len(slow)}", flush=True)
         timings = interleaved(runs, self.protocol) | {name: singly[name].times(explained) for name in slow}
         verdicts = {
             name: {**found, "extrapolated": name in slow}

@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
         default="networks",
         help="which rivals torch.compile makes as well: of whole explanations, or also of single operations (minutes)",
     )
-    parser.add_argument("--minutes", type=float, default=35, help="begin no case after this; what was left out is told")
+    parser.add_argument("--minutes", type=float, default=32, help="begin no case after this; what was left out is told")
     parser.add_argument("--compare", type=Path, metavar="OLD", help="a record that this one must not be slower than")
     parser.add_argument("--out", type=Path, help="file for the record")
     given = parser.parse_args(arguments)
