@@ -2,7 +2,7 @@
 
     python benchmarks/measure.py                               # everything; at most 40 minutes
     python benchmarks/measure.py --only "C3D, 16|conv4"        # the workloads and layers whose name matches
-    python benchmarks/measure.py --threads 2 --out two.json    # on two threads
+    python benchmarks/measure.py --threads 2                   # on two threads
     python benchmarks/measure.py --compare old.json            # exit code 1 where something became slower than noise explains
 
 Ratios are of medians, rival over ours: above 1 ours is faster. The record goes to benchmarks/results/, and beside it a table and
@@ -196,7 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
             compare.check_same_machine(old["machine"], about)
         except ValueError as error:
             parser.error(str(error))
-    path = given.out or RESULTS / f"bench_{about['date']}_{about['feature_level']}.json"
+    threads = "" if given.threads == 1 else f"_{given.threads}threads"
+    path = given.out or RESULTS / f"bench_{about['date']}_{about['feature_level']}{threads}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record: Record = {
         "machine": about,

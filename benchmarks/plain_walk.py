@@ -95,7 +95,7 @@ class PlainWalk:
         values = {self._input: clip}
         for step in self._steps:
             values[step.name] = step.layer.run(*(values[source] for source in step.sources))
-            for name in step.last_reads:
+            for name in step.last_reads:  # the way back needs their shapes alone
                 values[name] = values[name].new_empty(()).expand_as(values[name])
         logits = values[self._steps[-1].name]
         relevance = {self._steps[-1].name: F.one_hot(torch.tensor(target), logits.shape[1]).to(logits.dtype) * logits}
