@@ -3,8 +3,9 @@
     python benchmarks/profile_job.py                                       # C3D, 16 frames, in every precision
     python benchmarks/profile_job.py "s3d, 16 frames" --precision ieee bfloat16
 
-Time is each operation's own, as torch.profiler counts it; what no operation took is Python's and the allocator's. The floor is
-what the arithmetic that was done takes at the rate of a matrix product.
+Time is each operation's own, as torch.profiler counts it; what no operation took is Python's and the allocator's. A fused
+operation takes denominators z and adjoint at once; where frozen clips are collapsed, z is a convolution like those of the forward
+pass. The floor is what the arithmetic that was done takes at the rate of a matrix product.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from captum_dtd.kernels import Precision
 
 KINDS = {
-    "forward": (
+    "forward, collapsed z": (
         *("captum_dtd::conv3d", "aten::conv3d", "aten::convolution", "aten::_convolution", "aten::mkldnn_convolution"),
         *("aten::slow_conv3d_forward", "aten::_slow_conv3d_forward", "aten::linear", "aten::addmm", "aten::mm"),
     ),
@@ -85,11 +86,11 @@ def flops_of(name: str, shapes: Sequence[Any], values: Sequence[Any]) -> int:
         ]
         return int(2 * x[0] * math.prod(outputs) * math.prod(weight))
     if name == "captum_dtd::z_plus_conv3d":
-        x, weight, _, relevance = shapes[:4]
-        return int(4 * math.prod(relevance) * math.prod(weight[1:]))
+        weight, relevance, divided = shapes[1], shapes[3], values[10]
+        return int((2 if divided else 4) * math.prod(relevance) * math.prod(weight[1:]))
     if name == "captum_dtd::z_beta_conv3d":  # on twice the channels
-        weight, relevance = shapes[3], shapes[5]
-        return int(8 * math.prod(relevance) * math.prod(weight[1:]))
+        weight, relevance, divided = shapes[3], shapes[5], values[11]
+        return int((4 if divided else 8) * math.prod(relevance) * math.prod(weight[1:]))
     if name == "aten::addmm":
         (rows, inner), outputs = shapes[1], shapes[2][1]
         return int(2 * rows * inner * outputs)

@@ -320,14 +320,14 @@ def test_a_profile_tells_kinds_of_operations(capsys: pytest.CaptureFixture[str])
     profile_job.main(["c3d_mini, 16 frames", "--small", "--precision", "ieee"])
     out = capsys.readouterr().out
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in out.splitlines() if line.startswith("| ")}
-    assert float(rows["forward"][2]) >= 0 and rows["forward"][2].strip()
+    assert float(rows["forward, collapsed z"][2]) > 0
     assert sum(
         float(row[1].split()[0]) for name, row in rows.items() if name not in ("operations", "---")
     ) == pytest.approx(100, abs=1)
 
 
 def test_operations_are_counted_as_torch_counts_them() -> None:
-    """Of a convolution; z+ is two of them, z-beta two with twice the channels."""
+    """Of a convolution; z+ is two of them, z-beta two with twice the channels, and one where z is divided by already."""
     flops_of = script("profile_job").flops_of
     x, weight = torch.zeros(2, 3, 5, 9, 8), torch.zeros(4, 3, 3, 2, 3)
     stride, padding, dilation = [1, 2, 1], [1, 0, 2], [1, 2, 1]
@@ -338,9 +338,14 @@ def test_operations_are_counted_as_torch_counts_them() -> None:
     assert flops_of("aten::convolution", [*sizes, []], [None, None, None, stride, padding, dilation]) == expected
     sides = [1, 1, 0, 0, 2, 2]
     assert flops_of("captum_dtd::conv3d", [*sizes, []], [None, None, None, stride, sides, dilation]) == expected
-    assert flops_of("captum_dtd::z_plus_conv3d", [*sizes, [], list(out.shape)], []) == 2 * expected
     box = [sizes[0]] * 3
-    assert flops_of("captum_dtd::z_beta_conv3d", [*box, sizes[1], [], list(out.shape)], []) == 4 * expected
+    for divided in (False, True):
+        z_plus = [*[None] * 10, divided, None]
+        passes = 1 if divided else 2
+        assert flops_of("captum_dtd::z_plus_conv3d", [*sizes, [], list(out.shape)], z_plus) == passes * expected
+        z_beta = [*[None] * 11, divided, None]
+        found = flops_of("captum_dtd::z_beta_conv3d", [*box, sizes[1], [], list(out.shape)], z_beta)
+        assert found == 2 * passes * expected
     assert flops_of("aten::mul", sizes, []) == 0
 
 
