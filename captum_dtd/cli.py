@@ -1,4 +1,4 @@
-"""The command line: ``captum-dtd explain VIDEO``, ``captum-dtd dataset ROOT`` and ``captum-dtd doctor``."""
+"""The command line: ``captum-dtd explain``, ``dataset``, ``summary``, ``export`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -31,13 +31,12 @@ from captum_dtd.video import (
     Video,
     iter_clips,
     iter_frames,
-    overlay_frames,
     probe,
     read_video,
     sample_clip,
     shared_scale,
     write_contact_sheet,
-    write_video,
+    write_overlay,
 )
 from captum_dtd.video.synthetic import ACTIONS, moving_figure
 
@@ -47,8 +46,6 @@ RELEVANCE, OVERLAY, SHEET = "relevance.safetensors", "overlay.mp4", "contact_she
 
 _GENERATED, _ACTION = "generated", "jack"
 _GENERATED_FRAMES, _GENERATED_FPS = 64, 25.0
-# Slow enough for the eye: a clip of 16 frames lasts two seconds.
-_OVERLAY_FPS = 8.0
 # Options that are a recipe's attributes, and those that change its preprocessing
 _NAMED = ("model", "weights", "num_classes", "preset", "readout", "normalize", "composite", "precision")
 _PREPROCESSING = ("size", "mean", "std", "scale", "channels", "frames", "stride")
@@ -57,7 +54,7 @@ _PREPROCESSING = ("size", "mean", "std", "scale", "channels", "frames", "stride"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code.
 
-    0: all is well. 1: doctor found a fault, or some clips of a data set failed. 2: an error, told in one line.
+    0: all is well. 1: doctor found a fault, or some clips of a data set failed or were left out. 2: an error, told in one line.
 
     Args:
         argv: the arguments after the program's name; None takes the process's own.
@@ -97,7 +94,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="captum-dtd", description="Explain video classifiers by deep Taylor decomposition.")
     parser.add_argument("--version", action="version", version=f"captum-dtd {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{explain,dataset,doctor}")
+    commands = parser.add_subparsers(required=True, metavar="{explain,dataset,summary,export,doctor}")
 
     explain = commands.add_parser("explain", help="explain one clip: relevance, an overlay video, a contact sheet")
     explain.set_defaults(run=_explain)
@@ -133,6 +130,25 @@ def _parser() -> argparse.ArgumentParser:
     dataset.add_argument("--engine", choices=["local", "ray"], default="local", help="this machine, or a Ray cluster")
     dataset.add_argument("--retry-failed", action="store_true", help="explain videos again of which a clip failed")
     _add_recipe(dataset)
+
+    summary = commands.add_parser("summary", help="what a data set's store says, by class, by frame and by clip")
+    summary.set_defaults(run=_summary)
+    summary.add_argument("store", metavar="OUT", type=Path, help="folder that dataset wrote, finished or not")
+    summary.add_argument(
+        "--top", type=int, metavar="N", default=10, help="how many clips most driven by motion, and not"
+    )
+    summary.add_argument("--csv", metavar="FILE", type=Path, help="also write a line for each class")
+    summary.add_argument("--json", metavar="FILE", type=Path, help="also write everything")
+    summary.add_argument("--plots", metavar="DIR", type=Path, help="also draw it")
+
+    export = commands.add_parser("export", help="a data set's maps as safetensors, WebDataset archives or videos")
+    export.set_defaults(run=_export)
+    export.add_argument("store", metavar="OUT", type=Path, help="folder that dataset wrote, finished or not")
+    export.add_argument("--to", choices=["safetensors", "webdataset", "mp4"], required=True, help="a kind of files")
+    export.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder for the files")
+    export.add_argument("--rows", type=int, nargs="+", metavar="N", help="only these clips (default: all)")
+    export.add_argument("--videos", metavar="DIR", type=Path, help="mp4: ROOT, if it is not where it was")
+    export.add_argument("--quiet", action="store_true", help="no progress bar")
 
     check = commands.add_parser("doctor", help="versions, devices, kernels, and a self-check")
     check.set_defaults(run=lambda args: doctor.run())
@@ -276,7 +292,7 @@ def _explain(args: argparse.Namespace) -> int:
             "colour_scale": shared_scale(maps.values(), args.percentile),
             "device": str(device),
         }
-        _write(staging, prepare.source_crop(clip.frames), maps, record, min(video.fps / prepare.stride, _OVERLAY_FPS))
+        _write(staging, prepare.source_crop(clip.frames), maps, record, video.fps / prepare.stride)
     _report(directory, maps["total"].shape, record)
     return 0
 
@@ -319,19 +335,51 @@ def _dataset(args: argparse.Namespace) -> int:
     return 1 if outcome.failed else 0
 
 
+def _summary(args: argparse.Namespace) -> int:
+    from captum_dtd import dataset
+
+    summary = dataset.summarize(dataset.open(args.store), args.top)
+    print(summary)
+    if args.csv:
+        summary.write_csv(args.csv)
+    if args.json:
+        summary.write_json(args.json)
+    if args.plots:
+        print("\n" + "\n".join(map(str, dataset.write_plots(summary, args.plots))))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from captum_dtd import dataset
+
+    if args.videos and args.to != "mp4":
+        raise ValueError(f"--videos goes with --to mp4, not {args.to}")
+    store, progress = dataset.open(args.store), not args.quiet
+    try:
+        if args.to == "mp4":
+            exported = dataset.export_mp4(store, args.output, args.rows, videos=args.videos, show_progress=progress)
+        else:
+            export = dataset.export_safetensors if args.to == "safetensors" else dataset.export_webdataset
+            exported = export(store, args.output, args.rows, show_progress=progress)
+    except KeyboardInterrupt:
+        print("captum-dtd: interrupted: the files that are whole stay", file=sys.stderr)
+        return 130
+    for name, why in exported.left_out.items():
+        print(f"captum-dtd: left out {name}: {why}", file=sys.stderr)
+    print(f"{args.output}: {exported.clips} clips in {exported.files} files, {len(exported.left_out)} left out")
+    return 1 if exported.left_out else 0
+
+
 def _write(
     folder: Path, frames: NDArray[np.uint8], maps: dict[str, NDArray[np.float32]], record: dict[str, Any], fps: float
 ) -> None:
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in record.items()}
     (folder / RELEVANCE).write_bytes(save({name: np.ascontiguousarray(maps[name]) for name in maps}, metadata))
-    scale, share = record["colour_scale"], f"temporal {record['temporal_share']:.0%}"
+    scale, share = record["colour_scale"], record["temporal_share"]
     headline = f"{record['class']}   score {record['score']:.3g}   probability {record['probability']:.3f}"
-    legend = f"{share}   red: for the class, blue: against   frame {{frame}} of {len(frames)}"
-    titles = {"total": "total", "spatial": "spatial (looks)", "temporal": "temporal (moves)"}
-    panels = {titles[name]: values for name, values in maps.items()}
-    write_video(folder / OVERLAY, overlay_frames(frames, panels, scale, (headline, legend)), fps)
+    write_overlay(folder / OVERLAY, frames, maps, scale=scale, headline=headline, share=share, fps=fps)
     rows = {"DTD": maps["total"], "spatial": maps["spatial"], "temporal": maps["temporal"]}
-    write_contact_sheet(folder / SHEET, frames, rows, scale, f"{headline}   {share}")
+    write_contact_sheet(folder / SHEET, frames, rows, scale, f"{headline}   temporal {share:.0%}")
 
 
 def _report(directory: Path, shape: tuple[int, ...], record: dict[str, Any]) -> None:

@@ -50,7 +50,7 @@ class RuleTable:
         names = ["operation", "module", "rule", "kernel", "times", "source"]
         if not any(row.times for row in self.rows):
             names.remove("times")
-        table = _aligned([names, *([getattr(row, name) for name in names] for row in self.rows)])
+        table = aligned([names, *([getattr(row, name) for name in names] for row in self.rows)])
         return "\n".join([f"composite: {self.composite}", *table, *(f"note: {note}" for note in self.notes)])
 
 
@@ -106,11 +106,19 @@ class Ledger:
             )
             for row in self.rows
         ]
-        table = _aligned([("operation", "module", "rule", "arriving", "leaving", "lost"), *cells])
+        table = aligned([("operation", "module", "rule", "arriving", "leaving", "lost"), *cells])
         seed, explained = float(self.seed.sum()), float(self.explained.sum())
         return "\n".join([*table, f"seed {seed:.6g}, explained {explained:.6g}, lost {seed - explained:.6g}"])
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of as many cells each as lines of text, each column as wide as its widest cell.
+
+    Example:
+        >>> aligned([("a", "b"), ("long", "c")])
+        ['a     b', 'long  c']
+    """
+    if not rows:
+        return []
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -14,21 +14,31 @@ if int(zarr.__version__.partition(".")[0]) < 3:
     raise ImportError(f"data sets need zarr 3, not {zarr.__version__}: pip install --upgrade 'captum_dtd[dataset]'")
 
 from captum_dtd.dataset.configuration import Configuration
+from captum_dtd.dataset.export import Exported, export_mp4, export_safetensors, export_webdataset
+from captum_dtd.dataset.plots import write_plots
 from captum_dtd.dataset.reader import Maps, Relevance
 from captum_dtd.dataset.reader import open_store as open
 from captum_dtd.dataset.run import Outcome, explain_dataset
 from captum_dtd.dataset.sources import Entry, Source, find_videos
 from captum_dtd.dataset.store import StoreError
+from captum_dtd.dataset.summary import Summary, summarize
 
 __all__ = [
     "Configuration",
     "Entry",
+    "Exported",
     "Maps",
     "Outcome",
     "Relevance",
     "Source",
     "StoreError",
+    "Summary",
     "explain_dataset",
+    "export_mp4",
+    "export_safetensors",
+    "export_webdataset",
     "find_videos",
     "open",
+    "summarize",
+    "write_plots",
 ]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from captum_dtd.dataset.configuration import Configuration
 from captum_dtd.dataset.encoding import decode_maps
-from captum_dtd.dataset.store import StoreError, count_clips, open_arrays, read_configuration, read_manifest
+from captum_dtd.dataset.store import StoreError, count_clips, open_arrays, read_configuration, read_manifest, read_root
 
 __all__ = ["Maps", "Relevance", "open_store"]
 
@@ -63,13 +63,15 @@ class Relevance:
         configuration: what its maps and rows follow from.
         table: a row for each clip that is there, by row; docs/dataset.md says what the columns mean.
         clips: how many clips the store has once its run is complete.
+        root: the folder that paths in the table are relative to, where the store was begun.
     """
 
-    def __init__(self, folder: Path, configuration: Configuration, table: pa.Table, clips: int) -> None:
+    def __init__(self, folder: Path, configuration: Configuration, table: pa.Table, clips: int, root: str) -> None:
         self.folder = folder
         self.configuration = configuration
         self.table = table
         self.clips = clips
+        self.root = root
         self._stored: dict[str, tuple[zarr.Array[Any], NDArray[np.float32]]] = {}
         rows = table["row"].to_numpy()
         for name, array in open_arrays(folder, configuration).items():
@@ -122,4 +124,5 @@ def open_store(folder: str | os.PathLike[str]) -> Relevance:
     configuration = read_configuration(folder)
     if configuration is None:
         raise StoreError(f"{folder} is no store: it has no configuration.json")
-    return Relevance(folder, configuration, read_manifest(folder, configuration), count_clips(folder))
+    table = read_manifest(folder, configuration)
+    return Relevance(folder, configuration, table, count_clips(folder), read_root(folder))

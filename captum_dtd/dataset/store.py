@@ -52,6 +52,7 @@ __all__ = [
     "read_clips",
     "read_configuration",
     "read_manifest",
+    "read_root",
     "running_alone",
     "write_clips",
     "write_configuration",
@@ -245,6 +246,12 @@ def read_configuration(folder: Path) -> Configuration | None:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{folder / _CONFIGURATION} cannot be understood: {error}") from error
+
+
+def read_root(folder: Path) -> str:
+    """The folder that paths are relative to, where the store was begun; as printable text."""
+    root: str = json.loads((folder / _CONFIGURATION).read_bytes())["root"]
+    return root
 
 
 def write_clips(folder: Path, clips: Sequence[Clip]) -> None:

@@ -13,7 +13,13 @@ from captum_dtd.video.decode import (
     read_windows,
 )
 from captum_dtd.video.preprocess import Preprocessing
-from captum_dtd.video.render import overlay_frames, shared_scale, write_contact_sheet, write_video
+from captum_dtd.video.render import (
+    overlay_frames,
+    shared_scale,
+    write_contact_sheet,
+    write_overlay,
+    write_video,
+)
 from captum_dtd.video.sampling import Clip, iter_clips, sample_clip
 
 __all__ = [
@@ -32,5 +38,6 @@ __all__ = [
     "sample_clip",
     "shared_scale",
     "write_contact_sheet",
+    "write_overlay",
     "write_video",
 ]

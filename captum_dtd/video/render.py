@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from captum_dtd.video.decode import require_av
 
-__all__ = ["overlay_frames", "shared_scale", "write_contact_sheet", "write_video"]
+__all__ = ["overlay_frames", "shared_scale", "write_contact_sheet", "write_overlay", "write_video"]
 
 Frames = NDArray[np.uint8]
 Map = NDArray[np.floating[Any]]
@@ -26,6 +26,7 @@ Map = NDArray[np.floating[Any]]
 _RED = np.array([255.0, 32.0, 24.0], dtype=np.float32)
 _BLUE = np.array([64.0, 128.0, 255.0], dtype=np.float32)
 _STRONGEST = 0.85  # opacity of full colour: the frame stays visible below
+_SLOW_FPS = 8.0  # slow enough for the eye: a clip of 16 frames lasts two seconds
 _SMALLEST_PANEL, _WIDEST_PICTURE = 160, 4096  # pixels: below, text is illegible; beyond, players give up
 
 
@@ -82,6 +83,33 @@ def overlay_frames(frames: Frames, maps: Mapping[str, Map], scale: float, captio
             draw.text(place, text.replace("{frame}", str(number + 1)), fill=(225, 225, 225), font=caption_font)
         pictures.append(np.asarray(canvas))
     return np.stack(pictures)
+
+
+def write_overlay(
+    path: str | os.PathLike[str],
+    frames: Frames,
+    maps: Mapping[str, Map],
+    *,
+    scale: float,
+    headline: str,
+    share: float,
+    fps: float,
+) -> None:
+    """Write an MP4 of a clip beside its total, spatial and temporal relevance, with a caption.
+
+    Args:
+        path: the MP4.
+        frames: the part of the source the model saw, uint8 (T, H, W, 3).
+        maps: "total", "spatial" and "temporal" relevance (T, h, w).
+        scale: relevance of full colour.
+        headline: the caption's first line.
+        share: temporal part of |relevance|, 0 to 1, for the second line.
+        fps: the clip's frames per second; it is shown at 8 at most.
+    """
+    titles = {"total": "total", "spatial": "spatial (looks)", "temporal": "temporal (moves)"}
+    panels = {title: maps[name] for name, title in titles.items()}
+    legend = f"temporal {share:.0%}   red: for the class, blue: against   frame {{frame}} of {len(frames)}"
+    write_video(path, overlay_frames(frames, panels, scale, (headline, legend)), min(fps, _SLOW_FPS))
 
 
 def write_video(path: str | os.PathLike[str], pictures: Frames, fps: float) -> str:
