@@ -122,7 +122,7 @@ def test_what_takes_its_process_down_again_and_again(cluster: Cluster, folder: P
     (work, _) = plan(clips, range(len(clips)), configuration)
     bad = work.batches[0][-1]
     assert bad.path != work.batches[0][0].path
-    machine = engine_ray._Cluster("cpu", explainers=1, decoders=1, cores=1)
+    machine = engine_ray._Cluster("cpu", explainers=1, decoders=1, cores=1, threads=1)
 
     def result(actor: type[Any], given: object, deaths: dict[tuple[str, int], int], job: Job = job) -> Any:
         counter = engine_ray._begin_counting()

@@ -58,12 +58,14 @@ class _Cluster:
         explainers: actors that explain: one for each GPU, or one for each machine's cores.
         decoders: actors that decode.
         cores: of a machine that explains on its CPU.
+        threads: of a process that explains there.
     """
 
     device: str
     explainers: int
     decoders: int
     cores: int
+    threads: int
 
     @property
     def decoding(self) -> dict[str, float]:
@@ -78,7 +80,7 @@ class _Cluster:
     def load(self, recipe: Recipe) -> Explainer:
         """The recipe, loaded by a process that got what :attr:`explaining` says."""
         if self.device == "cpu":
-            torch.set_num_threads(self.cores)
+            torch.set_num_threads(self.threads)
         return recipe.load(self.device)
 
 
@@ -176,11 +178,13 @@ def _cluster(devices: Sequence[str] | None, decoders: int | None) -> _Cluster:
         raise ValueError(f"the Ray cluster has no {'GPU: the device must be cpu' if cores else 'CPU'}")
     if decoders is not None and decoders < 1:
         raise ValueError(f"for the engine ray there must be at least 1 decoder, not {decoders}")
+    # as here, for the same bits: a thread for each core, or for two of them that are one
+    threads = max(1, torch.get_num_threads() * min(cores) // len(os.sched_getaffinity(0)))
     if device == "cuda":
         each = decoders or max(1, min(8, sum(cores) // (2 * gpus)))
-        return _Cluster(device, gpus, min(gpus * each, sum(cores)), min(cores))
+        return _Cluster(device, gpus, min(gpus * each, sum(cores)), min(cores), threads)
     explainers = sum(count // min(cores) for count in cores)
-    return _Cluster(device, explainers, explainers * (decoders or max(1, min(cores) // 8)), min(cores))
+    return _Cluster(device, explainers, explainers * (decoders or max(1, min(cores) // 8)), min(cores), threads)
 
 
 def _video_means(job: Job, works: Iterable[Work], cluster: _Cluster) -> VideoMeans | None:
