@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from networks import WORKLOADS
+import networks
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -228,7 +228,7 @@ def drawn(cases: Sequence[Record], curve: Curve, path: Path) -> Path | None:
 
 def _networks(cases: Sequence[Record]) -> list[str]:
     measured = {case["network"] for case in cases if "network" in case}
-    return [name for name in dict.fromkeys(w.network.name for w in WORKLOADS) if name in measured]
+    return [name for name in dict.fromkeys(w.network.name for w in networks.WORKLOADS) if name in measured]
 
 
 def _points(cases: Sequence[Record], curve: Curve, network: str) -> dict[str, list[tuple[int, float]]]:
