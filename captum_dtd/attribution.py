@@ -176,7 +176,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         internal_batch_size: int | None = None,
         show_progress: bool = False,
     ) -> list[Any]:
-        """What `attribute` returns for each of several targets of the same inputs, each further one in about half of the time.
+        """What `attribute` returns for each of several targets of the same inputs, for less than their sum in time.
 
         The targets share the forward pass and every denominator; what each has of its own is the walk back.
 

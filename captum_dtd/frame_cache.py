@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 class FrameCache:
     """A bounded store of frozen frames' explanations; the ones that were not used for longest make room.
 
-    A whole explanation costs about 1.7 times what the read-out "own" needs of it, so a cache pays where every frame is in
-    more than two windows. What is found is exactly what was computed when the frame was first explained, which may differ in
+    A whole explanation costs more than what one read-out needs of it, so a cache pays where every frame is in more than two
+    windows. What is found is exactly what was computed when the frame was first explained, which may differ in
     rounding from what other company in its batch would have given.
 
     Args:
