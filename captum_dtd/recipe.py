@@ -53,12 +53,18 @@ class Recipe:
     def load(self, device: str | torch.device) -> Explainer:
         """The model on a device, and what else it takes to explain its clips.
 
+        Weights that no checkpoint gives are random, and the same in every process that loads the recipe.
+
         Raises:
             ValueError, TypeError, OSError, ImportError: as ``load_model``, :class:`Preprocessing` and
                 `DiscriminativeDeepTaylor` do, or no preprocessing is known for the model.
         """
         device = torch.device(device)
-        loaded = load_model(self.model, self.weights, self.num_classes or (len(self.classes) if self.classes else None))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            loaded = load_model(
+                self.model, self.weights, self.num_classes or (len(self.classes) if self.classes else None)
+            )
         prepare = self._preprocessing(loaded.preprocessing)
         model = loaded.model.to(device).eval()
         settings = {

@@ -27,8 +27,11 @@ import captum_dtd.dataset as dataset
 import captum_dtd.dataset.work
 from captum_dtd import DiscriminativeDeepTaylor, FrameCache
 from captum_dtd.cli import main
-from captum_dtd.dataset import Entry, StoreError, explain_dataset
+from captum_dtd.dataset import Entry, StoreError, explain_dataset, store
 from captum_dtd.dataset.clips import probe_entry
+from captum_dtd.dataset.configuration import weights_digest
+from captum_dtd.dataset.engine_local import local_engine
+from captum_dtd.dataset.run import _fair_share
 from captum_dtd.models import load_model
 from captum_dtd.recipe import Recipe
 from captum_dtd.video import Preprocessing
@@ -217,6 +220,45 @@ def test_decoding_in_processes_and_several_devices_give_the_same(root: Path) -> 
     explain_dataset(root, "three", RECIPE, **SETTINGS, devices=["cpu", "cpu"])
     assert same(Path("one"), Path("two"))
     assert same(Path("one"), Path("three"))
+
+
+def test_each_core_explains_by_itself_unless_told_otherwise(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 2**22, "SC_PAGE_SIZE": 2**12}.__getitem__)  # 16 GiB
+    for threads, devices, decoders, processes, each in (
+        (3, None, None, 3, 1),
+        (8, None, 1, 4, 2),  # four have 4 GiB
+        (1, None, None, 1, 1),
+        (3, None, 0, 1, 3),
+        (3, ["cpu", "cpu"], 0, 2, 1),
+    ):
+        torch.set_num_threads(threads)
+        with local_engine(RECIPE, devices, decoders) as engine:
+            assert engine.explainers == processes
+            assert engine.call(lambda *_: torch.get_num_threads()) == each
+        assert torch.get_num_threads() == threads
+
+
+def test_shards_are_small_enough_to_keep_every_process_busy(root: Path) -> None:
+    explain_dataset(root, "out", RECIPE, decoders=0, batch_clips=1)
+    assert [row["shard"] for row in stored(Path("out"))[0]] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
+    configuration, clips = store.read_configuration(Path("out")), store.read_clips(Path("out"))
+    assert configuration is not None
+    for batch, processes, most in ((1, 2, 2), (2, 2, 2), (1, 100, 1), (4, 1, 4)):
+        assert _fair_share(replace(configuration, batch_clips=batch, shard_clips=batch), clips, processes) == most
+
+
+def test_random_weights_are_the_same_in_every_process(recwarn: pytest.WarningsRecorder) -> None:
+    before = torch.random.get_rng_state()
+    one, two = (Recipe("c3d", num_classes=3).load("cpu") for _ in range(2))
+    assert weights_digest(one.model) == weights_digest(two.model)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_process_with_other_weights_ends_the_run(root: Path) -> None:
+    Path("tiny_unsteady.py").write_text(data_sets.MODEL.replace("torch.manual_seed(0)", "torch.seed()"))
+    recipe = replace(RECIPE, model="tiny_unsteady:net")
+    with pytest.raises(RuntimeError, match=r"the weights here, .*, are not those where the run was started"):
+        explain_dataset(root, "out", recipe, **SETTINGS, devices=["cpu", "cpu"])
 
 
 def test_a_second_run_finds_everything_done(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -509,8 +551,10 @@ def against_a_loop(stores: dict[Path, float], data: Path) -> None:
         maps = loop.attribute(clip, target=int(loaded.model(clip).argmax()))
         for name in ("spatial", "temporal"):
             expected = getattr(maps, name)[0].numpy()
-            for store, within in opened.items():
-                assert np.abs(getattr(store, name)[row["row"]] - expected).max() <= within * np.abs(expected).max()
+            for opened_store, within in opened.items():
+                assert (
+                    np.abs(getattr(opened_store, name)[row["row"]] - expected).max() <= within * np.abs(expected).max()
+                )
 
 
 UCF10 = Recipe("c3d_mini", weights="ucf10")

@@ -15,19 +15,22 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from captum_dtd.dataset.job import Job, Listener, lost
+from captum_dtd.dataset.job import Job, Listener, load, lost
 from captum_dtd.dataset.processes import Processes, end_with_parent
 from captum_dtd.dataset.progress import Stages
 from captum_dtd.dataset.store import MOST_PARTS
 from captum_dtd.dataset.work import Explained, Work, decode, explain
 from captum_dtd.recipe import Explainer, Recipe
 
-__all__ = ["LocalEngine", "local_engine"]
+__all__ = ["LocalEngine", "cores_each", "local_engine"]
 
 Result = TypeVar("Result")
 
 # A device's process that died so often without finishing a shard will not do better.
 _MOST_DEATHS = 3
+_SECONDS_TO_END = 10
+# What a process that explains on the CPU should find: a model, its weights laid out for kernels, a batch at work, a decoder.
+_PROCESS_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -37,28 +40,43 @@ class LocalEngine:
     explainer: Explainer
     processes: Processes
     _devices: Sequence[str]
-    _share: _Share
+    _decoders: int | None
 
     @property
     def device(self) -> str:
         """ "cpu" or "cuda"."""
         return self.explainer.device.type
 
+    @property
+    def explainers(self) -> int:
+        """How many processes explain at the same time."""
+        return len(self._devices)
+
     def call(self, function: Callable[[Explainer, Processes], Result]) -> Result:
-        """Apply a function to the model and to processes that decode."""
-        return function(self.explainer, self.processes)
+        """Apply a function to the model and to processes that decode, with the threads of one process among several."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(_share_of_cores(self.explainers, self.device, self._decoders).threads)
+        try:
+            return function(self.explainer, self.processes)
+        finally:
+            torch.set_num_threads(threads)
 
     def run(self, job: Job, works: Sequence[Work], listener: Listener) -> None:
         """Do the work: here if there is one device, otherwise in a process for each, and one that is killed starts again.
+
+        There are no more processes than the store has shards, done or not, so that threads, and the last bits of results,
+        are the same whenever a run goes on.
 
         Raises:
             OSError: the disk is full, say. What is committed stays.
             ValueError, RuntimeError: as the model and the method raise, or a process died again and again.
         """
-        if len(self._devices) == 1:
+        devices = self._devices[: max(1, -(-len(job.clips) // job.configuration.shard_clips))]
+        if len(devices) == 1:
             _run(job, works, self.explainer, self.processes, listener, gather_at=MOST_PARTS)
         else:
-            _run_on_devices(job, works, self._devices, self._share, listener)
+            share = _share_of_cores(len(devices), self.device, self._decoders)
+            _run_on_devices(job, works, devices, share, listener)
 
 
 @contextmanager
@@ -67,22 +85,42 @@ def local_engine(recipe: Recipe, devices: Sequence[str] | None, decoders: int | 
 
     Args:
         recipe: how.
-        devices: by default every GPU, or the CPU.
+        devices: by default every GPU, or the CPU as often as :func:`cores_each` says, or once if there are no decoders.
         decoders: processes that decode, for each device; 0 decodes in the process that explains.
 
     Raises:
         ValueError, TypeError, OSError, ImportError: as ``recipe.load``, or the devices are of different kinds.
     """
     if devices is None:
-        devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+        devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"] * _cpu_processes(
+            decoders
+        )
     if not devices or len({torch.device(name).type for name in devices}) > 1:
         raise ValueError(f"devices must be one or more of one kind, not {', '.join(devices) or 'none'}")
     explainer = recipe.load(devices[0])
-    share = _share_of_cores(len(devices), explainer.device.type)
-    if decoders is not None:
-        share = share._replace(decoders=decoders)
-    with Processes(share.decoders) as processes:
-        yield LocalEngine(explainer, processes, devices, share)
+    with Processes(_share_of_cores(1, explainer.device.type, decoders).decoders) as processes:
+        yield LocalEngine(explainer, processes, devices, decoders)
+
+
+def cores_each(cores: int, memory: int) -> int:
+    """Cores for each process that explains on a CPU: one, since several wait for each other, unless memory is short.
+
+    Args:
+        cores: of the machine, that may be used.
+        memory: of the machine, in bytes.
+
+    Example:
+        >>> cores_each(16, 128 * 2**30), cores_each(16, 16 * 2**30)
+        (1, 4)
+    """
+    return -(-cores // max(1, min(cores, memory // _PROCESS_BYTES)))
+
+
+def _cpu_processes(decoders: int | None) -> int:
+    if decoders == 0:
+        return 1
+    cores = torch.get_num_threads()
+    return cores // cores_each(cores, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 class _Share(NamedTuple):
@@ -92,11 +130,12 @@ class _Share(NamedTuple):
     threads: int
 
 
-def _share_of_cores(explaining: int, device: str) -> _Share:
-    cores = len(os.sched_getaffinity(0))
-    # A core decodes thousands of frames per second; a model on the CPU takes tens, so there nearly all cores are its.
-    decoders = cores // 8 if device == "cpu" else min(8, cores // 2)
-    return _Share(max(1, decoders // explaining), max(1, torch.get_num_threads() // explaining))
+def _share_of_cores(explaining: int, device: str, decoders: int | None) -> _Share:
+    if decoders is None:
+        cores = len(os.sched_getaffinity(0))
+        # A core decodes a thousand frames per second; a model on the CPU takes tens, so there nearly all cores are its.
+        decoders = max(1, (cores // 8 if device == "cpu" else min(8, cores // 2)) // explaining)
+    return _Share(decoders, max(1, torch.get_num_threads() // explaining))
 
 
 def _run_on_devices(job: Job, works: Sequence[Work], devices: Sequence[str], share: _Share, listener: Listener) -> None:
@@ -107,6 +146,8 @@ def _run_on_devices(job: Job, works: Sequence[Work], devices: Sequence[str], sha
         while busy := {team.connection(): team for team in teams if team.left}:
             for connection in wait(list(busy)):
                 busy[connection].listen()  # type: ignore[index]
+        for team in teams:
+            team.finish()
     finally:
         for team in teams:
             team.stop()
@@ -197,6 +238,11 @@ class _Team:
                 "what is committed stays, and the same command goes on"
             )
 
+    def finish(self) -> None:
+        """Let the process, which has nothing left to do, end by itself, so that it cleans up."""
+        if self._running is not None:
+            self._running[0].join(_SECONDS_TO_END)
+
     def stop(self) -> None:
         if self._running is not None:
             self._running[0].terminate()
@@ -233,7 +279,8 @@ def _serve(job: Job, device: str, share: _Share, works: Sequence[Work], connecti
     messages = _Messages(connection)
     try:
         torch.set_num_threads(share.threads)
+        explainer = load(job.configuration, device)
         with Processes(share.decoders) as processes:
-            _run(job, works, job.configuration.recipe.load(device), processes, messages)
+            _run(job, works, explainer, processes, messages)
     except Exception as error:
         messages.error(f"{type(error).__name__}: {error}")

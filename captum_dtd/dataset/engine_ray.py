@@ -31,13 +31,12 @@ except ImportError as error:
     raise ImportError("the engine ray needs Ray: pip install 'captum_dtd[ray]'") from error
 
 from captum_dtd.dataset.clips import Clip
-from captum_dtd.dataset.configuration import weights_digest
-from captum_dtd.dataset.job import Job, Listener, lost
+from captum_dtd.dataset.engine_local import cores_each
+from captum_dtd.dataset.job import Job, Listener, load, lost
 from captum_dtd.dataset.processes import Processes
 from captum_dtd.dataset.store import MOST_PARTS
 from captum_dtd.dataset.work import Decoded, Explained, VideoMeans, Work, classify, decode, explain
 from captum_dtd.recipe import Explainer, Recipe
-from captum_dtd.version import __version__
 
 __all__ = ["RayEngine", "ray_engine"]
 
@@ -55,9 +54,9 @@ class _Cluster:
 
     Attributes:
         device: "cuda" or "cpu".
-        explainers: actors that explain: one for each GPU, or one for each machine's cores.
+        explainers: actors that explain: one for each GPU, or as many as a process on each machine's CPU would start.
         decoders: actors that decode.
-        cores: of a machine that explains on its CPU.
+        cores: of an actor that explains on a CPU.
         threads: of a process that explains there.
     """
 
@@ -77,11 +76,10 @@ class _Cluster:
         """What an actor that explains asks Ray for."""
         return {"num_cpus": 0, "num_gpus": 1} if self.device == "cuda" else {"num_cpus": self.cores}
 
-    def load(self, recipe: Recipe) -> Explainer:
-        """The recipe, loaded by a process that got what :attr:`explaining` says."""
+    def claim(self) -> None:
+        """Let this process use what it got by :attr:`explaining`."""
         if self.device == "cpu":
             torch.set_num_threads(self.threads)
-        return recipe.load(self.device)
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,11 @@ class RayEngine:
     def device(self) -> str:
         """What the cluster explains on, "cpu" or "cuda", which this process may not have."""
         return self._cluster.device
+
+    @property
+    def explainers(self) -> int:
+        """How many actors explain."""
+        return self._cluster.explainers
 
     def call(self, function: Callable[[Explainer, Processes], Result]) -> Result:
         """Apply a function where clips are explained, to the model and to no other processes."""
@@ -170,7 +173,8 @@ def ray_engine(recipe: Recipe, devices: Sequence[str] | None, decoders: int | No
 def _cluster(devices: Sequence[str] | None, decoders: int | None) -> _Cluster:
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(machine.get("GPU", 0) for machine in machines))
-    cores = [int(machine["CPU"]) for machine in machines if machine.get("CPU", 0) >= 1]
+    machines = [machine for machine in machines if machine.get("CPU", 0) >= 1]
+    cores = [int(machine["CPU"]) for machine in machines]
     device = " ".join(devices) if devices is not None else "cuda" if gpus else "cpu"
     if device not in ("cpu", "cuda"):
         raise ValueError(f"for the engine ray the device is cpu or cuda, not {device}: Ray hands out its GPUs itself")
@@ -178,13 +182,14 @@ def _cluster(devices: Sequence[str] | None, decoders: int | None) -> _Cluster:
         raise ValueError(f"the Ray cluster has no {'GPU: the device must be cpu' if cores else 'CPU'}")
     if decoders is not None and decoders < 1:
         raise ValueError(f"for the engine ray there must be at least 1 decoder, not {decoders}")
-    # as here, for the same bits: a thread for each core, or for two of them that are one
-    threads = max(1, torch.get_num_threads() * min(cores) // len(os.sched_getaffinity(0)))
     if device == "cuda":
         each = decoders or max(1, min(8, sum(cores) // (2 * gpus)))
-        return _Cluster(device, gpus, min(gpus * each, sum(cores)), min(cores), threads)
-    explainers = sum(count // min(cores) for count in cores)
-    return _Cluster(device, explainers, explainers * (decoders or max(1, min(cores) // 8)), min(cores), threads)
+        return _Cluster(device, gpus, min(gpus * each, sum(cores)), cores=1, threads=1)
+    per_actor = max(cores_each(int(machine["CPU"]), int(machine.get("memory", 0))) for machine in machines)
+    explainers = sum(count // per_actor for count in cores)
+    # as here, for the same bits: a thread for each core, or for two of them that are one
+    threads = max(1, torch.get_num_threads() * per_actor // len(os.sched_getaffinity(0)))
+    return _Cluster(device, explainers, explainers * (decoders or max(1, per_actor // 8)), per_actor, threads)
 
 
 def _video_means(job: Job, works: Iterable[Work], cluster: _Cluster) -> VideoMeans | None:
@@ -312,13 +317,8 @@ class _Modelled(_Actor):
 
     @cached_property
     def _explainer(self) -> Explainer:
-        configuration = self._job.configuration
-        if configuration.version != __version__:
-            raise ValueError(f"captum_dtd is {__version__} here, and {configuration.version} where the run was started")
-        explainer = self._cluster.load(configuration.recipe)
-        if weights_digest(explainer.model) != configuration.weights_digest:
-            raise ValueError(f"the weights here, {explainer.weights}, are not those where the run was started")
-        return explainer
+        self._cluster.claim()
+        return load(self._job.configuration, self._cluster.device)
 
     @contextmanager
     def _surviving(self, clip: Clip) -> Iterator[None]:
@@ -369,8 +369,9 @@ def _begin_counting() -> Any:
 
 def _call(cluster: _Cluster, recipe: Recipe, function: Callable[[Explainer, Processes], Result], here: str) -> Result:
     _enter(here)
+    cluster.claim()
     with Processes(0) as processes:
-        return function(cluster.load(recipe), processes)
+        return function(recipe.load(cluster.device), processes)
 
 
 def _enter(folder: str) -> None:

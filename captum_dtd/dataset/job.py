@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from captum_dtd.dataset.clips import Clip
-from captum_dtd.dataset.configuration import Configuration
+from captum_dtd.dataset.configuration import Configuration, weights_digest
 from captum_dtd.dataset.processes import Processes
 from captum_dtd.dataset.store import Store
 from captum_dtd.dataset.work import Decoded, Work, undecodable
 from captum_dtd.recipe import Explainer
+from captum_dtd.version import __version__
 
-__all__ = ["Engine", "Job", "Listener", "lost"]
+__all__ = ["Engine", "Job", "Listener", "load", "lost"]
 
 Result = TypeVar("Result")
 
@@ -67,6 +68,7 @@ class Engine(Protocol):
         explainer: the model, in this process.
         processes: of this machine, to look into videos.
         device: "cpu" or "cuda": what explains.
+        explainers: how many processes explain at the same time.
     """
 
     @property
@@ -78,6 +80,9 @@ class Engine(Protocol):
     @property
     def device(self) -> str: ...
 
+    @property
+    def explainers(self) -> int: ...
+
     def call(self, function: Callable[[Explainer, Processes], Result]) -> Result:
         """Apply a function, to measure something, where clips are explained: to the model and processes that decode."""
 
@@ -87,6 +92,21 @@ class Engine(Protocol):
         Raises:
             OSError, ValueError, RuntimeError: the run cannot go on. What is committed stays.
         """
+
+
+def load(configuration: Configuration, device: str) -> Explainer:
+    """The configuration's recipe, loaded by another process than the one that began the run.
+
+    Raises:
+        ValueError: captum_dtd or the weights are not those with which the run was begun.
+        TypeError, OSError, ImportError: as ``recipe.load``.
+    """
+    if configuration.version != __version__:
+        raise ValueError(f"captum_dtd is {__version__} here, and {configuration.version} where the run was started")
+    explainer = configuration.recipe.load(device)
+    if weights_digest(explainer.model) != configuration.weights_digest:
+        raise ValueError(f"the weights here, {explainer.weights}, are not those where the run was started")
+    return explainer
 
 
 def lost(task: tuple[Any, ...]) -> list[Decoded]:

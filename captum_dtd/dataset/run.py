@@ -48,6 +48,8 @@ EngineName: TypeAlias = Literal["local", "ray"]
 # What a shard should take, and the most that its maps may take in memory.
 _SHARD_SECONDS = 60.0
 _SHARD_BYTES = 256 * 2**20
+# So many shards, at least, for each process that explains.
+_SHARDS_EACH = 4
 # Larger batches need memory and gain no speed.
 _BATCH_CLIPS = _FROZEN_CLIPS = 4
 
@@ -110,14 +112,16 @@ def explain_dataset(
         batch_clips: clips explained together.
         internal_batch_size: how many of their frozen clips are explained together; by default as many as memory allows, at
             most 4. Decided once for a store.
-        shard_clips: clips committed together; by default about a minute of work, at most 256 MiB of maps. Decided once for
-            a store.
+        shard_clips: clips committed together; by default about a minute of work, less where there are too few clips to
+            keep all processes busy, and at most 256 MiB of maps. Decided once for a store.
         engine: "local" for this machine, or "ray" for a Ray cluster: the one that the caller is connected to, that
             RAY_ADDRESS names or that runs on this machine, or else a new one. Both write the same store.
-        devices: "cpu", "cuda:0", ...; by default every GPU, or the CPU. Several get one process each. For a cluster "cpu" or
-            "cuda"; by default its GPUs if it has any.
-        decoders: processes that decode for each device; 0 decodes in the explaining process, which a script without
-            ``if __name__ == "__main__":`` needs. A cluster needs at least 1.
+        devices: "cpu", "cuda:0", ...; a process for each, so that ``["cpu", "cpu"]`` shares the cores between two. By
+            default every GPU, or the CPU with a process for each core (of ``torch.get_num_threads()``) that has 4 GiB. For a
+            cluster "cpu" or "cuda"; by default its GPUs if it has any.
+        decoders: processes that decode for each device; 0 decodes in the explaining process, of which there is by default
+            one then, which is this one: a script without ``if __name__ == "__main__":`` needs that. A cluster needs at
+            least 1.
         retry_failed: explain again the videos of which a clip failed.
         show_progress: show a progress bar: clips per second, the time left, the stage that takes most of it.
 
@@ -169,7 +173,7 @@ def explain_dataset(
                     asked = replace(asked, internal_batch_size=team.call(_affordable_frozen_clips))
                 if shard_clips is None:
                     minute = team.call(partial(_minute_of_clips, asked, os.fspath(source.folder), clips))
-                    asked = replace(asked, shard_clips=minute)
+                    asked = replace(asked, shard_clips=min(minute, _fair_share(asked, clips, team.explainers)))
                 write_clips(out, clips)
                 write_configuration(out, asked, source.folder)
             else:
@@ -283,6 +287,12 @@ def _minute_of_clips(
         most = min(most, int(_SHARD_SECONDS / seconds))
         break
     return max(1, most // size) * size
+
+
+def _fair_share(configuration: Configuration, clips: Sequence[Clip], explainers: int) -> int:
+    """The most clips a shard may hold if each of some processes is to get several of them, so that all end together."""
+    batches = math.ceil(len(clips) / configuration.batch_clips)
+    return math.ceil(batches / (_SHARDS_EACH * explainers)) * configuration.batch_clips
 
 
 def _missing(clips: Sequence[Clip], rows: pa.Table, retry_failed: bool) -> set[int]:
