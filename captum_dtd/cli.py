@@ -125,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     dataset.add_argument("--encoding", choices=["float32", "float16", "int8"], default="float16", help="of maps")
     dataset.add_argument("--batch-clips", type=int, metavar="N", default=4, help="clips explained together")
     dataset.add_argument("--shard-clips", type=int, metavar="N", help="clips committed together (default: a minute's)")
-    dataset.add_argument("--device", nargs="+", help="a process each: cuda:0 cuda:1, cpu cpu (default: every GPU or core)")
+    dataset.add_argument(
+        "--device", nargs="+", help="a process each: cuda:0 cuda:1, cpu cpu (default: every GPU or core)"
+    )
     dataset.add_argument("--decoders", type=int, metavar="N", help="processes that decode, for each device")
     dataset.add_argument("--engine", choices=["local", "ray"], default="local", help="this machine, or a Ray cluster")
     dataset.add_argument("--retry-failed", action="store_true", help="explain videos again of which a clip failed")

@@ -27,6 +27,8 @@ from torch.export import Dim, export
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
+from captum_dtd.functional import functionalize
+
 # torch.export patches process-wide state while it runs, so two traces never overlap.
 _EXPORT_LOCK = threading.Lock()
 
@@ -219,7 +221,9 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of export's own doings, which no user can act on
-            program = export(model, tuple(arguments), dynamic_shapes=shapes).run_decompositions({})
+            program = export(model, tuple(arguments), dynamic_shapes=shapes)
+            if not functionalize(program.graph):
+                program = program.run_decompositions({})
     except Exception as error:
         raise _untraceable(model, arguments, error) from error
 

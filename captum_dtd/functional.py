@@ -1,0 +1,137 @@
+"""What torch.export records, made functional by hand where that is simple.
+
+export's own pass (``run_decompositions``) makes any program functional, but takes longer than the recording itself. Most models
+need little of it: ReLUs and additions that write over a new tensor, dropout and batch norm in evaluation mode.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+
+from captum_dtd.operations import (
+    ADAPTIVE_AVERAGES,
+    AVERAGE_POOLS,
+    CONVOLUTIONS,
+    MAX_POOLS,
+    REDUCTIONS,
+    aten,
+    batch_norm,
+)
+
+_NEW = (
+    CONVOLUTIONS
+    | MAX_POOLS
+    | AVERAGE_POOLS
+    | ADAPTIVE_AVERAGES
+    | REDUCTIONS
+    | {aten.linear.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default, aten.leaky_relu.default}
+    | {aten.elu.default, aten.silu.default, aten.gelu.default, aten.hardtanh.default, aten.softmax.int}
+    | {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.cat.default, aten.stack.default}
+)
+"""Operations that return a new tensor, and that export's pass leaves as they are."""
+
+_VIEWS = frozenset(
+    {aten.view.default, aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.select.int, aten.split.Tensor}
+    | {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.sym_size.int, operator.getitem}
+)
+"""Operations that return a part of their input, and that export's pass leaves as they are."""
+
+_IN_PLACE: dict[Any, Any] = {
+    aten.relu_.default: aten.relu.default,
+    aten.leaky_relu_.default: aten.leaky_relu.default,
+    aten.elu_.default: aten.elu.default,
+    aten.silu_.default: aten.silu.default,
+    aten.hardtanh_.default: aten.hardtanh.default,
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor,
+}
+
+
+def functionalize(graph: fx.Graph) -> bool:
+    """Rewrite a recorded graph in place as export's pass would; False, and nothing changed, where that takes more than this.
+
+    Args:
+        graph: of a program that ``torch.export.export`` gave.
+    """
+    rewrites: list[Callable[[], None]] = []
+    place = {node: number for number, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if node.op != "call_function" or (node.target in _NEW or node.target in _VIEWS):
+            continue
+        rewrite = _REWRITES[node.target](node, place) if node.target in _REWRITES else None
+        if rewrite is None:
+            return False
+        rewrites.append(rewrite)
+    for rewrite in rewrites:
+        rewrite()
+    return True
+
+
+def _in_place(node: fx.Node, place: Mapping[fx.Node, int]) -> _Rewrite | None:
+    """The tensor that is written over must be new, and nothing may read it, or hold a part of it, later than this node."""
+    own, *others = node.args
+    assert isinstance(own, fx.Node)
+    is_new = own.target in _NEW or own.target in _IN_PLACE or own.target is aten.batch_norm.default
+    is_read_before = (
+        user is node or (user.target in _NEW | {aten.batch_norm.default} and place[user] < place[node])
+        for user in own.users
+    )
+    dtypes = {other.meta["val"].dtype for other in (own, *others) if isinstance(other, fx.Node)}
+    if not is_new or not all(is_read_before) or len(dtypes) > 1:
+        return None
+    return lambda: _become(node, _IN_PLACE[node.target])
+
+
+def _batch_norm(node: fx.Node, place: Mapping[fx.Node, int]) -> _Rewrite | None:
+    if len(node.args) != 9 or node.args[5] or node.args[3] is None:
+        return None  # it normalises by what is in the batch
+    return lambda: _become(node, batch_norm, (*node.args[:5], node.args[7]))
+
+
+def _dropout(node: fx.Node, place: Mapping[fx.Node, int]) -> _Rewrite | None:
+    return None if node.args[2] else lambda: _step_over(node)
+
+
+def _flatten(node: fx.Node, place: Mapping[fx.Node, int]) -> _Rewrite | None:
+    """As a view; sizes that are not known must stand before what is flattened."""
+    source, first, *_ = (*node.args, 0)
+    assert isinstance(source, fx.Node) and isinstance(first, int)
+    sizes = list(node.meta["val"].shape)
+    unknown = [dim for dim, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
+    if any(dim >= first % source.meta["val"].ndim for dim in unknown):
+        return None
+
+    def rewrite() -> None:
+        for dim in unknown:
+            with node.graph.inserting_before(node):
+                size = node.graph.call_function(aten.sym_size.int, (node.args[0], dim))
+            size.meta["val"], sizes[dim] = sizes[dim], size
+        _become(node, aten.view.default, (node.args[0], sizes))
+
+    return rewrite
+
+
+_Rewrite: TypeAlias = Callable[[], None]
+
+_REWRITES: dict[Any, Callable[[fx.Node, Mapping[fx.Node, int]], _Rewrite | None]] = {
+    **dict.fromkeys(_IN_PLACE, _in_place),
+    aten.batch_norm.default: _batch_norm,
+    aten.dropout.default: _dropout,
+    aten.flatten.using_ints: _flatten,
+}
+
+
+def _become(node: fx.Node, target: Any, args: tuple[Any, ...] | None = None) -> None:
+    node.target = target
+    if args is not None:
+        node.args, node.kwargs = args, {}
+
+
+def _step_over(node: fx.Node) -> None:
+    node.replace_all_uses_with(node.all_input_nodes[0])
+    node.graph.erase_node(node)

@@ -1,0 +1,164 @@
+"""What is made functional by hand computes what the model computes, and what is not simple is left to torch.export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.export import export
+
+from captum_dtd import functional, graph
+from captum_dtd.functional import functionalize
+
+Body = Callable[["Net", Tensor], Tensor]
+
+
+class Net(nn.Module):
+    """A convolution, a batch norm and a linear layer, put together by a function."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__()
+        self.body = body
+        self.conv = nn.Conv3d(3, 4, 3, padding=1)
+        self.other = nn.Conv3d(3, 4, 3, padding="same")
+        self.norm = nn.BatchNorm3d(4)
+        self.norm.running_mean.uniform_(-1, 1)
+        self.norm.running_var.uniform_(0.5, 2)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(self, x)
+        return self.head(F.dropout(y.mean((2, 3, 4)), 0.5, self.training))
+
+
+def residual(net: Net, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    y += net.other(x)
+    return y.relu_().mul_(2.0)
+
+
+def scaled_residual(net: Net, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    z = y * 3  # before y is changed
+    return y.add_(z, alpha=0.5) - z
+
+
+def written_twice(net: Net, x: Tensor) -> Tensor:
+    y = F.relu(net.norm(net.conv(x)), inplace=True)
+    z = y + 1  # what was written
+    y.mul_(0.5)
+    return z - F.leaky_relu_(y)
+
+
+SIMPLE: dict[str, Body] = {
+    "residual": residual,
+    "scaled residual": scaled_residual,
+    "written twice": written_twice,
+    "batch norm": lambda net, x: torch.relu(net.norm(net.conv(x))),
+    "dropout": lambda net, x: F.dropout(F.dropout(net.conv(x), 0.5, net.training), 0.3, net.training).relu(),
+    "flat": lambda net, x: net.conv(x).flatten(2).relu().flatten(-1).view(-1, 4, 4, 6, 6),
+    "flat after dropout": lambda net, x: F.dropout(net.conv(x), 0.5, net.training).flatten(1).view(-1, 4, 4, 6, 6),
+    "cut and joined": lambda net, x: torch.cat([net.conv(x)[:, :2].relu(), net.other(x).split(2, 1)[1]], 1),
+}
+
+
+def seen_through_a_slice(net: Net, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    part = y[:, :, :2]
+    y.relu_()
+    return y + part.sum(2, keepdim=True)
+
+
+def written_through_a_slice(net: Net, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    y[:, :, 0].mul_(3)
+    return y
+
+
+def written_through_dropout(net: Net, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    z = F.dropout(y, 0.5, net.training)  # y itself
+    z.relu_()
+    return y - 0.5 * z
+
+
+def input_overwritten(net: Net, x: Tensor) -> Tensor:
+    x.mul_(0.5)
+    return net.conv(x)
+
+
+def buffer_overwritten(net: Net, x: Tensor) -> Tensor:
+    net.norm.running_mean.mul_(0.5)
+    return net.norm(net.conv(x))
+
+
+def rounded_in_place(net: Net, x: Tensor) -> Tensor:
+    y = (net.conv(x) * 8).half() * 1
+    return y.add_(net.other(x)).float()  # the sum stays in half precision
+
+
+NOT_SIMPLE: dict[str, Body] = {
+    "seen through a slice": seen_through_a_slice,
+    "written through a slice": written_through_a_slice,
+    "written through dropout": written_through_dropout,
+    "input overwritten": input_overwritten,
+    "flat and overwritten": lambda net, x: net.conv(x).flatten(2).relu_().view(-1, 4, 4, 6, 6),
+    "buffer overwritten": buffer_overwritten,
+    "rounded in place": rounded_in_place,
+    "statistics of the batch": lambda net, x: F.batch_norm(net.conv(x), None, None, training=True),
+    "dropout at random": lambda net, x: F.dropout(net.conv(x), 1.0, True),
+    "batch made flat": lambda net, x: net.conv(x).flatten(0, 1).view(-1, 4, 4, 6, 6),
+}
+
+
+def computed(net: Net, x: Tensor) -> Tensor:
+    """The traced graph, run on the model's tensors."""
+    traced = graph.trace(net, [x], len(x))
+    of_input = dict(zip(traced.inputs, [x], strict=True))
+    arguments = [
+        traced.constants[node]
+        if node in traced.constants
+        else of_input[node]
+        if node in of_input
+        else graph.tensor_of(net, traced.tensors[node])
+        for node in traced.graph.nodes
+        if node.op == "placeholder"
+    ]
+    (output,) = fx.Interpreter(fx.GraphModule(nn.Module(), traced.graph)).run(*arguments)
+    return output  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", [*SIMPLE, *NOT_SIMPLE])
+def test_a_graph_computes_what_the_model_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = (SIMPLE | NOT_SIMPLE)[name]
+    net, x = Net(body).eval(), torch.rand(2, 3, 4, 6, 6)
+    asked: list[bool] = []
+    monkeypatch.setattr(graph, "functionalize", lambda g: asked.append(functionalize(g)) or asked[-1])
+    with torch.no_grad():
+        found = computed(net, x.clone())
+        assert asked == [name in SIMPLE]
+        expected = net(x.clone())
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+def test_nothing_is_left_that_writes(name: str) -> None:
+    recorded = export(Net(SIMPLE[name]).eval(), (torch.rand(2, 3, 4, 6, 6),)).graph
+    assert functionalize(recorded)
+    recorded.lint()
+    left = {node.target for node in recorded.nodes if node.op == "call_function"}
+    assert not any(target._schema.is_mutable for target in left if isinstance(target, torch._ops.OpOverload))
+    assert left <= functional._NEW | functional._VIEWS | {functional.batch_norm}
+
+
+@pytest.mark.parametrize("name", NOT_SIMPLE)
+def test_what_is_not_simple_is_left_as_it_is(name: str) -> None:
+    recorded = export(Net(NOT_SIMPLE[name]).eval(), (torch.rand(2, 3, 4, 6, 6),)).graph
+    before = str(recorded)
+    if functionalize(recorded):
+        assert name == "batch made flat"  # which is simple where the batch is fixed
+    else:
+        assert str(recorded) == before
