@@ -30,7 +30,7 @@ from captum_dtd.video.synthetic import ACTIONS, moving_figure
 # clips: of each of four videos; batch: explained together; shard: committed together; rounds: of it all, minutes each.
 SIZES = {
     "c3d_mini": {"clips": 16, "batch": 4, "shard": 8, "rounds": 3},
-    "r3d_18": {"clips": 2, "batch": 1, "shard": 1, "rounds": 2},
+    "r3d_18": {"clips": 2, "batch": 1, "shard": 1, "rounds": 1},
 }
 
 

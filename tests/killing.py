@@ -2,8 +2,8 @@
 
 `python killing.py FOLDER` prints the calls of a run that is not killed, as a list in JSON, then an object for each kill:
 how the run ended, the clips that were committed, how many clips the next run explained, and whether the store is then
-that of the run that was not killed. `python killing.py FOLDER retry` does so with runs that explain what failed before,
-`python killing.py FOLDER SEED TIMES` at random moments.
+that of the run that was not killed. `python killing.py FOLDER retry EVERY` does so with runs that explain what failed
+before, at every so many of the calls; `python killing.py FOLDER SEED TIMES` at random moments.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def in_a_child(work: Callable[[], None], kill_after: float | None = None) -> int
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def at_every_call(videos: str, begun: Path | None = None, **options: Any) -> None:
-    """Kill a run before each of its calls; a run that goes on with a store that was begun, if there is one."""
+def at_every_call(videos: str, begun: Path | None = None, every: int = 1, **options: Any) -> None:
+    """Kill a run before each of its calls, or every so many; a run that goes on with a store that was begun, if there is one."""
 
     def fresh(name: str) -> Path:
         return Path(name) if begun is None else Path(shutil.copytree(begun, name))
@@ -89,7 +89,7 @@ def at_every_call(videos: str, begun: Path | None = None, **options: Any) -> Non
     with os.fdopen(read) as file:
         calls = file.read().splitlines()
     print(json.dumps(calls), flush=True)
-    for fatal in range(len(calls)):
+    for fatal in range(0, len(calls), every):
         out = fresh(f"killed{fatal}")
 
         def die(number: int, _: str, fatal: int = fatal) -> None:
@@ -130,7 +130,7 @@ def report(videos: str, out: Path, whole: Path, options: dict[str, Any], **facts
     print(json.dumps(facts), flush=True)
 
 
-def at_every_call_of_a_retry() -> None:
+def at_calls_of_a_retry(every: int) -> None:
     """Kill a run that explains videos that were broken before: one could not be opened, of one some clips were missing."""
     videos = data_sets.make_tree(Path("broken"), FEW)
     good = {videos / name: (videos / name).read_bytes() for name in FEW}
@@ -143,7 +143,7 @@ def at_every_call_of_a_retry() -> None:
     assert ("bend/a.avi", 0) in failed and ("jack/b.avi", 8) in failed and ("jack/b.avi", 0) not in failed, failed
     for path, data in good.items():
         path.write_bytes(data)
-    at_every_call(str(videos), begun, target="video", retry_failed=True)
+    at_every_call(str(videos), begun, every, target="video", retry_failed=True)
 
 
 def main(folder: Path, *when: str) -> None:
@@ -153,8 +153,8 @@ def main(folder: Path, *when: str) -> None:
     # Traced here, for all children; explained only there, since the threads that autograd starts do not survive a fork.
     explainer = data_sets.load_once(data_sets.RECIPE, "cpu")
     explainer.method.method.rule_table(torch.zeros(1, 3, data_sets.FRAMES, data_sets.SIZE, data_sets.SIZE))
-    if when == ("retry",):
-        at_every_call_of_a_retry()
+    if when[:1] == ("retry",):
+        at_calls_of_a_retry(int(when[1]))
     elif when:
         seed, times = map(int, when)
         at_random(str(data_sets.make_tree(Path("many"), MANY)), seed, times)

@@ -352,6 +352,7 @@ def test_operations_are_counted_as_torch_counts_them() -> None:
 # --- pytest-benchmark, and the table of kernels ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pytest_benchmarks_run() -> None:
     chosen = "conv3a or stem or fc8 or pool2 or pool5 or (c3d_mini and 16 and (zennit or float32))"
     chosen += " or test_open or (test_end_to_end and c3d_mini)"

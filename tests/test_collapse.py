@@ -70,9 +70,8 @@ def explained(request: pytest.FixtureRequest) -> tuple[FrozenClips, Tensor, Tens
     if name == "s3d":
         model.avgpool = nn.AvgPool3d((2, 1, 1), stride=1)
     if name == "c3d":
-        size = 112
-        frames = STOCK[name][0]
-    clips = between((LOW,) * 3, (HIGH,) * 3, (2 if name != "c3d" else 1, 3, 1, size, size), 3, torch.float64)
+        size, model.fc6 = 32, nn.Linear(512 * 2 * 2, 4096).double().eval()
+    clips = between((LOW,) * 3, (HIGH,) * 3, (2, 3, 1, size, size), 3, torch.float64)
     frozen = clips.expand(-1, -1, frames, -1, -1)
     method = DeepTaylor(model, LOW, HIGH)
     whole = method.attribute(frozen, 1)
@@ -95,7 +94,7 @@ def test_sums_over_classes_of_equal_times(explained: tuple[FrozenClips, Tensor, 
 
 def test_some_times_of_every_clip(explained: tuple[FrozenClips, Tensor, Tensor, int]) -> None:
     walker, clips, whole, frames = explained
-    wanted: list[tuple[int, ...]] = [(frames // 2 - 1,), (0, 3, frames - 1)][-len(clips) :]
+    wanted: list[tuple[int, ...]] = [(frames // 2 - 1,), (0, 3, frames - 1)]
     ((relevance,),) = walker.explain((clips,), [1], (), wanted)
     assert relevance.shape[2] == 3
     for row, times in enumerate(wanted):

@@ -49,6 +49,7 @@ def test_gpu_check_forbids_skips_for_lack_of_cuda(tmp_path: Path) -> None:
     assert "1 failed, 1 passed, 1 skipped" in strict.stdout and strict.returncode == 1
 
 
+@pytest.mark.slow
 def test_gpu_check_writes_what_it_found(tmp_path: Path) -> None:
     options = ("--smoke", "--jobs", "1", "-k", "forbids_skips", str(ROOT / "tests" / "test_gpu_scripts.py"))
     done = run(tmp_path, str(SCRIPTS / "gpu_check.py"), *options)

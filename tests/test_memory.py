@@ -64,7 +64,7 @@ def allocations(run: Callable[[], object]) -> list[int]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
-@pytest.mark.parametrize("cls", [DeepTaylor, DiscriminativeDeepTaylor])
+@pytest.mark.parametrize("cls", [pytest.param(DeepTaylor, marks=pytest.mark.slow), DiscriminativeDeepTaylor])
 def test_a_thousand_calls_leave_nothing_behind(cls: type) -> None:
     method = cls(tiny(), 0, 1)
     x = torch.rand(1, 3, 2, 32, 32)

@@ -17,7 +17,15 @@ PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 Stock = tuple[str, nn.Module, DiscriminativeDeepTaylor]
 
 
-@pytest.fixture(scope="module", params=[f"{name}-{precision}" for name in STOCK for precision in PRECISIONS])
+# In float64 these two take longer than all others: the residual networks tell what rounding hides.
+SLOW = ("c3d-float64", "s3d-float64")
+CASES = [
+    pytest.param(case, marks=pytest.mark.slow if case in SLOW else ())
+    for case in (f"{name}-{precision}" for name in STOCK for precision in PRECISIONS)
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def stock(request: pytest.FixtureRequest) -> Stock:
     """A model and one method that explains it in every test, as a user's would: what it traced, it keeps."""
     name, precision = request.param.split("-")
