@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -27,7 +28,7 @@ import captum_dtd.dataset as dataset
 import captum_dtd.dataset.work
 from captum_dtd import DiscriminativeDeepTaylor, FrameCache
 from captum_dtd.cli import main
-from captum_dtd.dataset import Entry, StoreError, explain_dataset, store
+from captum_dtd.dataset import Entry, StoreError, engine_local, explain_dataset, store
 from captum_dtd.dataset.clips import probe_entry
 from captum_dtd.dataset.configuration import weights_digest
 from captum_dtd.dataset.engine_local import local_engine
@@ -257,7 +258,34 @@ def test_random_weights_are_the_same_in_every_process(recwarn: pytest.WarningsRe
 def test_a_process_with_other_weights_ends_the_run(root: Path) -> None:
     Path("tiny_unsteady.py").write_text(data_sets.MODEL.replace("torch.manual_seed(0)", "torch.seed()"))
     recipe = replace(RECIPE, model="tiny_unsteady:net")
-    with pytest.raises(RuntimeError, match=r"the weights here, .*, are not those where the run was started"):
+    with pytest.raises(ValueError, match=r"the weights here, .*, are not those where the run was started"):
+        explain_dataset(root, "out", recipe, **SETTINGS, devices=["cpu", "cpu"])
+
+
+def test_what_another_process_says_is_told_here() -> None:
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    messages = engine_local._Messages(theirs)
+
+    class OddError(RuntimeError):
+        def __init__(self, one: int, two: int) -> None:
+            super().__init__(f"{one} and {two}")
+
+    for error, told in (
+        (OSError(28, "No space left on device", "out/part"), OSError),
+        (ValueError("the model cannot"), ValueError),
+        (OddError(1, 2), RuntimeError),
+    ):
+        messages.error(error)
+        name, (received,) = ours.recv()
+        assert name == "error" and type(received) is told
+        assert str(received) == (str(error) if told is not RuntimeError else "OddError: 1 and 2")
+
+
+def test_what_another_process_warns_of_is_told_here(root: Path) -> None:
+    softened = "\ndef softened():\n    return nn.Sequential(*net(), nn.Softmax(1))\n"
+    Path("tiny_softened.py").write_text(data_sets.MODEL + softened)
+    recipe = replace(RECIPE, model="tiny_softened:softened")
+    with pytest.warns(UserWarning, match="softmax"):
         explain_dataset(root, "out", recipe, **SETTINGS, devices=["cpu", "cpu"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -219,7 +220,10 @@ class _Team:
             self._ended()
             return
         if name == "error":
-            raise RuntimeError(f"{self._device}: {arguments[0]}")
+            raise arguments[0]
+        if name == "warning":
+            warnings.warn(arguments[0], UserWarning, stacklevel=2)
+            return
         if name == "committed":
             self.left.pop(arguments[0])
             self._deaths = 0
@@ -265,8 +269,18 @@ class _Messages:
     def undone(self, shards: Collection[int]) -> None:
         self._send("undone", list(shards))
 
-    def error(self, text: str) -> None:
-        self._send("error", text)
+    def warning(self, text: str) -> None:
+        self._send("warning", text)
+
+    def error(self, error: Exception) -> None:
+        """Tell of an error, as one of a built-in class: others may not survive the way."""
+        kinds = (ValueError, TypeError, ImportError)
+        if isinstance(error, OSError) and error.errno is not None:
+            told: Exception = OSError(error.errno, error.strerror, error.filename)
+        else:
+            kind = next((kind for kind in kinds if isinstance(error, kind)), None)
+            told = kind(str(error)) if kind else RuntimeError(f"{type(error).__name__}: {error}")
+        self._send("error", told)
 
     def _send(self, name: str, *arguments: Any) -> None:
         with self._lock:
@@ -279,8 +293,11 @@ def _serve(job: Job, device: str, share: _Share, works: Sequence[Work], connecti
     messages = _Messages(connection)
     try:
         torch.set_num_threads(share.threads)
-        explainer = load(job.configuration, device)
-        with Processes(share.decoders) as processes:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # who started this has loaded the recipe too, and told
+            explainer = load(job.configuration, device)
+        with warnings.catch_warnings(), Processes(share.decoders) as processes:
+            warnings.showwarning = lambda message, *_, **__: messages.warning(str(message))
             _run(job, works, explainer, processes, messages)
     except Exception as error:
-        messages.error(f"{type(error).__name__}: {error}")
+        messages.error(error)
