@@ -69,5 +69,5 @@ def data() -> Path:
     """The folder of real recordings, from CAPTUM_DTD_DATA."""
     folder = os.environ.get("CAPTUM_DTD_DATA")
     if not folder:
-        pytest.skip("CAPTUM_DTD_DATA is not set: it names the folder of real clips")
+        pytest.skip("real recordings are not in the repository: CAPTUM_DTD_DATA names a folder that has them")
     return Path(folder)

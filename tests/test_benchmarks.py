@@ -203,7 +203,10 @@ def test_the_plain_walk_is_deep_taylor() -> None:
         script("plain_walk").PlainWalk(nn.Sequential(nn.Conv3d(3, 4, 1), nn.Sigmoid()), low, high)
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="resets the peak in /proc/self/clear_refs")
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK),
+    reason="peaks of memory are reset by writing to /proc/self/clear_refs, which this system lacks or forbids",
+)
 def test_peak_memory_is_that_of_the_activations() -> None:
     """The first of c3d_mini's blocks makes 16 channels of a clip of 16 x 56 x 56 pixels."""
     workload = script("networks").named("c3d_mini, 16 frames")
