@@ -35,6 +35,8 @@ _NEW = (
 )
 """Operations that return a new tensor, and that export's pass leaves as they are."""
 
+_READS_AND_MAKES_NEW = _NEW | {aten.batch_norm.default}
+
 _VIEWS = frozenset(
     {aten.view.default, aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.select.int, aten.split.Tensor}
     | {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.sym_size.int, operator.getitem}
@@ -76,13 +78,12 @@ def _in_place(node: fx.Node, place: Mapping[fx.Node, int]) -> _Rewrite | None:
     """The tensor that is written over must be new, and nothing may read it, or hold a part of it, later than this node."""
     own, *others = node.args
     assert isinstance(own, fx.Node)
-    is_new = own.target in _NEW or own.target in _IN_PLACE or own.target is aten.batch_norm.default
-    is_read_before = (
-        user is node or (user.target in _NEW | {aten.batch_norm.default} and place[user] < place[node])
-        for user in own.users
+    is_new = own.target in _READS_AND_MAKES_NEW or own.target in _IN_PLACE
+    is_read_no_more = all(
+        user is node or (user.target in _READS_AND_MAKES_NEW and place[user] < place[node]) for user in own.users
     )
     dtypes = {other.meta["val"].dtype for other in (own, *others) if isinstance(other, fx.Node)}
-    if not is_new or not all(is_read_before) or len(dtypes) > 1:
+    if not is_new or not is_read_no_more or len(dtypes) > 1:
         return None
     return lambda: _become(node, _IN_PLACE[node.target])
 
@@ -102,6 +103,8 @@ def _flatten(node: fx.Node, place: Mapping[fx.Node, int]) -> _Rewrite | None:
     source, first, *_ = (*node.args, 0)
     assert isinstance(source, fx.Node) and isinstance(first, int)
     sizes = list(node.meta["val"].shape)
+    if len(sizes) == source.meta["val"].ndim:  # there is nothing to flatten
+        return lambda: _step_over(node)
     unknown = [dim for dim, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
     if any(dim >= first % source.meta["val"].ndim for dim in unknown):
         return None

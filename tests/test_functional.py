@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, fx, nn
 from torch.export import export
 
 from captum_dtd import functional, graph
+from captum_dtd.canonizers import canonize
 from captum_dtd.functional import functionalize
+from captum_dtd.operations import aten
 
 Body = Callable[["Net", Tensor], Tensor]
 
@@ -28,6 +31,7 @@ class Net(nn.Module):
         self.norm.running_mean.uniform_(-1, 1)
         self.norm.running_var.uniform_(0.5, 2)
         self.head = nn.Linear(4, 5)
+        self.square = nn.Parameter(torch.rand(4, 4, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.body(self, x)
@@ -162,3 +166,41 @@ def test_what_is_not_simple_is_left_as_it_is(name: str) -> None:
         assert name == "batch made flat"  # which is simple where the batch is fixed
     else:
         assert str(recorded) == before
+
+
+def everything(net: Net, x: Tensor) -> Tensor:
+    """Every operation that is said to stay as it is."""
+    y = net.conv(x) + net.other(x)
+    y = (
+        F.leaky_relu(F.elu(torch.sub(y, 0.1))) * torch.sigmoid(y)
+        + F.silu(y) / 2
+        + F.gelu(y)
+        + F.relu(y)
+        + F.hardtanh(y).tanh()
+    )
+    y = F.avg_pool3d(F.max_pool3d(y, 1), 1).permute(0, 1, 2, 4, 3).transpose(3, 4)
+    planes = y[:, :, 0]  # (N, 4, 6, 6)
+    planes = F.conv2d(F.conv2d(planes, net.square), net.square, padding="valid")
+    planes = F.adaptive_avg_pool2d(F.avg_pool2d(F.max_pool2d(planes, 1), 1), 4)
+    lines = F.conv1d(F.conv1d(planes[..., 0], net.square[..., 0]), net.square[..., 0], padding="same")
+    lines = F.adaptive_avg_pool1d(F.avg_pool1d(F.max_pool1d(lines, 1), 1), 2)
+    first, second = torch.stack([lines, lines]).sum(0).softmax(1).split(1, 2)
+    joined = torch.cat([first.squeeze(2), second.squeeze((2,))], 1).unsqueeze(1)[:, :, :4].view(-1, 4, 1, 1, 1)
+    return F.adaptive_avg_pool3d(y, 2) + joined
+
+
+def operations(g: fx.Graph) -> list[Any]:
+    """What is left to relevance of a graph, in order."""
+    canonize(g)
+    return [node.target for node in g.nodes if node.op == "call_function" and node.target is not aten.sym_size.int]
+
+
+@pytest.mark.parametrize("name", ["everything", *SIMPLE])
+def test_a_graph_is_that_of_exports_own_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = Net(SIMPLE.get(name, everything)).eval(), torch.rand(2, 3, 4, 6, 6)
+    ours = graph.trace(net, [x], 2).graph
+    if name == "everything":
+        found = {node.target for node in ours.nodes if node.op == "call_function"}
+        assert (functional._NEW | functional._VIEWS) - {aten.sym_size.int} <= found
+    monkeypatch.setattr(graph, "functionalize", lambda _: False)
+    assert operations(ours) == operations(graph.trace(net, [x], 2).graph)
