@@ -50,6 +50,7 @@ CPU_SOURCES = (
     "csrc/cpu/max_pool3d_generic.cpp",
     "csrc/cpu/plan.cpp",
     "csrc/cpu/weights.cpp",
+    "csrc/cpu/winograd.cpp",
 )
 CUDA_SOURCES = ("csrc/cuda/conv3d.cu", "csrc/cuda/max_pool3d.cu")
 """Files that run on any machine. Each module has one more, which alone includes torch's headers and needs C++20."""

@@ -8,6 +8,7 @@ float64):
 arithmetic  products                                                                               precision
 ==========  =====================================================================================  ===============
 ieee        in the type of the sums                                                                ieee
+winograd    in the type of the sums, of transformed tiles: a quarter as many (3x3 kernels, stride 1)  float32
 bf16x3      of bfloat16 halves: hi hi + hi lo + lo hi                                              float32
 tf32x3      of tf32 halves, likewise                                                               float32
 mixed       of bfloat16, with ``s = R / z`` kept in two halves                                     mixed
@@ -41,6 +42,7 @@ bfloat16 products."""
 
 ARITHMETICS: dict[str, Precision] = {
     "ieee": "ieee",
+    "winograd": "float32",
     "bf16x3": "float32",
     "tf32x3": "float32",
     "mixed": "mixed",
@@ -143,9 +145,9 @@ def _choose(
 _CHEAPEST_FIRST = {
     "cuda": ("f16", "bf16", "tf32", "mixed", "bf16x3", "tf32x3", "ieee"),
     "amx": ("bf16", "mixed", "bf16x3"),
-    "avx512": ("bf16", "mixed", "ieee", "bf16x3"),
-    "avx2": ("ieee",),
-    "generic": ("ieee", "bf16", "mixed", "bf16x3"),
+    "avx512": ("bf16", "mixed", "winograd", "ieee", "bf16x3"),
+    "avx2": ("winograd", "ieee"),
+    "generic": ("winograd", "ieee", "bf16", "mixed", "bf16x3"),
 }
 
 

@@ -15,10 +15,13 @@
 #include "planar_kernel.h"
 #include "slab.h"
 #include "weights.h"
+#include "winograd.h"
+#include "winograd_kernel.h"
 
 namespace captum_dtd::cpu {
 namespace {
 
+constexpr int64_t kManyDistrusted = 32;               // one in so many; each takes several times its share of a whole sweep
 constexpr int64_t kSharesBytes = int64_t{128} << 20;  // of s, the examples of a batch that are walked together
 
 // ------------------------------------------------------------------------------------------------- epilogues
@@ -79,6 +82,7 @@ struct Keep {
 struct Arithmetic {
   const char* name;
   std::vector<Product> forward, adjoint;
+  bool transformed = false;  // by Winograd's method, where it pays
 };
 
 const std::vector<Arithmetic>& bfloat16_arithmetics() {
@@ -92,10 +96,14 @@ const std::vector<Arithmetic>& bfloat16_arithmetics() {
   return known;
 }
 
-const Arithmetic& ieee() {
-  static const Arithmetic exact{"ieee", {{Digit::Whole, Digit::Whole}}, {{Digit::Whole, Digit::Whole}}};
-  return exact;
+// Products in the type of the sums: of every input with every weight, or of what Winograd's transforms make of them.
+const std::vector<Arithmetic>& full_arithmetics() {
+  constexpr Product whole{Digit::Whole, Digit::Whole};
+  static const std::vector<Arithmetic> known{{"ieee", {whole}, {whole}}, {"winograd", {whole}, {whole}, true}};
+  return known;
 }
+
+const Arithmetic& ieee() { return full_arithmetics()[0]; }
 
 // What computes in one instruction set. Where few channels are written, `planar` serves every arithmetic, since its own is the
 // accumulator's: more exact than any.
@@ -104,6 +112,7 @@ struct Engine {
   const MicroKernel<Operand, Sum>* tile;
   const PlanarKernel<Sum>* planar;
   const Loops<Sum>* loops;
+  const WinogradKernel<Sum>* winograd;  // null where there is none
   double rate;  // of the tile's products, compared with those of the accumulator's type in the same instruction set
 };
 
@@ -121,23 +130,24 @@ std::vector<Engine<Operand, Sum>> engines();
 
 template <>
 std::vector<Engine<float, float>> engines() {
-  return runnable<float, float>({{float_kernel_avx512(), float_planar_avx512(), float_loops_avx512(), 1},
-                                 {float_kernel_avx2(), float_planar_avx2(), float_loops_avx2(), 1},
-                                 {float_kernel_generic(), float_planar_generic(), float_loops_generic(), 1}});
+  return runnable<float, float>(
+      {{float_kernel_avx512(), float_planar_avx512(), float_loops_avx512(), float_winograd_avx512(), 1},
+       {float_kernel_avx2(), float_planar_avx2(), float_loops_avx2(), float_winograd_avx2(), 1},
+       {float_kernel_generic(), float_planar_generic(), float_loops_generic(), float_winograd_generic(), 1}});
 }
 
 template <>
 std::vector<Engine<double, double>> engines() {
-  return runnable<double, double>({{double_kernel_avx512(), double_planar_avx512(), double_loops_avx512(), 1},
-                                   {double_kernel_avx2(), double_planar_avx2(), double_loops_avx2(), 1},
-                                   {double_kernel_generic(), double_planar_generic(), double_loops_generic(), 1}});
+  return runnable<double, double>({{double_kernel_avx512(), double_planar_avx512(), double_loops_avx512(), nullptr, 1},
+                                   {double_kernel_avx2(), double_planar_avx2(), double_loops_avx2(), nullptr, 1},
+                                   {double_kernel_generic(), double_planar_generic(), double_loops_generic(), nullptr, 1}});
 }
 
 template <>
 std::vector<Engine<bfloat16, float>> engines() {
-  return runnable<bfloat16, float>({{bfloat16_kernel_amx(), float_planar_avx512(), float_loops_avx512(), 16},
-                                    {bfloat16_kernel_avx512(), float_planar_avx512(), float_loops_avx512(), 2},
-                                    {bfloat16_kernel_generic(), float_planar_generic(), float_loops_generic(), 1}});
+  return runnable<bfloat16, float>({{bfloat16_kernel_amx(), float_planar_avx512(), float_loops_avx512(), nullptr, 16},
+                                    {bfloat16_kernel_avx512(), float_planar_avx512(), float_loops_avx512(), nullptr, 2},
+                                    {bfloat16_kernel_generic(), float_planar_generic(), float_loops_generic(), nullptr, 1}});
 }
 
 std::string kernel_name(const char* isa, const char* arithmetic) { return std::string(isa) + "/" + arithmetic; }
@@ -150,7 +160,8 @@ void with_kernel(Element element, const std::string& kernel, Body body) {
       if (kernel == kernel_name(engine.tile->isa, ieee().name)) return body(engine, ieee());
   } else {
     for (const auto& engine : engines<float, float>())
-      if (kernel == kernel_name(engine.tile->isa, ieee().name)) return body(engine, ieee());
+      for (const Arithmetic& arithmetic : full_arithmetics())
+        if (kernel == kernel_name(engine.tile->isa, arithmetic.name)) return body(engine, arithmetic);
     for (const auto& engine : engines<bfloat16, float>())
       for (const Arithmetic& arithmetic : bfloat16_arithmetics())
         if (kernel == kernel_name(engine.tile->isa, arithmetic.name)) return body(engine, arithmetic);
@@ -187,6 +198,7 @@ struct Task {
   const Source& source;
   const Filter& filter;
   Use use;
+  bool transformed;
 };
 
 template <typename Operand, typename Sum, typename Kernel, typename Epilogue>
@@ -199,8 +211,8 @@ void run_plan(const Task& task, const Plan& plan, const Kernel& kernel, const Lo
 }
 
 template <typename Operand, typename Sum, typename Epilogue>
-void run_sweep(const Task& task, const Engine<Operand, Sum>& engine, const Sum* start, const Epilogue& epilogue,
-               ParallelFor parallel_for) {
+void run_directly(const Task& task, const Engine<Operand, Sum>& engine, const Sum* start, const Epilogue& epilogue,
+                  ParallelFor parallel_for) {
   const MicroKernel<Operand, Sum>& tile = *engine.tile;
   const double rate = engine.rate / static_cast<double>(task.products.size());
   if (planar_pays(task.sweep, task.output_parts, tile.channels, rate)) {
@@ -214,6 +226,43 @@ void run_sweep(const Task& task, const Engine<Operand, Sum>& engine, const Sum* 
     const Plan plan = make_plan(task.sweep, task.input_parts, task.output_parts, task.products, tiling);
     run_plan<Operand, Sum>(task, plan, tile, *engine.loops, start, epilogue, parallel_for);
   }
+}
+
+// What cannot be trusted is computed again by definition: position by position, or all of it where that is much.
+template <typename Epilogue>
+void run_winograd(const Task& task, const Engine<float, float>& engine, const float* start, const Epilogue& epilogue,
+                  ParallelFor parallel_for) {
+  const MicroKernel<float, float>& tile = *engine.tile;
+  const WinogradPlan plan =
+      make_winograd_plan(task.sweep, task.input_parts, task.output_parts, tile.channels, engine.winograd->lanes);
+  const auto weights = winograd_weights(task.filter, task.use, plan, *engine.winograd, *engine.loops, parallel_for);
+  WinogradRunner<Epilogue> runner(plan, tile, *engine.winograd, *engine.loops, task.source, weights->template as<float>(), start,
+                                  epilogue);
+  parallel(parallel_for, runner.items(), [&](int64_t begin, int64_t end) { runner.run(begin, end); });
+
+  const std::vector<int64_t> distrusted = runner.distrusted();
+  if (distrusted.empty()) return;
+  const Tiling tiling{false, tile.channels, tile.depth_multiple, 1, sizeof(float), true};
+  const Plan single = make_plan(task.sweep, task.input_parts, task.output_parts, task.products, tiling);
+  const int64_t count = static_cast<int64_t>(distrusted.size());
+  if (count > single.slabs() * single.channel_blocks / kManyDistrusted)
+    return run_directly(task, engine, start, epilogue, parallel_for);
+  const auto weights_as_given = packed_weights<float>(task.filter, task.use, single, *engine.loops, parallel_for);
+  const SweepRunner<MicroKernel<float, float>, float, float, Epilogue> definition(
+      single, tile, *engine.loops, task.source, weights_as_given->template as<float>(), start, epilogue);
+  parallel(parallel_for, count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) definition.run(distrusted[i], distrusted[i] + 1);
+  });
+}
+
+template <typename Operand, typename Sum, typename Epilogue>
+void run_sweep(const Task& task, const Engine<Operand, Sum>& engine, const Sum* start, const Epilogue& epilogue,
+               ParallelFor parallel_for) {
+  if constexpr (std::is_same_v<Operand, float>) {
+    if (task.transformed && winograd_pays(task.sweep, task.input_parts, task.output_parts, engine.tile->channels))
+      return run_winograd(task, engine, start, epilogue, parallel_for);
+  }
+  run_directly(task, engine, start, epilogue, parallel_for);
 }
 
 View skip_examples(View view, Element element, int64_t n) {
@@ -254,12 +303,13 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
 
     if (!problem.divided) {
       const Divide<Sum> divide{loops, given, channels_last, static_cast<Sum>(problem.stabilizer)};
-      const Task denominator{forward_sweep(conv), arithmetic.forward, parts(problem.lift), 1, x, weights, {false, true}};
+      const Task denominator{forward_sweep(conv), arithmetic.forward,    parts(problem.lift), 1, x, weights,
+                             {false, true},       arithmetic.transformed};
       run_sweep(denominator, engine, problem.bias != nullptr ? bias.data() : nullptr, divide, parallel_for);
     }
     for (const Sweep& sweep : adjoint_sweeps(conv)) {
       const Share<Sum> share{loops, sweep, x, skip_examples(problem.out, sum, n)};
-      const Task pull{sweep, arithmetic.adjoint, 1, parts(problem.lift), shares, weights, {true, true}};
+      const Task pull{sweep, arithmetic.adjoint, 1, parts(problem.lift), shares, weights, {true, true}, arithmetic.transformed};
       run_sweep(pull, engine, static_cast<const Sum*>(nullptr), share, parallel_for);
     }
   }
@@ -277,7 +327,7 @@ void forward(const Conv3dForward& problem, const Engine<Operand, Sum>& engine, c
   const Filter weights = filter(problem.conv, problem.element, problem.weight, parallel_for);
   const Source x{problem.x, problem.element, Lift::None, {}, {}};
   const Keep<Sum> keep{loops, problem.out, problem.element};
-  const Task task{forward_sweep(problem.conv), arithmetic.forward, 1, 1, x, weights, {false, false}};
+  const Task task{forward_sweep(problem.conv), arithmetic.forward, 1, 1, x, weights, {false, false}, arithmetic.transformed};
   run_sweep(task, engine, problem.bias != nullptr ? bias.data() : nullptr, keep, parallel_for);
 }
 
@@ -289,7 +339,8 @@ std::vector<std::string> conv3d_kernels(Element element) {
     for (const auto& engine : engines<double, double>()) names.push_back(kernel_name(engine.tile->isa, ieee().name));
     return names;
   }
-  for (const auto& engine : engines<float, float>()) names.push_back(kernel_name(engine.tile->isa, ieee().name));
+  for (const auto& engine : engines<float, float>())
+    for (const Arithmetic& arithmetic : full_arithmetics()) names.push_back(kernel_name(engine.tile->isa, arithmetic.name));
   for (const auto& engine : engines<bfloat16, float>())
     for (const Arithmetic& arithmetic : bfloat16_arithmetics()) names.push_back(kernel_name(engine.tile->isa, arithmetic.name));
   return names;

@@ -17,6 +17,7 @@ namespace captum_dtd::cpu {
 // One thread's memory, kept for its next sweep.
 struct Scratch {
   Buffer slab, sums, blocks;
+  Buffer patch, outputs;  // of Winograd's tiles
 };
 
 inline Scratch& scratch() {

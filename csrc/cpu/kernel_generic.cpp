@@ -3,12 +3,14 @@
 constexpr int kVectorBytes = 16;
 constexpr int kRegisters = 16;
 #include "vector_kernel.h"
+#include "vector_winograd.h"
 
 namespace captum_dtd::cpu {
 
 const MicroKernel<float, float>* float_kernel_generic() { return &kTile<float>; }
 const PlanarKernel<float>* float_planar_generic() { return &kPlanar<float>; }
 const Loops<float>* float_loops_generic() { return &kLoops<float>; }
+const WinogradKernel<float>* float_winograd_generic() { return &kWinograd; }
 const MicroKernel<double, double>* double_kernel_generic() { return &kTile<double>; }
 const PlanarKernel<double>* double_planar_generic() { return &kPlanar<double>; }
 const Loops<double>* double_loops_generic() { return &kLoops<double>; }

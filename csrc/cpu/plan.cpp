@@ -21,18 +21,6 @@ constexpr int64_t kAliasing = 512;  // positions a multiple of this apart share 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
 
-// Taps that run backwards (an adjoint's) are counted from the other end.
-Sweep ascending(Sweep sweep) {
-  for (int a = 0; a < 3; ++a) {
-    if (sweep.step[a] >= 0 || sweep.taps[a] == 0) continue;
-    sweep.base[a] += sweep.step[a] * (sweep.taps[a] - 1);
-    sweep.first_tap[a] += sweep.tap_skip[a] * (sweep.taps[a] - 1);
-    sweep.step[a] = -sweep.step[a];
-    sweep.tap_skip[a] = -sweep.tap_skip[a];
-  }
-  return sweep;
-}
-
 // Sizes into which `size` can be cut evenly: ceil(size / 1), ceil(size / 2), ... without repetitions.
 std::vector<int64_t> even_cuts(int64_t size) {
   std::vector<int64_t> cuts;
@@ -95,8 +83,21 @@ class Planner {
           }
   }
 
-  // Whole rows where they fit, then the block of T and H that packs the fewest positions for each it serves.
   void set_blocks() {
+    if (plan_.tiling.single_positions) {
+      plan_.block_n = plan_.block[0] = plan_.block[1] = plan_.block[2] = 1;
+    } else {
+      find_blocks();
+    }
+    plan_.blocks_n = ceil_div(plan_.sweep.n, plan_.block_n);
+    for (int a = 0; a < 3; ++a) {
+      plan_.blocks[a] = ceil_div(plan_.sweep.grid[a], plan_.block[a]);
+      plan_.extent[a] = plan_.extent_of(a, plan_.block[a]);
+    }
+  }
+
+  // Whole rows where they fit, then the block of T and H that packs the fewest positions for each it serves.
+  void find_blocks() {
     const Sweep& sweep = plan_.sweep;
     const int64_t budget = std::max<int64_t>(kSlabBytes / (plan_.chunk * plan_.tiling.operand_bytes), 1);
     const auto volume = [&](int64_t t, int64_t h, int64_t w) {
@@ -127,12 +128,6 @@ class Planner {
         plan_.block_n = n;
         if (n * volume(block[0], block[1], block[2]) <= budget) break;
       }
-
-    plan_.blocks_n = ceil_div(sweep.n, plan_.block_n);
-    for (int a = 0; a < 3; ++a) {
-      plan_.blocks[a] = ceil_div(sweep.grid[a], block[a]);
-      plan_.extent[a] = plan_.extent_of(a, block[a]);
-    }
   }
 
   void set_pitches() {
@@ -173,6 +168,17 @@ class Planner {
 };
 
 }  // namespace
+
+Sweep ascending(Sweep sweep) {
+  for (int a = 0; a < 3; ++a) {
+    if (sweep.step[a] >= 0 || sweep.taps[a] == 0) continue;
+    sweep.base[a] += sweep.step[a] * (sweep.taps[a] - 1);
+    sweep.first_tap[a] += sweep.tap_skip[a] * (sweep.taps[a] - 1);
+    sweep.step[a] = -sweep.step[a];
+    sweep.tap_skip[a] = -sweep.tap_skip[a];
+  }
+  return sweep;
+}
 
 bool planar_pays(const Sweep& sweep, int output_parts, int channels, double rate) {
   // Rows must follow each other in a plane, so lanes cover what is between them too.

@@ -34,6 +34,7 @@ struct Tiling {
   int depth_multiple;  // of a chunk
   int pair;            // neighbours in depth that packed weights keep together
   int operand_bytes;
+  bool single_positions = false;  // as blocks, for those that are asked for one by one
 };
 
 struct Plan {
@@ -72,6 +73,9 @@ struct Plan {
   int64_t packed_block() const { return chunks * tap_volume() * chunk * tiling.channels; }  // weights of a block of channels
   int64_t packed_weights() const { return sweep.groups * channel_blocks * packed_block(); }
 };
+
+// Taps that run backwards (an adjoint's) are counted from the other end.
+Sweep ascending(Sweep sweep);
 
 // Whether a kernel with positions in its lanes is faster than one with so many channels, `rate` times as fast with full lanes.
 bool planar_pays(const Sweep& sweep, int output_parts, int channels, double rate);

@@ -114,28 +114,15 @@ Cache& cache() {
 
 // ----------------------------------------------------------------------------------------------------- packing
 
-Hash key(const Filter& filter, const Use& use, const Plan& plan) {
-  const Sweep& sweep = plan.sweep;
-  std::vector<int64_t> how{static_cast<int64_t>(filter.hash.low),
-                           static_cast<int64_t>(filter.hash.high),
-                           static_cast<int64_t>(filter.element),
-                           use.adjoint,
-                           use.split,
-                           sweep.groups,
-                           filter.c_out,
-                           filter.c_in,
-                           plan.tiling.channels,
-                           plan.tiling.pair,
-                           plan.tiling.operand_bytes,
-                           plan.output_parts,
-                           plan.block_channels,
-                           plan.chunk,
+std::vector<int64_t> description(const Filter& filter, const Use& use, const Plan& plan) {
+  std::vector<int64_t> how{plan.tiling.channels, plan.tiling.pair,    plan.tiling.operand_bytes,
+                           plan.output_parts,    plan.block_channels, plan.chunk,
                            plan.chunks};
-  for (int a = 0; a < 3; ++a)
-    how.insert(how.end(), {sweep.filter[a], sweep.taps[a], sweep.first_tap[a], sweep.tap_skip[a], plan.taps[a]});
+  describe(filter, use, plan.sweep, how);
+  how.insert(how.end(), plan.taps, plan.taps + 3);
   for (const Run& run : plan.runs)
     how.insert(how.end(), {run.part, static_cast<int64_t>(run.product.weight), run.tap_w, run.channel, run.channels, run.depth});
-  return hash_piece(reinterpret_cast<const unsigned char*>(how.data()), static_cast<int64_t>(how.size() * sizeof(int64_t)));
+  return how;
 }
 
 // Packs the weights of one block of channels at a time: a run's channels by the block's lanes, tap by tap.
@@ -169,22 +156,14 @@ class Packer {
 
   // v of the filter, or its part, as [channel of the run][lane].
   void load(int64_t group, const Run& run, int64_t tap, int64_t first, int64_t lanes, int part, Sum* weights) const {
-    const int64_t across_out = filter_.c_in * filter_.volume, across_in = filter_.volume;
-    const int64_t lane_stride = use_.adjoint ? across_in : across_out, row_stride = use_.adjoint ? across_out : across_in;
-    const int64_t at = group * filter_.c_out * across_out + first * lane_stride + run.channel * row_stride + filter_tap(run, tap);
+    const FilterStrides stride(filter_, use_);
+    const int64_t at = group * filter_.c_out * filter_.c_in * filter_.volume + first * stride.lane + run.channel * stride.depth +
+                       filter_tap(plan_.sweep, tap / (plan_.taps[1] * plan_.taps[2]), tap / plan_.taps[2] % plan_.taps[1],
+                                  tap % plan_.taps[2] + run.tap_w);
     const char* from = static_cast<const char*>(filter_.data) + at * element_bytes(filter_.element);
-    loops_.load(filter_.element, from, row_stride, lane_stride, run.channels, lanes, weights, lanes);
+    loops_.load(filter_.element, from, stride.depth, stride.lane, run.channels, lanes, weights, lanes);
     if (use_.split)
       loops_.lift(Lift::Signed, use_.adjoint ? part : run.part, run.channels, lanes, weights, nullptr, weights, lanes);
-  }
-
-  int64_t filter_tap(const Run& run, int64_t tap) const {
-    const Sweep& sweep = plan_.sweep;
-    const int64_t index[3] = {tap / (plan_.taps[1] * plan_.taps[2]), tap / plan_.taps[2] % plan_.taps[1],
-                              tap % plan_.taps[2] + run.tap_w};
-    int64_t at = 0;
-    for (int a = 0; a < 3; ++a) at = at * sweep.filter[a] + sweep.first_tap[a] + index[a] * sweep.tap_skip[a];
-    return at;
   }
 
   void write(const Run& run, int64_t depth, int64_t lanes, const Sum* weights, Operand* to, int64_t first_lane) const {
@@ -223,18 +202,40 @@ Hash hash_bytes(const void* data, int64_t bytes, ParallelFor parallel_for) {
   return hash_piece(reinterpret_cast<const unsigned char*>(pieces.data()), static_cast<int64_t>(pieces.size() * sizeof(Hash)));
 }
 
+int64_t filter_tap(const Sweep& sweep, int64_t t, int64_t h, int64_t w) {
+  const int64_t index[3] = {t, h, w};
+  int64_t at = 0;
+  for (int a = 0; a < 3; ++a) at = at * sweep.filter[a] + sweep.first_tap[a] + index[a] * sweep.tap_skip[a];
+  return at;
+}
+
+void describe(const Filter& filter, const Use& use, const Sweep& sweep, std::vector<int64_t>& how) {
+  how.insert(how.end(), {static_cast<int64_t>(filter.hash.low), static_cast<int64_t>(filter.hash.high),
+                         static_cast<int64_t>(filter.element), use.adjoint, use.split, sweep.groups, filter.c_out, filter.c_in});
+  for (int a = 0; a < 3; ++a) how.insert(how.end(), {sweep.filter[a], sweep.taps[a], sweep.first_tap[a], sweep.tap_skip[a]});
+}
+
+std::shared_ptr<const Buffer> kept(const std::vector<int64_t>& how, size_t bytes,
+                                   const std::function<void(const Buffer&)>& fill) {
+  const Hash hash =
+      hash_piece(reinterpret_cast<const unsigned char*>(how.data()), static_cast<int64_t>(how.size() * sizeof(int64_t)));
+  if (auto found = cache().find(hash)) return found;
+  const auto buffer = std::make_shared<const Buffer>(bytes);
+  fill(*buffer);
+  cache().insert(hash, buffer);
+  return buffer;
+}
+
 template <typename Operand, typename Sum>
 std::shared_ptr<const Buffer> packed_weights(const Filter& filter, const Use& use, const Plan& plan, const Loops<Sum>& loops,
                                              ParallelFor parallel_for) {
-  const Hash hash = key(filter, use, plan);
-  if (auto found = cache().find(hash)) return found;
-  const auto buffer = std::make_shared<const Buffer>(static_cast<size_t>(plan.packed_weights()) * sizeof(Operand));
-  const Packer<Operand, Sum> packer(filter, use, plan, loops, buffer->as<Operand>());
-  parallel(parallel_for, plan.sweep.groups * plan.channel_blocks, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) packer.pack(i / plan.channel_blocks, i % plan.channel_blocks);
+  const size_t bytes = static_cast<size_t>(plan.packed_weights()) * sizeof(Operand);
+  return kept(description(filter, use, plan), bytes, [&](const Buffer& buffer) {
+    const Packer<Operand, Sum> packer(filter, use, plan, loops, buffer.as<Operand>());
+    parallel(parallel_for, plan.sweep.groups * plan.channel_blocks, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) packer.pack(i / plan.channel_blocks, i % plan.channel_blocks);
+    });
   });
-  cache().insert(hash, buffer);
-  return buffer;
 }
 
 template std::shared_ptr<const Buffer> packed_weights<float>(const Filter&, const Use&, const Plan&, const Loops<float>&,

@@ -5,7 +5,9 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <vector>
 
 #include "buffer.h"
 #include "conv3d.h"
@@ -34,6 +36,24 @@ struct Use {
   bool adjoint;
   bool split;
 };
+
+// Of a filter, from output lane to lane and from depth to depth of a sweep, in elements.
+struct FilterStrides {
+  int64_t lane, depth;
+
+  FilterStrides(const Filter& filter, const Use& use)
+      : lane(use.adjoint ? filter.volume : filter.c_in * filter.volume),
+        depth(use.adjoint ? filter.c_in * filter.volume : filter.volume) {}
+};
+
+// Where a channel of a filter has the tap of a sweep.
+int64_t filter_tap(const Sweep& sweep, int64_t t, int64_t h, int64_t w);
+
+// What weights are found by: which filter, and what of it a sweep sums over. How they are packed is the caller's to add.
+void describe(const Filter& filter, const Use& use, const Sweep& sweep, std::vector<int64_t>& how);
+
+// The buffer that is kept under this description, or a new one of so many bytes that `fill` has filled.
+std::shared_ptr<const Buffer> kept(const std::vector<int64_t>& how, size_t bytes, const std::function<void(const Buffer&)>& fill);
 
 // Packed as plan says: [group][block of channels][chunk][tap][depth / pair][channels][pair], zero where nothing is.
 template <typename Operand, typename Sum>

@@ -1,0 +1,139 @@
+#include "winograd.h"
+
+#include <cstring>
+
+#include "parallel.h"
+
+namespace captum_dtd::cpu {
+namespace {
+
+constexpr int64_t kPositions = 256;       // tiles of a slab: so often are weights used that come from far
+constexpr int64_t kPatchBytes = 4 << 20;  // of a slab's transformed patches
+constexpr int64_t kFewestChannels = 16;   // in depth and in blocks: fewer leave the transforms too little to save
+constexpr double kStreamed = 16;          // tiles that could be multiplied while their weights come from memory
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t tiles(int64_t size) { return ceil_div(size, Winograd::kTile); }
+
+// So many parts of nearly one size that none is larger than `most`.
+int64_t even_part(int64_t size, int64_t most) { return ceil_div(size, ceil_div(size, std::clamp<int64_t>(most, 1, size))); }
+
+// Transforms the weights of one block of channels at a time.
+class Packer {
+ public:
+  Packer(const Filter& filter, const Use& use, const WinogradPlan& plan, const WinogradKernel<float>& transforms,
+         const Loops<float>& loops, float* to)
+      : filter_(filter), use_(use), plan_(plan), transforms_(transforms), loops_(loops), to_(to) {}
+
+  void pack(int64_t group, int64_t block) const {
+    float* const to = to_ + (group * plan_.channel_blocks + block) * plan_.packed_block();
+    const int64_t first = block * plan_.block_channels, lanes = plan_.lanes;
+    const int64_t count = std::min(plan_.block_channels, plan_.sweep.c_out - first);
+    std::vector<float> taps(static_cast<size_t>(kArea * kRows * lanes), 0.0f);
+    std::vector<float> smallest(static_cast<size_t>(lanes), 0.0f), largest(smallest);
+
+    for (int64_t tap = 0; tap < plan_.sweep.taps[0]; ++tap)
+      for (int part = 0; part < plan_.input_parts; ++part)
+        for (int64_t channel = 0; channel < plan_.sweep.c_in; channel += kRows) {
+          const int64_t rows = std::min(kRows, plan_.sweep.c_in - channel);
+          for (int64_t of_plane = 0; of_plane < kArea; ++of_plane)
+            for (int output_part = 0; output_part < plan_.output_parts; ++output_part)
+              load({group, tap, of_plane, channel, rows, first, count, use_.adjoint ? output_part : part},
+                   &taps[static_cast<size_t>(of_plane * kRows * lanes + output_part * plan_.block_channels)]);
+          for (int64_t row = 0; row < rows; ++row)
+            transforms_.transform_filter(&taps[static_cast<size_t>(row * lanes)], kRows * lanes, lanes,
+                                         to + (tap * plan_.depth + part * plan_.sweep.c_in + channel + row) * lanes,
+                                         plan_.packed_plane(), smallest.data(), largest.data());
+        }
+
+    // Weights of either sign cancel by their nature: what is small then is as uncertain by definition, and has no bound.
+    float* const bounds = to + (Winograd::kPlanes - 1) * plan_.packed_plane();
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      if (smallest[static_cast<size_t>(lane)] < 0 && largest[static_cast<size_t>(lane)] > 0)
+        for (int64_t row = 0; row < plan_.sweep.taps[0] * plan_.depth; ++row) bounds[row * lanes + lane] = 0;
+  }
+
+ private:
+  static constexpr int64_t kArea = Winograd::kTaps * Winograd::kTaps;
+  static constexpr int64_t kRows = 32;  // channels in depth at a time
+
+  struct Piece {
+    int64_t group, tap, of_plane;  // the tap of T, and that of H and W
+    int64_t channel, rows;         // in depth
+    int64_t lane, lanes;           // the first output channel, and how many
+    int part;
+  };
+
+  void load(const Piece& piece, float* weights) const {
+    const Sweep& sweep = plan_.sweep;
+    const FilterStrides stride(filter_, use_);
+    const int64_t at = piece.group * filter_.c_out * filter_.c_in * filter_.volume + piece.lane * stride.lane +
+                       piece.channel * stride.depth +
+                       filter_tap(sweep, piece.tap, piece.of_plane / Winograd::kTaps, piece.of_plane % Winograd::kTaps);
+    const char* from = static_cast<const char*>(filter_.data) + at * element_bytes(filter_.element);
+    loops_.load(filter_.element, from, stride.depth, stride.lane, piece.rows, piece.lanes, weights, plan_.lanes);
+    if (use_.split) loops_.lift(Lift::Signed, piece.part, piece.rows, piece.lanes, weights, nullptr, weights, plan_.lanes);
+  }
+
+  const Filter& filter_;
+  const Use& use_;
+  const WinogradPlan& plan_;
+  const WinogradKernel<float>& transforms_;
+  const Loops<float>& loops_;
+  float* to_;
+};
+
+}  // namespace
+
+bool winograd_pays(const Sweep& sweep, int input_parts, int output_parts, int lanes) {
+  for (int a = 0; a < 3; ++a)
+    if (sweep.stride[a] != 1 || (sweep.taps[a] > 1 && std::abs(sweep.step[a]) != 1)) return false;
+  if (sweep.taps[0] == 0 || sweep.taps[1] != Winograd::kTaps || sweep.taps[2] != Winograd::kTaps) return false;
+  if (sweep.c_in * input_parts < kFewestChannels || 2 * sweep.c_out * output_parts < lanes) return false;
+  const int64_t frames = sweep.n * sweep.grid[0];
+  const double direct = static_cast<double>(Winograd::kTaps * Winograd::kTaps * sweep.grid[1] * sweep.grid[2] * frames);
+  const double transformed =
+      Winograd::kPlanes * (static_cast<double>(tiles(sweep.grid[1]) * tiles(sweep.grid[2]) * frames) + kStreamed);
+  return transformed < direct;
+}
+
+WinogradPlan make_winograd_plan(const Sweep& sweep, int input_parts, int output_parts, int lanes, int vector) {
+  WinogradPlan plan{};
+  plan.sweep = ascending(sweep);
+  if (plan.sweep.taps[0] == 1) plan.sweep.step[0] = 0;
+  plan.input_parts = input_parts;
+  plan.output_parts = output_parts;
+  plan.lanes = lanes;
+  plan.block_channels = lanes / output_parts;
+  plan.channel_blocks = ceil_div(sweep.c_out, plan.block_channels);
+  plan.depth = sweep.c_in * input_parts;
+  plan.pitch = ceil_div(plan.depth, vector) * vector;
+  if (plan.pitch * static_cast<int64_t>(sizeof(float)) % 512 == 0) plan.pitch += vector;  // or patches share lines of the cache
+
+  plan.tiles[0] = tiles(sweep.grid[1]);
+  plan.tiles[1] = tiles(sweep.grid[2]);
+  const int64_t patch_bytes = Winograd::kPlanes * plan.pitch * static_cast<int64_t>(sizeof(float));
+  const int64_t most = std::max<int64_t>(std::min(kPositions, kPatchBytes / patch_bytes) / plan.tiles[1], 1);  // rows of tiles
+  plan.block_t = even_part(sweep.grid[0], most);
+  plan.block_rows = plan.block_t < sweep.grid[0] ? 1 : even_part(plan.tiles[0], most / plan.block_t);
+  plan.block_n = plan.block_rows < plan.tiles[0] ? 1 : even_part(sweep.n, most / (plan.block_t * plan.block_rows));
+  plan.blocks_t = ceil_div(sweep.grid[0], plan.block_t);
+  plan.blocks_rows = ceil_div(plan.tiles[0], plan.block_rows);
+  plan.blocks_n = ceil_div(sweep.n, plan.block_n);
+  return plan;
+}
+
+std::shared_ptr<const Buffer> winograd_weights(const Filter& filter, const Use& use, const WinogradPlan& plan,
+                                               const WinogradKernel<float>& transforms, const Loops<float>& loops,
+                                               ParallelFor parallel_for) {
+  std::vector<int64_t> how{Winograd::kPlanes, plan.lanes, plan.input_parts, plan.output_parts, plan.depth};
+  describe(filter, use, plan.sweep, how);
+  return kept(how, static_cast<size_t>(plan.packed_weights()) * sizeof(float), [&](const Buffer& buffer) {
+    const Packer packer(filter, use, plan, transforms, loops, buffer.as<float>());
+    parallel(parallel_for, plan.sweep.groups * plan.channel_blocks, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) packer.pack(i / plan.channel_blocks, i % plan.channel_blocks);
+    });
+  });
+}
+
+}  // namespace captum_dtd::cpu

@@ -1,0 +1,269 @@
+// Convolutions by Winograd's minimal filtering over H and W: 3x3 there, any number of taps along T, unit strides.
+//
+// A slab is rows of tiles at neighbouring times. Its patches are transformed once; then, for each block of output channels,
+// the register tile sums each of the transformed numbers over taps of T and channels, and the sums are transformed back.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "buffer.h"
+#include "implicit_gemm.h"
+#include "loops.h"
+#include "microkernel.h"
+#include "slab.h"
+#include "weights.h"
+#include "winograd_kernel.h"
+
+namespace captum_dtd::cpu {
+
+struct WinogradPlan {
+  Sweep sweep;  // its taps in the order of rising input positions
+  int input_parts, output_parts;
+  int lanes;  // channels of the register tile
+
+  int64_t tiles[2];                         // of a plane, along H and W
+  int64_t block_n, block_t, block_rows;     // examples, times and rows of tiles of a slab
+  int64_t blocks_n, blocks_t, blocks_rows;  // how many blocks
+  int64_t block_channels, channel_blocks;   // output channels of one block, and blocks in a group
+  int64_t depth, pitch;                     // channels of all parts, and elements from patch to patch
+
+  int64_t slabs() const { return blocks_n * sweep.groups * blocks_t * blocks_rows; }
+  int64_t frames() const { return block_t + std::max<int64_t>(sweep.taps[0] - 1, 0) * sweep.step[0]; }  // that a slab reads
+  int64_t packed_plane() const { return sweep.taps[0] * depth * lanes; }
+  int64_t packed_block() const { return Winograd::kPlanes * packed_plane(); }
+  int64_t packed_weights() const { return sweep.groups * channel_blocks * packed_block(); }
+};
+
+// Whether a sweep can be computed this way, and takes less time than by its definition.
+bool winograd_pays(const Sweep& sweep, int input_parts, int output_parts, int lanes);
+
+WinogradPlan make_winograd_plan(const Sweep& sweep, int input_parts, int output_parts, int lanes, int vector);
+
+// Transformed filters, kept as those of packed_weights are: [group][block of channels][plane][tap of T][depth][lanes].
+std::shared_ptr<const Buffer> winograd_weights(const Filter& filter, const Use& use, const WinogradPlan& plan,
+                                               const WinogradKernel<float>& transforms, const Loops<float>& loops,
+                                               ParallelFor parallel_for);
+
+// Works off the items of a sweep, as SweepRunner does. What cannot be trusted is written all the same, and noted as an item of
+// a direct plan whose blocks are single positions.
+template <typename Epilogue>
+class WinogradRunner {
+ public:
+  WinogradRunner(const WinogradPlan& plan, const MicroKernel<float, float>& kernel, const WinogradKernel<float>& transforms,
+                 const Loops<float>& loops, const Source& source, const float* weights, const float* start,
+                 const Epilogue& epilogue)
+      : plan_(plan),
+        kernel_(kernel),
+        transforms_(transforms),
+        loops_(loops),
+        source_(source),
+        weights_(weights),
+        start_(start),
+        epilogue_(epilogue),
+        rows_pitch_(Winograd::kTile * plan.tiles[1] * plan.lanes),
+        patch_columns_(Winograd::kTile * plan.tiles[1] + 2),
+        input_plane_(odd_lines(plan.block_n * plan.frames() * plan.block_rows * plan.tiles[1] * plan.pitch)),
+        output_plane_(odd_lines(plan.block_n * plan.block_t * plan.block_rows * plan.tiles[1] * plan.lanes)) {}
+
+  int64_t items() const { return plan_.slabs() * plan_.channel_blocks; }
+
+  void run(int64_t begin, int64_t end) {
+    Scratch& mine = scratch();
+    mine.patch.reserve(static_cast<size_t>((Winograd::kPatch + 1) * patch_columns_ * plan_.pitch) * sizeof(float));
+    mine.slab.reserve(static_cast<size_t>(Winograd::kPlanes * input_plane_) * sizeof(float));
+    mine.sums.reserve(static_cast<size_t>(Winograd::kPlanes * output_plane_) * sizeof(float));
+    mine.outputs.reserve(static_cast<size_t>(Winograd::kTile * rows_pitch_) * sizeof(float));
+    mine.blocks.reserve(static_cast<size_t>(kEpilogueBlocks * rows_pitch_) * sizeof(float));
+    std::vector<int64_t> distrusted;
+    Block here{};
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t channels = item % plan_.channel_blocks;
+      if (item == begin || channels == 0) {
+        here = block(item / plan_.channel_blocks);
+        transform_patches(here, mine);
+      }
+      sum_products(here, channels, mine);
+      finish(here, channels, mine, distrusted);
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    distrusted_.insert(distrusted_.end(), distrusted.begin(), distrusted.end());
+  }
+
+  // Single positions and blocks of channels to be computed again, in their order.
+  std::vector<int64_t> distrusted() {
+    std::sort(distrusted_.begin(), distrusted_.end());
+    return std::move(distrusted_);
+  }
+
+ private:
+  struct Block {
+    int64_t group;
+    int64_t n, count_n, t, count_t, row, rows;
+  };
+
+  // Planes an odd number of cache lines apart do not share the same few lines of the first-level cache.
+  static int64_t odd_lines(int64_t elements) {
+    constexpr int64_t kLine = 16;
+    return ((elements + kLine - 1) / kLine | 1) * kLine;
+  }
+
+  Block block(int64_t slab) const {
+    Block here{};
+    here.row = slab % plan_.blocks_rows * plan_.block_rows;
+    slab /= plan_.blocks_rows;
+    here.t = slab % plan_.blocks_t * plan_.block_t;
+    slab /= plan_.blocks_t;
+    here.group = slab % plan_.sweep.groups;
+    here.n = slab / plan_.sweep.groups * plan_.block_n;
+    here.count_n = std::min(plan_.block_n, plan_.sweep.n - here.n);
+    here.count_t = std::min(plan_.block_t, plan_.sweep.grid[0] - here.t);
+    here.rows = std::min(plan_.block_rows, plan_.tiles[0] - here.row);
+    return here;
+  }
+
+  int64_t tiles_of_frame(const Block& here) const { return here.rows * plan_.tiles[1]; }
+
+  void transform_patches(const Block& here, const Scratch& mine) const {
+    for (int64_t n = 0; n < here.count_n; ++n)
+      for (int64_t frame = 0; frame < plan_.frames(); ++frame) {
+        const int64_t t = here.t + plan_.sweep.base[0] + frame;
+        if (t < 0 || t >= plan_.sweep.in[0]) continue;  // taps that reach there are left out
+        for (int64_t row = 0; row < here.rows; ++row) {
+          load_patches(here, here.n + n, t, here.row + row, mine);
+          const int64_t first = (n * plan_.frames() + frame) * tiles_of_frame(here) + row * plan_.tiles[1];
+          for (int64_t tile = 0; tile < plan_.tiles[1]; ++tile)
+            transforms_.transform_input(mine.patch.as<float>() + Winograd::kTile * tile * plan_.pitch,
+                                        patch_columns_ * plan_.pitch, plan_.pitch, plan_.pitch,
+                                        mine.slab.as<float>() + (first + tile) * plan_.pitch, input_plane_);
+        }
+      }
+  }
+
+  // The six rows of input that a row of tiles reads, all parts of a position's channels next to each other.
+  void load_patches(const Block& here, int64_t n, int64_t t, int64_t tile_row, const Scratch& mine) const {
+    const Sweep& sweep = plan_.sweep;
+    float* const patch = mine.patch.as<float>();
+    float* const bound = patch + Winograd::kPatch * patch_columns_ * plan_.pitch;
+    const int64_t w = sweep.base[2], first = std::max<int64_t>(-w, 0);
+    const int64_t last = std::max(std::min(sweep.in[2] - w, patch_columns_), first);
+    for (int64_t row = 0; row < Winograd::kPatch; ++row) {
+      const int64_t h = tile_row * Winograd::kTile + sweep.base[1] + row;
+      float* const to = patch + row * patch_columns_ * plan_.pitch;
+      const bool inside = h >= 0 && h < sweep.in[1] && first < last;
+      if (!inside || plan_.pitch != plan_.depth) {
+        std::fill_n(to, patch_columns_ * plan_.pitch, 0.0f);
+      } else {
+        std::fill_n(to, first * plan_.pitch, 0.0f);
+        std::fill_n(to + last * plan_.pitch, (patch_columns_ - last) * plan_.pitch, 0.0f);
+      }
+      if (!inside) continue;
+      const Spot spot{n, here.group * sweep.c_in, t, h, w + first, last - first, sweep.c_in, 1, false};
+      for (int part = 0; part < plan_.input_parts; ++part)
+        load_lifted(loops_, source_, part, spot, to + first * plan_.pitch + part * sweep.c_in, bound, plan_.pitch);
+    }
+  }
+
+  // Times from `begin` to `end` of a slab that the same taps of T reach.
+  struct Stretch {
+    int64_t begin, end, first_tap, taps;
+  };
+
+  template <typename Body>
+  void each_stretch(const Block& here, Body body) const {
+    const Sweep& sweep = plan_.sweep;
+    const auto taps_at = [&](int64_t time) {
+      const auto reaches = [&](int64_t tap) {
+        const int64_t t = here.t + time + sweep.base[0] + tap * sweep.step[0];
+        return t >= 0 && t < sweep.in[0];
+      };
+      Stretch found{time, time + 1, 0, sweep.taps[0]};
+      while (found.taps > 0 && !reaches(found.first_tap)) ++found.first_tap, --found.taps;
+      while (found.taps > 0 && !reaches(found.first_tap + found.taps - 1)) --found.taps;
+      return found;
+    };
+    for (int64_t time = 0; time < here.count_t;) {
+      Stretch stretch = taps_at(time);
+      while (stretch.end < here.count_t) {
+        const Stretch next = taps_at(stretch.end);
+        if (next.first_tap != stretch.first_tap || next.taps != stretch.taps) break;
+        ++stretch.end;
+      }
+      body(stretch);
+      time = stretch.end;
+    }
+  }
+
+  void sum_products(const Block& here, int64_t channels, const Scratch& mine) const {
+    std::vector<int64_t> offsets;
+    for (int64_t tap = 0; tap < plan_.sweep.taps[0]; ++tap)
+      offsets.push_back(tap * plan_.sweep.step[0] * tiles_of_frame(here) * plan_.pitch);
+    const float* weights = weights_ + (here.group * plan_.channel_blocks + channels) * plan_.packed_block();
+    for (int64_t plane = 0; plane < Winograd::kPlanes; ++plane, weights += plan_.packed_plane())
+      for (int64_t n = 0; n < here.count_n; ++n) {
+        const float* frames =
+            mine.slab.as<float>() + plane * input_plane_ + n * plan_.frames() * tiles_of_frame(here) * plan_.pitch;
+        float* sums = mine.sums.as<float>() + plane * output_plane_ + n * plan_.block_t * tiles_of_frame(here) * plan_.lanes;
+        each_stretch(here, [&](const Stretch& stretch) {
+          const int64_t begin = stretch.begin * tiles_of_frame(here);
+          const int64_t count = (stretch.end - stretch.begin) * tiles_of_frame(here);
+          const int64_t pieces = (count + kernel_.max_positions - 1) / kernel_.max_positions;
+          for (int64_t piece = 0; piece < pieces; ++piece) {
+            const int64_t first = begin + count * piece / pieces, last = begin + count * (piece + 1) / pieces;
+            kernel_.run(static_cast<int>(last - first), frames + first * plan_.pitch, plan_.pitch,
+                        offsets.data() + stretch.first_tap, stretch.taps, plan_.depth,
+                        weights + stretch.first_tap * plan_.depth * plan_.lanes, sums + first * plan_.lanes, false);
+          }
+        });
+      }
+  }
+
+  void finish(const Block& here, int64_t channels, const Scratch& mine, std::vector<int64_t>& distrusted) const {
+    const Sweep& sweep = plan_.sweep;
+    const int64_t first_channel = here.group * sweep.c_out + channels * plan_.block_channels;
+    const int64_t valid = std::min(plan_.block_channels, sweep.c_out - channels * plan_.block_channels);
+    std::vector<float> start(static_cast<size_t>(plan_.lanes), 0.0f);
+    if (start_ != nullptr) std::copy_n(start_ + first_channel, valid, start.begin());
+    float* const outputs = mine.outputs.as<float>();
+
+    for (int64_t n = 0; n < here.count_n; ++n)
+      for (int64_t time = 0; time < here.count_t; ++time)
+        for (int64_t row = 0; row < here.rows; ++row) {
+          const int64_t h = (here.row + row) * Winograd::kTile, t = here.t + time;
+          const int64_t height = std::min<int64_t>(Winograd::kTile, sweep.grid[1] - h);
+          const int64_t first = (n * plan_.block_t + time) * tiles_of_frame(here) + row * plan_.tiles[1];
+          for (int64_t tile = 0; tile < plan_.tiles[1]; ++tile) {
+            const uint32_t found = transforms_.transform_output(
+                mine.sums.as<float>() + (first + tile) * plan_.lanes, output_plane_, plan_.lanes,
+                start_ != nullptr ? start.data() : nullptr, outputs + tile * Winograd::kTile * plan_.lanes, rows_pitch_);
+            for (int bit = 0; found >> bit != 0; ++bit) {
+              const int64_t r = bit / Winograd::kTile, w = tile * Winograd::kTile + bit % Winograd::kTile;
+              if ((found >> bit & 1) == 0 || r >= height || w >= sweep.grid[2]) continue;
+              const int64_t position =
+                  ((((here.n + n) * sweep.groups + here.group) * sweep.grid[0] + t) * sweep.grid[1] + h + r) * sweep.grid[2] + w;
+              distrusted.push_back(position * plan_.channel_blocks + channels);
+            }
+          }
+          for (int64_t r = 0; r < height; ++r)
+            epilogue_(Spot{here.n + n, first_channel, t, h + r, 0, sweep.grid[2], valid, 1, false},
+                      Sums<float>{outputs + r * rows_pitch_, plan_.lanes, plan_.block_channels, mine.blocks.as<float>()});
+        }
+  }
+
+  const WinogradPlan& plan_;
+  const MicroKernel<float, float>& kernel_;
+  const WinogradKernel<float>& transforms_;
+  const Loops<float>& loops_;
+  const Source& source_;
+  const float* weights_;
+  const float* start_;
+  const Epilogue& epilogue_;
+  const int64_t rows_pitch_, patch_columns_, input_plane_, output_plane_;  // in elements, columns, elements and elements
+  std::mutex mutex_;
+  std::vector<int64_t> distrusted_;
+};
+
+}  // namespace captum_dtd::cpu

@@ -1,0 +1,56 @@
+// The transforms of Winograd's minimal filtering F(4x4, 3x3), in every instruction set.
+//
+// A tile is 4x4 outputs of a 3x3 filter over a plane. Its patch, 6x6 inputs d, and the filter g are each transformed into 36
+// numbers, whose products summed over channels are transformed back:
+//
+//   y = A' [ sum over channels of (G g G') * (B' d B) ] A
+//
+// That is 36 products instead of the 144 of their definition (Winograd 1980; Lavin and Gray 2016, arXiv 1509.09308). The matrices
+// are those of Cook and Toom for the points 0, 5/8, -5/8, 3/2, -3/2 and infinity, which round least of those with few bits: as
+// much as the definition does, compared with the largest terms of a patch.
+//
+// *Compared with the largest*: an output that is far smaller than what its neighbours read comes out as noise. So there is a
+// 37th product, for a bound on all terms of a tile, sum over channels of max|d| * sum|g|; an output that is less than
+// kTooSmall of it is reported, to be computed by its definition.
+#pragma once
+
+#include <cstdint>
+
+namespace captum_dtd::cpu {
+
+struct Winograd {
+  static constexpr int kTaps = 3, kTile = 4, kPatch = 6;
+  static constexpr int kPlanes = kPatch * kPatch + 1;  // transformed numbers, then the bound
+
+  // The points but zero and infinity, with either sign.
+  static constexpr double kNear = 0.625, kFar = 1.5;
+
+  // Rounding leaves an error of up to 1.3e-6 of the bound, and so of 1.7e-4 of what is not reported: of whole maps, 1e-6.
+  static constexpr double kTooSmall = 0x1p-7;
+};
+
+template <typename Sum>
+struct WinogradKernel {
+  int lanes;  // channels of one vector
+
+  // G g G' of 3x3 taps of so many lanes, a multiple of `lanes`, and sum|g|: from taps[tap * tap_stride + lane] to
+  // to[plane * plane_stride + lane]. Each lane's smallest and largest tap are noted where they exceed what is there.
+  void (*transform_filter)(const Sum* taps, int64_t tap_stride, int64_t channels, Sum* to, int64_t plane_stride, Sum* smallest,
+                           Sum* largest);
+
+  // B' d B of patches of so many channels, a multiple of `lanes`, and max|d|: to[plane * plane_stride + channel].
+  void (*transform_input)(const Sum* patch, int64_t row_stride, int64_t column_stride, int64_t channels, Sum* to,
+                          int64_t plane_stride);
+
+  // A' m A, one tile of so many channels: from products[plane * plane_stride + channel] to to[row * row_stride + column *
+  // channels + channel]. `start`, what each channel's sum begins with, may be null. Returns bit 4 * row + column where an output
+  // is too small to be trusted, or not finite.
+  uint32_t (*transform_output)(const Sum* products, int64_t plane_stride, int64_t channels, const Sum* start, Sum* to,
+                               int64_t row_stride);
+};
+
+const WinogradKernel<float>* float_winograd_avx512();
+const WinogradKernel<float>* float_winograd_avx2();
+const WinogradKernel<float>* float_winograd_generic();
+
+}  // namespace captum_dtd::cpu
