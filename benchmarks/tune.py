@@ -23,7 +23,7 @@ from torch import Tensor
 from workloads import Convolution, Pooling
 
 from captum_dtd import kernels, native
-from captum_dtd.kernels import ARITHMETICS, Precision
+from captum_dtd.kernels import ARITHMETICS, TRANSFORMED, Precision
 
 TABLE = ROOT / "captum_dtd" / "kernel_table.json"
 
@@ -117,9 +117,10 @@ def tuned(protocol: Protocol, small: bool) -> Entries:
         for op, (operation, layers) in operations.items():
             names = kernels.available(op, "cpu", dtype)
             for kind, members in by_kind(layers).items():
+                usable = names if kind in TRANSFORMED else [name for name in names if not name.endswith("/winograd")]
                 chosen = [workloads.reduced(layer) for layer in members] if small else members
                 runs = [_convolution(operation, layer, dtype, op == "z_beta_conv3d") for layer in chosen]
-                _enter(entries, op, precisions, kind, compared(runs, names, precisions, protocol))
+                _enter(entries, op, precisions, kind, compared(runs, usable, precisions, protocol))
         op = "max_pool3d_relevance"
         names = kernels.available(op, "cpu", dtype)
         runs = [_pooling(pool, dtype) for pool in reversed(pools)]

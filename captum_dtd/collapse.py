@@ -30,6 +30,7 @@ from captum_dtd import fused
 from captum_dtd.bounds import Bound
 from captum_dtd.graph import plain_modes
 from captum_dtd.layers import Call, Limits, Weighted
+from captum_dtd.ops import memory_format
 from captum_dtd.propagate import Activations, Box, Network, Step, ValueOf, Values
 from captum_dtd.reference import accumulator
 from captum_dtd.rules import Group, Rule, ZBeta, ZPlus
@@ -148,6 +149,8 @@ class Route:
             shape = list(x.shape)
             shape[dim] = self.count
             return x.narrow(dim, 0, 1).expand(shape)
+        if len(self.rows) == 1 and len(self._runs) == 1 and not self._fills:
+            return x.narrow(dim, self.rows[0][0], self.count)
         moved = _empty_like(x, dim, self.count)
         if x.is_meta:
             return moved
@@ -198,9 +201,7 @@ def _empty_like(x: Tensor, dim: int, size: int) -> Tensor:
     """Room for a tensor like ``x``, in its layout, with another size along one dimension."""
     shape = list(x.shape)
     shape[dim] = size
-    channels_last = x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
-    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 _MOST_SLOTS = 256  # sets of wanted times that are remembered
@@ -430,10 +431,8 @@ class FrozenNetwork:
         with_bias = Call(step.node, step.positions, values.__getitem__).to(dtype)
         to_made = Route.of([along.made.numbers(row) for row in at.times], along.made.distinct)
         own = Route.of([along.read.numbers(row) for row in kept.times], along.read.distinct)
-        shared = [_empty_like(values[along.source], 2, kept.count).to(dtype).zero_() for _ in arriving]
-        if not pulled:
-            return shared  # strides step over the wanted times
-        for group in self.network.reference_rule(step).groups:
+        shared = [_SumsInTime(_empty_like(values[along.source], 2, kept.count).to(dtype)) for _ in arriving]
+        for group in self.network.reference_rule(step).groups if pulled else ():  # strides may step over the wanted times
 
             def tap_call(take: Take, tap: int) -> _TapCall:
                 return _TapCall(self.network, step, along.call(tap, values, take, step.positions), limits, take)
@@ -451,10 +450,8 @@ class FrozenNetwork:
 
                 call, to_tap = tap_call(take, tap), route.compact()
                 for one, s in zip(shared, quotients, strict=True):
-                    part = call.pull(group, to_tap.scatter(s, 2))
-                    for index, slot in enumerate(route.used):
-                        one.select(2, slot).add_(part.select(2, index))
-        return shared
+                    one.add(call.pull(group, to_tap.scatter(s, 2)), enumerate(route.used))
+        return [one.total() for one in shared]
 
     def _share_at_all_times(
         self, step: Step, values: Values, box: Box, arriving: list[Tensor], slots: dict[fx.Node, Slots]
@@ -509,20 +506,41 @@ class _Convolution:
 
     def sum_of_taps(self, one: Callable[[Take, int], Tensor]) -> Tensor:
         """The sums for every class of the output; ``one`` multiplies the classes that are taken by a tap, without bias."""
-        sums: Tensor | None = None
+        sums: _SumsInTime | None = None
         for tap, at in enumerate(zip(*self._reads, strict=True)):
             route = Route.of([self.read.numbers(at)], self.read.distinct)
             if not route.used:
                 continue
             some = Route.of([route.used], self.read.distinct)
             product = one(lambda x, some=some: some.gather(x, 2), tap)  # type: ignore[misc]
-            if sums is None:
-                sums = _empty_like(product, 2, self.made.distinct).zero_()
-            for index, of_product in enumerate(route.compact().rows[0]):
-                if of_product >= 0:
-                    sums.select(2, index).add_(product.select(2, of_product))
+            sums = sums or _SumsInTime(_empty_like(product, 2, self.made.distinct))
+            sums.add(product, ((part, index) for index, part in enumerate(route.compact().rows[0]) if part >= 0))
         assert sums is not None
-        return sums
+        return sums.total()
+
+
+class _SumsInTime:
+    """Sums of what is added at times of a tensor, whose first values are nothing yet: memory is not written twice for that."""
+
+    def __init__(self, room: Tensor) -> None:
+        self._room = room
+        self._begun: set[int] = set()
+
+    def add(self, part: Tensor, places: Iterable[tuple[int, int]]) -> None:
+        """Add a part's times at others of the sums: pairs of both."""
+        for of_part, index in places:
+            sums, more = self._room.select(2, index), part.select(2, of_part)
+            if index in self._begun:
+                sums.add_(more)
+            else:
+                sums.copy_(more)
+                self._begun.add(index)
+
+    def total(self) -> Tensor:
+        """The sums; zeros where nothing was added."""
+        for index in set(range(self._room.shape[2])) - self._begun:
+            self._room.select(2, index).zero_()
+        return self._room
 
 
 @dataclass(frozen=True)

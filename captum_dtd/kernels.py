@@ -8,7 +8,7 @@ float64):
 arithmetic  products                                                                               precision
 ==========  =====================================================================================  ===============
 ieee        in the type of the sums                                                                ieee
-winograd    in the type of the sums, of transformed tiles: a quarter as many (3x3 kernels, stride 1)  float32
+winograd    in the type of the sums, of transformed tiles (3x3 windows, stride 1): a quarter as many     float32
 bf16x3      of bfloat16 halves: hi hi + hi lo + lo hi                                              float32
 tf32x3      of tf32 halves, likewise                                                               float32
 mixed       of bfloat16, with ``s = R / z`` kept in two halves                                     mixed
@@ -34,7 +34,7 @@ import torch
 
 from captum_dtd import native
 
-__all__ = ["ARITHMETICS", "Precision", "available", "choose", "feature_level", "shape_class"]
+__all__ = ["ARITHMETICS", "TRANSFORMED", "Precision", "available", "choose", "feature_level", "shape_class"]
 
 Precision: TypeAlias = Literal["ieee", "float32", "mixed", "bfloat16"]
 """How much a kernel may round: not beyond its own sums; within 1e-4 of that; bfloat16 products with s in two halves;
@@ -59,6 +59,9 @@ CPU_LEVELS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "generic")
 
 ShapeClass: TypeAlias = Literal["pixels", "linear", "pointwise", "strided", "small", "dense"]
 """What convolutions are told apart by; none of it depends on the batch."""
+
+TRANSFORMED: tuple[ShapeClass, ...] = ("small", "dense")
+"""Where "winograd" may differ from "ieee"; whether it does, kernels decide by what the transforms cost and save."""
 
 
 def available(op: str, device: str, dtype: torch.dtype) -> list[str]:
@@ -108,7 +111,7 @@ def feature_level(device: str) -> str:
 def choose(op: str, device: str, dtype: torch.dtype, precision: Precision, shape: ShapeClass | None = None) -> str:
     """The kernel that serves an operation: the table's where it has an entry, else the first that the precision allows.
 
-    The convolution on the way forward is torch's own where the table has no entry. At pixels "mixed" is "float32".
+    The convolution on the way forward is torch's own where the table has no entry and Winograd's transforms do not serve. At pixels "mixed" is "float32".
 
     Args:
         op: its name, a key of `captum_dtd.ops.SCHEMAS`.
@@ -134,10 +137,13 @@ def _choose(
     entry = _table().get(device, {}).get(level, {}).get(op, {}).get(precision, {}).get(shape or "any")
     if entry in names and dtype != torch.float64:
         return str(entry)
-    if op == "conv3d" and dtype != torch.float64:
-        return "reference"  # what torch calls was tuned for this machine; ours serves forward where it was measured to be faster
     allowed = _PRECISIONS[: _PRECISIONS.index(precision) + 1]
     usable = [name for name in names if name == "reference" or ARITHMETICS[name.split("/")[1]] in allowed]
+    if shape not in TRANSFORMED or (op == "conv3d" and dtype != torch.float32):
+        usable = [name for name in usable if not name.endswith("/winograd")]
+    if op == "conv3d" and dtype != torch.float64:
+        # What torch calls was tuned for this machine, but multiplies by definition.
+        return next((name for name in usable if name.endswith("/winograd")), "reference")
     return min(usable, key=lambda name: _unmeasured_order(name, shape))
 
 

@@ -191,7 +191,7 @@ class LinearMap(Layer):
         """``s = coefficient R / (z + bias)``, given the denominator before the bias."""
         for part, scale in group.bias:
             z = z + scale * self.bias(call, z, part)
-        return divide(relevance * group.coefficient, z, stabilizer)
+        return divide(relevance if group.coefficient == 1 else relevance * group.coefficient, z, stabilizer)
 
     def pull(self, call: Call, s: Tensor, group: Group, bounds: Limits | None) -> tuple[Tensor, ...]:
         """``sum over terms of input * adjoint(s)``: what is left of a group where the quotients s are known."""

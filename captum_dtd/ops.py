@@ -388,14 +388,24 @@ def _pooled(n: int, kernel: int, stride: int, padding: int, dilation: int, ceil_
     return count - 1 if ceil_mode and (count - 1) * stride >= n + padding else count
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """What results are laid out in: channels_last_3d where each example of x is (and is not contiguous as well), else contiguous.
+
+    Examples may be apart, as in a slice along time.
+
+    Example:
+        >>> memory_format(torch.rand(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d)[:, :, 1:3])
+        torch.channels_last_3d
+    """
+    one = x[:1]
+    channels_last = x.ndim == 5 and one.is_contiguous(memory_format=torch.channels_last_3d) and not one.is_contiguous()
+    return torch.channels_last_3d if channels_last else torch.contiguous_format
+
+
 def _like_x(x: Tensor, dtype: torch.dtype, shape: Sequence[int] | None = None) -> Tensor:
-    """An empty result: channels_last_3d where x is (and is not contiguous as well), else contiguous."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+    """An empty result in x's layout."""
     return torch.empty(
-        x.shape if shape is None else shape,
-        dtype=dtype,
-        device=x.device,
-        memory_format=torch.channels_last_3d if channels_last else torch.contiguous_format,
+        x.shape if shape is None else shape, dtype=dtype, device=x.device, memory_format=memory_format(x)
     )
 
 

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -229,15 +230,20 @@ inline MaxPool3d check_max_pool3d(const Tensor& x, const Tensor& relevance, cons
   return pool;
 }
 
-// Whether a tensor is dense in channels_last_3d and not contiguous as well: then results are laid out so, else contiguous.
-inline bool is_channels_last(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return false;
+// Whether each example of a tensor is dense with its dimensions in this order, the innermost first.
+inline bool is_dense(const Tensor& tensor, const std::array<int, 4>& order) {
   int64_t expected = 1;
-  for (const int axis : {1, 4, 3, 2, 0}) {
+  for (const int axis : order) {
     if (tensor.size(axis) != 1 && tensor.stride(axis) != expected) return false;
     expected *= tensor.size(axis);
   }
   return true;
+}
+
+// Whether each example is dense in channels_last_3d and not contiguous as well: then results are laid out so, else contiguous.
+// Examples may be apart, as in a slice along T.
+inline bool is_channels_last(const Tensor& tensor) {
+  return tensor.numel() != 0 && !is_dense(tensor, {4, 3, 2, 1}) && is_dense(tensor, {1, 4, 3, 2});
 }
 
 // A result, not yet written, of a type and shape of its own on x's device and in x's layout.

@@ -7,10 +7,13 @@
 namespace captum_dtd::cpu {
 namespace {
 
-constexpr int64_t kPositions = 256;       // tiles of a slab: so often are weights used that come from far
-constexpr int64_t kPatchBytes = 4 << 20;  // of a slab's transformed patches
-constexpr int64_t kFewestChannels = 16;   // in depth and in blocks: fewer leave the transforms too little to save
-constexpr double kStreamed = 16;          // tiles that could be multiplied while their weights come from memory
+// Of each slab. So often are weights used that come from memory, and so much of it stays in the caches.
+constexpr int64_t kPositions = 256;        // tiles
+constexpr int64_t kPatchBytes = 16 << 20;  // of transformed patches, of which a plane is read at a time
+constexpr int64_t kSumsBytes = 4 << 20;    // of the blocks of channels that are worked on together
+
+constexpr int64_t kFewestChannels = 16;  // in depth: fewer leave the transforms too little to save
+constexpr double kStreamed = 16;         // tiles that could be multiplied while their weights come from memory
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t tiles(int64_t size) { return ceil_div(size, Winograd::kTile); }
@@ -117,6 +120,9 @@ WinogradPlan make_winograd_plan(const Sweep& sweep, int input_parts, int output_
   plan.block_t = even_part(sweep.grid[0], most);
   plan.block_rows = plan.block_t < sweep.grid[0] ? 1 : even_part(plan.tiles[0], most / plan.block_t);
   plan.block_n = plan.block_rows < plan.tiles[0] ? 1 : even_part(sweep.n, most / (plan.block_t * plan.block_rows));
+  const int64_t sums_bytes = Winograd::kPlanes * plan.block_n * plan.block_t * plan.block_rows * plan.tiles[1] * lanes *
+                             static_cast<int64_t>(sizeof(float));
+  plan.blocks_together = std::clamp<int64_t>(kSumsBytes / sums_bytes, 1, plan.channel_blocks);
   plan.blocks_t = ceil_div(sweep.grid[0], plan.block_t);
   plan.blocks_rows = ceil_div(plan.tiles[0], plan.block_rows);
   plan.blocks_n = ceil_div(sweep.n, plan.block_n);

@@ -29,6 +29,7 @@ struct WinogradPlan {
   int64_t block_n, block_t, block_rows;     // examples, times and rows of tiles of a slab
   int64_t blocks_n, blocks_t, blocks_rows;  // how many blocks
   int64_t block_channels, channel_blocks;   // output channels of one block, and blocks in a group
+  int64_t blocks_together;                  // blocks of channels that a transformed number is read for while it is near
   int64_t depth, pitch;                     // channels of all parts, and elements from patch to patch
 
   int64_t slabs() const { return blocks_n * sweep.groups * blocks_t * blocks_rows; }
@@ -67,7 +68,8 @@ class WinogradRunner {
         rows_pitch_(Winograd::kTile * plan.tiles[1] * plan.lanes),
         patch_columns_(Winograd::kTile * plan.tiles[1] + 2),
         input_plane_(odd_lines(plan.block_n * plan.frames() * plan.block_rows * plan.tiles[1] * plan.pitch)),
-        output_plane_(odd_lines(plan.block_n * plan.block_t * plan.block_rows * plan.tiles[1] * plan.lanes)) {}
+        output_plane_(
+            odd_lines(plan.blocks_together * plan.block_n * plan.block_t * plan.block_rows * plan.tiles[1] * plan.lanes)) {}
 
   int64_t items() const { return plan_.slabs() * plan_.channel_blocks; }
 
@@ -80,14 +82,17 @@ class WinogradRunner {
     mine.blocks.reserve(static_cast<size_t>(kEpilogueBlocks * rows_pitch_) * sizeof(float));
     std::vector<int64_t> distrusted;
     Block here{};
-    for (int64_t item = begin; item < end; ++item) {
+    for (int64_t item = begin; item < end;) {
       const int64_t channels = item % plan_.channel_blocks;
       if (item == begin || channels == 0) {
         here = block(item / plan_.channel_blocks);
         transform_patches(here, mine);
       }
-      sum_products(here, channels, mine);
-      finish(here, channels, mine, distrusted);
+      const int64_t together = std::min({plan_.blocks_together, plan_.channel_blocks - channels, end - item});
+      sum_products(here, channels, together, mine);
+      for (int64_t i = 0; i < together; ++i)
+        finish(here, channels + i, mine.sums.as<float>() + i * output_block(here), mine, distrusted);
+      item += together;
     }
     const std::lock_guard<std::mutex> lock(mutex_);
     distrusted_.insert(distrusted_.end(), distrusted.begin(), distrusted.end());
@@ -126,6 +131,7 @@ class WinogradRunner {
   }
 
   int64_t tiles_of_frame(const Block& here) const { return here.rows * plan_.tiles[1]; }
+  int64_t output_block(const Block& here) const { return here.count_n * here.count_t * tiles_of_frame(here) * plan_.lanes; }
 
   void transform_patches(const Block& here, const Scratch& mine) const {
     for (int64_t n = 0; n < here.count_n; ++n)
@@ -197,31 +203,39 @@ class WinogradRunner {
     }
   }
 
-  void sum_products(const Block& here, int64_t channels, const Scratch& mine) const {
+  // Plane by plane, so that what was transformed stays in the cache for all of these blocks.
+  void sum_products(const Block& here, int64_t channels, int64_t together, const Scratch& mine) const {
     std::vector<int64_t> offsets;
     for (int64_t tap = 0; tap < plan_.sweep.taps[0]; ++tap)
       offsets.push_back(tap * plan_.sweep.step[0] * tiles_of_frame(here) * plan_.pitch);
-    const float* weights = weights_ + (here.group * plan_.channel_blocks + channels) * plan_.packed_block();
-    for (int64_t plane = 0; plane < Winograd::kPlanes; ++plane, weights += plan_.packed_plane())
-      for (int64_t n = 0; n < here.count_n; ++n) {
-        const float* frames =
-            mine.slab.as<float>() + plane * input_plane_ + n * plan_.frames() * tiles_of_frame(here) * plan_.pitch;
-        float* sums = mine.sums.as<float>() + plane * output_plane_ + n * plan_.block_t * tiles_of_frame(here) * plan_.lanes;
-        each_stretch(here, [&](const Stretch& stretch) {
-          const int64_t begin = stretch.begin * tiles_of_frame(here);
-          const int64_t count = (stretch.end - stretch.begin) * tiles_of_frame(here);
-          const int64_t pieces = (count + kernel_.max_positions - 1) / kernel_.max_positions;
-          for (int64_t piece = 0; piece < pieces; ++piece) {
-            const int64_t first = begin + count * piece / pieces, last = begin + count * (piece + 1) / pieces;
-            kernel_.run(static_cast<int>(last - first), frames + first * plan_.pitch, plan_.pitch,
-                        offsets.data() + stretch.first_tap, stretch.taps, plan_.depth,
-                        weights + stretch.first_tap * plan_.depth * plan_.lanes, sums + first * plan_.lanes, false);
-          }
-        });
+    for (int64_t plane = 0; plane < Winograd::kPlanes; ++plane)
+      for (int64_t i = 0; i < together; ++i) {
+        const int64_t packed = (here.group * plan_.channel_blocks + channels + i) * Winograd::kPlanes + plane;
+        sum_plane(here, offsets, weights_ + packed * plan_.packed_plane(), mine.slab.as<float>() + plane * input_plane_,
+                  mine.sums.as<float>() + plane * output_plane_ + i * output_block(here));
       }
   }
 
-  void finish(const Block& here, int64_t channels, const Scratch& mine, std::vector<int64_t>& distrusted) const {
+  void sum_plane(const Block& here, const std::vector<int64_t>& offsets, const float* weights, const float* slab,
+                 float* sums) const {
+    const int64_t tiles = tiles_of_frame(here);
+    for (int64_t n = 0; n < here.count_n; ++n)
+      each_stretch(here, [&](const Stretch& stretch) {
+        const float* from = slab + (n * plan_.frames() + stretch.begin) * tiles * plan_.pitch;
+        float* to = sums + (n * here.count_t + stretch.begin) * tiles * plan_.lanes;
+        const int64_t count = (stretch.end - stretch.begin) * tiles;
+        const int64_t pieces = (count + kernel_.max_positions - 1) / kernel_.max_positions;
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          const int64_t first = count * piece / pieces, last = count * (piece + 1) / pieces;
+          kernel_.run(static_cast<int>(last - first), from + first * plan_.pitch, plan_.pitch, offsets.data() + stretch.first_tap,
+                      stretch.taps, plan_.depth, weights + stretch.first_tap * plan_.depth * plan_.lanes,
+                      to + first * plan_.lanes, false);
+        }
+      });
+  }
+
+  void finish(const Block& here, int64_t channels, const float* sums, const Scratch& mine,
+              std::vector<int64_t>& distrusted) const {
     const Sweep& sweep = plan_.sweep;
     const int64_t first_channel = here.group * sweep.c_out + channels * plan_.block_channels;
     const int64_t valid = std::min(plan_.block_channels, sweep.c_out - channels * plan_.block_channels);
@@ -234,11 +248,11 @@ class WinogradRunner {
         for (int64_t row = 0; row < here.rows; ++row) {
           const int64_t h = (here.row + row) * Winograd::kTile, t = here.t + time;
           const int64_t height = std::min<int64_t>(Winograd::kTile, sweep.grid[1] - h);
-          const int64_t first = (n * plan_.block_t + time) * tiles_of_frame(here) + row * plan_.tiles[1];
+          const int64_t first = (n * here.count_t + time) * tiles_of_frame(here) + row * plan_.tiles[1];
           for (int64_t tile = 0; tile < plan_.tiles[1]; ++tile) {
-            const uint32_t found = transforms_.transform_output(
-                mine.sums.as<float>() + (first + tile) * plan_.lanes, output_plane_, plan_.lanes,
-                start_ != nullptr ? start.data() : nullptr, outputs + tile * Winograd::kTile * plan_.lanes, rows_pitch_);
+            const uint32_t found = transforms_.transform_output(sums + (first + tile) * plan_.lanes, output_plane_, plan_.lanes,
+                                                                start_ != nullptr ? start.data() : nullptr,
+                                                                outputs + tile * Winograd::kTile * plan_.lanes, rows_pitch_);
             for (int bit = 0; found >> bit != 0; ++bit) {
               const int64_t r = bit / Winograd::kTile, w = tile * Winograd::kTile + bit % Winograd::kTile;
               if ((found >> bit & 1) == 0 || r >= height || w >= sweep.grid[2]) continue;
