@@ -111,7 +111,8 @@ def feature_level(device: str) -> str:
 def choose(op: str, device: str, dtype: torch.dtype, precision: Precision, shape: ShapeClass | None = None) -> str:
     """The kernel that serves an operation: the table's where it has an entry, else the first that the precision allows.
 
-    The convolution on the way forward is torch's own where the table has no entry and Winograd's transforms do not serve. At pixels "mixed" is "float32".
+    The convolution on the way forward is torch's own where the table has no entry and Winograd's transforms do not serve.
+    At pixels "mixed" is "float32".
 
     Args:
         op: its name, a key of `captum_dtd.ops.SCHEMAS`.

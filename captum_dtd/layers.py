@@ -160,8 +160,12 @@ class LinearMap(Layer):
     needs_activations = True
 
     @abstractmethod
-    def apply(self, call: Call, inputs: Sequence[Tensor], part: WeightPart) -> Tensor | None:
-        """The map on other inputs with a part of its weights and no bias; None where that part is zero."""
+    def apply(self, call: Call, inputs: Sequence[Tensor], part: WeightPart) -> Tensor:
+        """The map on other inputs with a part of its weights and no bias."""
+
+    def has(self, call: Call, part: WeightPart) -> bool:
+        """Whether there are such weights; where not, they are not multiplied with."""
+        return True
 
     def bias(self, call: Call, output: Tensor, part: WeightPart) -> Tensor | float:
         """The part of the bias, shaped to be added to ``output``; 0 if there is none."""
@@ -171,7 +175,7 @@ class LinearMap(Layer):
         self, call: Call, relevances: Sequence[Tensor], rule: Rule, bounds: Limits | None
     ) -> list[tuple[Tensor | None, ...]]:
         """Share relevance by a rule: the one place where every rule meets every linear layer."""
-        shared = [[torch.zeros_like(signal) for signal in call.signals] for _ in relevances]
+        shared: list[list[Tensor | None]] = [[None] * len(call.signals) for _ in relevances]
         for group in rule.groups:
             with local_gradients():
                 z, leaves = self._contributions(call, group, bounds)
@@ -180,7 +184,7 @@ class LinearMap(Layer):
                 for relevance, own in zip(relevances, shared, strict=True):
                     s = self.quotient(call, relevance, z.detach(), group, rule.stabilizer)
                     self._pull(own, z, leaves, s)
-        return [tuple(own) for own in shared]
+        return [_filled(call, own) for own in shared]
 
     def denominator(self, call: Call, group: Group, bounds: Limits | None) -> Tensor | None:
         """The denominator of a group's terms, before the bias; None where it has none."""
@@ -191,35 +195,47 @@ class LinearMap(Layer):
         """``s = coefficient R / (z + bias)``, given the denominator before the bias."""
         for part, scale in group.bias:
             z = z + scale * self.bias(call, z, part)
-        return divide(relevance if group.coefficient == 1 else relevance * group.coefficient, z, stabilizer)
+        given = relevance if group.coefficient == 1 else relevance * group.coefficient
+        return divide(given, z, stabilizer, group.is_positive)
 
     def pull(self, call: Call, s: Tensor, group: Group, bounds: Limits | None) -> tuple[Tensor, ...]:
         """``sum over terms of input * adjoint(s)``: what is left of a group where the quotients s are known."""
-        shared = [torch.zeros_like(signal) for signal in call.signals]
+        shared: list[Tensor | None] = [None] * len(call.signals)
         with local_gradients():
             z, leaves = self._contributions(call, group, bounds)
             if z is not None:
                 self._pull(shared, z, leaves, s)
-        return tuple(shared)
+        return _filled(call, shared)
 
     def _contributions(self, call: Call, group: Group, bounds: Limits | None) -> tuple[Tensor | None, list[Tensor]]:
         """The sum of a group's terms, and the inputs that it is made of, term by term."""
         leaves: list[Tensor] = []
         z: Tensor | None = None
         for term in group.terms:
+            if not self.has(call, term.weight):
+                continue
             inputs = tuple(part.requires_grad_() for part in input_parts(call.signals, term.input, bounds))
             output = self.apply(call, inputs, term.weight)
-            if output is None:
-                continue
             output = output if term.scale == 1 else output * term.scale
             z = output if z is None else z + output
             leaves += inputs
         return z, leaves
 
     @staticmethod
-    def _pull(shared: list[Tensor], z: Tensor, leaves: list[Tensor], s: Tensor) -> None:
+    def _pull(shared: list[Tensor | None], z: Tensor, leaves: list[Tensor], s: Tensor) -> None:
         for i, (value, gradient) in enumerate(zip(leaves, adjoint([z], leaves, [s]), strict=True)):
-            shared[i % len(shared)].addcmul_(value.detach(), gradient)
+            sum_so_far = shared[i % len(shared)]
+            if sum_so_far is None:
+                shared[i % len(shared)] = value.detach() * gradient
+            else:
+                sum_so_far.addcmul_(value.detach(), gradient)
+
+
+def _filled(call: Call, shared: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.zeros_like(x) if relevance is None else relevance
+        for x, relevance in zip(call.signals, shared, strict=True)
+    )
 
 
 def input_parts(signals: Sequence[Tensor], part: str, bounds: Limits | None) -> tuple[Tensor, ...]:
@@ -269,9 +285,10 @@ class Weighted(LinearMap):
 class Average(LinearMap):
     """Sums, means and average pools: constant positive weights, equal within a window."""
 
-    def apply(self, call: Call, inputs: Sequence[Tensor], part: WeightPart) -> Tensor | None:
-        if part == "v-":
-            return None
+    def has(self, call: Call, part: WeightPart) -> bool:
+        return part != "v-"
+
+    def apply(self, call: Call, inputs: Sequence[Tensor], part: WeightPart) -> Tensor:
         output = call(inputs)
         assert isinstance(output, Tensor)
         return output
@@ -283,11 +300,17 @@ class Sum(LinearMap):
 
     sign: int
 
-    def apply(self, call: Call, inputs: Sequence[Tensor], part: WeightPart) -> Tensor | None:
+    def apply(self, call: Call, inputs: Sequence[Tensor], part: WeightPart) -> Tensor:
         first, second = inputs
+        ours, theirs = self._weights(call, part)
+        return torch.add(first if ours == 1 else ours * first, second, alpha=theirs)
+
+    def has(self, call: Call, part: WeightPart) -> bool:
+        return any(self._weights(call, part))
+
+    def _weights(self, call: Call, part: WeightPart) -> list[float]:
         weights = torch.tensor([1.0, self.sign * float(call.kwargs.get("alpha", 1))], dtype=torch.float64)
-        ours, theirs = weight_part(weights, part).tolist()
-        return None if ours == theirs == 0 else torch.add(ours * first, second, alpha=theirs)
+        return weight_part(weights, part).tolist()
 
 
 @dataclass(frozen=True)

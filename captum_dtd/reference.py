@@ -5,6 +5,7 @@ Arithmetic is IEEE in the accumulator's precision: float64 for float64, float32 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,14 +20,18 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def divide(relevance: Tensor, denominator: Tensor, stabilizer: float) -> Tensor:
+def divide(relevance: Tensor, denominator: Tensor, stabilizer: float, is_positive: bool = False) -> Tensor:
     """``R / (z + stabilizer sign(z))`` with sign(0) = 1; without a stabilizer a zero (or subnormal) z passes nothing.
 
-    A subnormal denominator counts as zero because ``R / z`` would overflow. NaN is passed on, not hidden.
+    A subnormal denominator counts as zero because ``R / z`` would overflow. NaN is passed on, not hidden. ``is_positive``
+    promises that no denominator is negative: then fewer passes over memory do.
     """
     if stabilizer:
         return relevance / torch.where(denominator < 0, denominator - stabilizer, denominator + stabilizer)
-    vanishing = denominator.abs() < torch.finfo(denominator.dtype).tiny
+    smallest = torch.finfo(denominator.dtype).tiny
+    if is_positive:
+        return relevance / F.threshold(denominator, smallest, math.inf)
+    vanishing = denominator.abs() < smallest
     return (relevance / denominator).masked_fill_(vanishing, 0)
 
 

@@ -49,6 +49,13 @@ class Group:
     bias: tuple[tuple[WeightPart, float], ...] = ()
     coefficient: float = 1.0
 
+    @property
+    def is_positive(self) -> bool:
+        """Whether the denominator is never negative, whatever the input and the weights are."""
+        signs = {"x+": 1, "v+": 1, "1": 1, "v^2": 1, "x-": -1, "v-": -1}
+        terms = [signs.get(term.input, 0) * signs.get(term.weight, 0) * term.scale for term in self.terms]
+        return min(terms + [signs.get(part, 0) * scale for part, scale in self.bias], default=0) > 0
+
 
 class Rule(ABC):
     """How a linear layer's relevance is shared among its inputs. A new rule is a frozen dataclass with ``groups``."""

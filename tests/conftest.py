@@ -14,6 +14,15 @@ import torch
 from torch import nn
 
 
+_LONGEST = ("test_dataset_ray", "test_stock_models", "test_dataset_kills")
+"""Files whose single tests take longest: begun last, they would keep one process busy while the others have nothing left."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, everything else in its order."""
+    items.sort(key=lambda item: item.path.stem not in _LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Tiny tensors gain nothing from more threads, and sums keep one order."""

@@ -415,6 +415,7 @@ SUMS = {torch.float32: 1e-5, torch.float64: 1e-12}
 UNITS = {
     "reference": (0.0, 0.0),
     "ieee": (0.0, 0.0),
+    "winograd": (2**-17, 2**-17),
     "bf16x3": (2**-16, 2**-16),
     "tf32x3": (2**-22, 2**-22),
     "mixed": (2**-8, 2**-16),
@@ -425,6 +426,7 @@ UNITS = {
 """What an arithmetic leaves of u and of w, and of s: the largest relative error of one operand.
 
 Half a unit in the last place is 2^-8 for bfloat16, 2^-11 for tf32 and float16; two halves (hi + lo) keep it squared.
+Winograd's transforms round by what is largest nearby: test_winograd.py holds them to that.
 """
 
 

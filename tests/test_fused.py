@@ -78,7 +78,16 @@ CASES: dict[tuple[type, str], list[tuple[nn.Module, nn.Module, tuple[int, ...]]]
     ],
 }
 # Sums of so few terms; bfloat16 keeps eight bits.
-TOLERANCES = {"ieee": 1e-5, "bf16x3": 5e-5, "tf32x3": 5e-5, "mixed": 2e-2, "tf32": 5e-3, "bf16": 3e-2, "f16": 5e-3}
+TOLERANCES = {
+    "ieee": 1e-5,
+    "winograd": 1e-5,
+    "bf16x3": 5e-5,
+    "tf32x3": 5e-5,
+    "mixed": 2e-2,
+    "tf32": 5e-3,
+    "bf16": 3e-2,
+    "f16": 5e-3,
+}
 DEVICES = [device for device in ("cpu", "cuda") if device in native.loaded or device == "cpu"]
 SERVED = [
     (device, rule, kind, kernel)

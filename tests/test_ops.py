@@ -202,6 +202,7 @@ LARGE = {
         Conv("wide and linear", (5, 1100, 1, 1, 1), 130, 1),
         Conv("many examples", (1001, 150, 1, 1, 1), 17, 1),
         Conv("many small examples", (97, 9, 2, 5, 5), 20, (1, 3, 3), padding=(0, 1, 1)),
+        Conv("tiles of several slabs", (1, 40, 9, 21, 60), 70, 3, padding=1),
     ]
     for op, cases in CASES.items()
 }

@@ -1,0 +1,268 @@
+"""Winograd's transforms: float32's accuracy of every single number, also of those that transforms would drown in noise.
+
+The oracle is torch's convolution in float64 and its gradient.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_dtd import kernels, native, ops
+
+pytestmark = pytest.mark.skipif("cpu" not in native.loaded, reason="the kernels for the CPU are not compiled")
+
+KERNELS = [name for name in kernels.available("conv3d", "cpu", torch.float32) if name.endswith("/winograd")]
+
+OF_ALL = 2e-6
+"""Relative L2 error."""
+
+OF_EACH = 2e-4
+"""Relative error of a number that is a sum of terms of one sign: what the smallest that is not computed again may have."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A convolution that the transforms serve."""
+
+    name: str
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    padding: tuple[int, int, int] = (1, 1, 1)
+    groups: int = 1
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = [
+    Case("whole tiles", (1, 32, 4, 16, 16), (16, 32, 3, 3, 3)),
+    Case("cut tiles, odd channels", (2, 19, 5, 13, 10), (35, 19, 3, 3, 3)),
+    Case("no time", (3, 24, 1, 9, 30), (17, 24, 1, 3, 3), (0, 1, 1)),
+    Case("two taps of time, unpadded", (1, 16, 6, 15, 12), (40, 16, 2, 3, 3), (0, 0, 0)),
+    Case("padded as far as may be", (1, 20, 3, 12, 9), (24, 20, 3, 3, 3), (2, 2, 2)),
+    Case("all times at the border", (2, 16, 2, 14, 14), (16, 16, 5, 3, 3), (2, 1, 1)),
+    Case("groups", (2, 48, 3, 11, 17), (34, 24, 3, 3, 3), groups=2),
+    Case("several slabs", (1, 64, 9, 21, 60), (24, 64, 3, 3, 3)),
+    Case("several blocks of channels", (2, 72, 3, 14, 14), (150, 72, 3, 3, 3)),
+]
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last_3d}
+
+
+def drawn(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Input and weight."""
+    generator = torch.Generator().manual_seed(len(case.name))
+    x = torch.randn(case.x, generator=generator).to(dtype)
+    weight = (torch.randn(case.weight, generator=generator) / 20).to(dtype)
+    return x, weight
+
+
+def convolved(case: Case, x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv3d(x.double(), weight.double(), padding=case.padding, groups=case.groups)
+
+
+def relevance_by_definition(case: Case, parts: list[tuple[Tensor, Tensor]], relevance: Tensor) -> Tensor:
+    """R_in of inputs u and weights v of one sign each: sum of u * adjoint(R / z)."""
+    inputs = [u.double().requires_grad_() for u, _ in parts]
+    z = sum((convolved(case, u, v) for u, (_, v) in zip(inputs, parts, strict=True)), torch.zeros(()))
+    assert isinstance(z, Tensor)
+    s = torch.where(z == 0, 0.0, relevance.double() / torch.where(z == 0, 1.0, z)).detach()
+    gradients = torch.autograd.grad(z, inputs, s)
+    return sum((u.detach() * g for u, g in zip(inputs, gradients, strict=True)), torch.zeros(()))  # type: ignore[return-value]
+
+
+def options(case: Case, kernel: str) -> dict[str, Any]:
+    return {"padding": case.padding, "groups": case.groups, "kernel": kernel}
+
+
+def off(actual: Tensor, expected: Tensor) -> float:
+    """Relative L2 error."""
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def off_each(actual: Tensor, expected: Tensor) -> float:
+    """The largest relative error of a number; what is zero must be so."""
+    error = (actual.double() - expected).abs()
+    assert not error[expected == 0].any(), "what should be zero is not"
+    return (error / expected.abs().clamp(min=1e-300)).max().item()
+
+
+def directly(kernel: str) -> str:
+    """The same instruction set by definition."""
+    return kernel.replace("/winograd", "/ieee")
+
+
+def each(*lists: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A test for every kernel and combination."""
+    names = "kernel, case" if len(lists) == 1 else "kernel, case, layout"
+    return pytest.mark.parametrize(names, list(itertools.product(KERNELS, *lists)), ids=str)
+
+
+def test_there_is_one_for_every_instruction_set() -> None:
+    direct = [name for name in kernels.available("conv3d", "cpu", torch.float32) if name.endswith("/ieee")]
+    assert [*map(directly, KERNELS)] == direct
+    assert KERNELS
+
+
+@each(CASES, LAYOUTS)
+def test_convolutions_agree_with_the_definition(kernel: str, case: Case, layout: str) -> None:
+    x, weight = drawn(case)
+    x = x.to(memory_format=LAYOUTS[layout])
+    bias = torch.linspace(-1, 1, len(weight))
+    expected = convolved(case, x, weight) + bias.double().view(-1, 1, 1, 1)
+    actual = ops.conv3d(x, weight, bias, **options(case, kernel))
+    assert off(actual, expected) <= OF_ALL
+    definition = ops.conv3d(x, weight, bias, **options(case, directly(kernel)))
+    assert not torch.equal(actual, definition), "the transforms did not serve"
+
+
+@each(CASES, LAYOUTS)
+def test_relevance_agrees_with_the_definition(kernel: str, case: Case, layout: str) -> None:
+    """z+ of signed and of non-negative inputs, with quotients known already, and z-beta."""
+    x, weight = drawn(case)
+    x = x.to(memory_format=LAYOUTS[layout])
+    shape = convolved(case, x, weight).shape
+    relevance = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    v = weight.clamp(min=0), weight.clamp(max=0)
+
+    def share(x: Tensor, **more: Any) -> Tensor:
+        return ops.z_plus_conv3d(x, weight, relevance, **options(case, kernel), **more)
+
+    u = x.relu()
+    for actual, parts in (
+        (share(x), [(x.clamp(min=0), v[0]), (x.clamp(max=0), v[1])]),
+        (share(u, non_negative=True), [(u, v[0])]),
+    ):
+        expected = relevance_by_definition(case, parts, relevance)
+        assert off(actual, expected) <= OF_ALL
+        assert off_each(actual, expected) <= OF_EACH
+
+    known = u.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(convolved(case, known, v[0]), known, relevance.double())
+    assert off_each(share(u, non_negative=True, divided=True), u.double() * gradient) <= OF_EACH
+
+    low, high = torch.tensor(-6.0), torch.full((case.x[1], 1, 1, 1), 7.0)
+    actual = ops.z_beta_conv3d(x, low, high, weight, relevance, **options(case, kernel))
+    expected = relevance_by_definition(case, [(x - low, v[0]), (x - high, v[1])], relevance)
+    assert off_each(actual, expected) <= OF_EACH
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_shorter_types_are_multiplied_in_float32(kernel: str, dtype: torch.dtype) -> None:
+    case = CASES[1]
+    x, weight = drawn(case, dtype)
+    expected = convolved(case, x, weight)
+    assert off(ops.conv3d(x, weight, **options(case, kernel)), expected) <= torch.finfo(dtype).eps
+    relevance = torch.rand(expected.shape)
+    v = weight.clamp(min=0), weight.clamp(max=0)
+    expected = relevance_by_definition(case, [(x.clamp(min=0), v[0]), (x.clamp(max=0), v[1])], relevance)
+    assert off_each(ops.z_plus_conv3d(x, weight, relevance, **options(case, kernel)), expected) <= OF_EACH
+
+
+# ------------------------------------------------------------------------------ what transforms alone would get wrong
+
+
+def dark(case: Case) -> tuple[Tensor, Tensor]:
+    """Non-negative inputs: bright, dark by six orders of magnitude, and black, side by side."""
+    x, weight = drawn(case)
+    x = x.abs()
+    width = case.x[-1]
+    x[..., width // 3 : 2 * width // 3] *= 1e-6
+    x[..., 2 * width // 3 :] = 0
+    x[:, ::3] *= (torch.rand(x[:, ::3].shape, generator=torch.Generator().manual_seed(2)) < 0.05).float()
+    return x, weight
+
+
+@each(CASES)
+def test_the_dark_beside_the_bright_is_as_exact_and_black_stays_black(kernel: str, case: Case) -> None:
+    u, weight = dark(case)
+    v = weight.clamp(min=0)
+    z = convolved(case, u, v)
+    assert off_each(ops.conv3d(u, v, **options(case, kernel)), z) <= OF_EACH
+    assert off_each(ops.conv3d(-u, -v, **options(case, kernel)), z) <= OF_EACH
+
+    relevance = torch.rand(z.shape, generator=torch.Generator().manual_seed(3))
+    expected = relevance_by_definition(case, [(u, v)], relevance)
+    actual = ops.z_plus_conv3d(u, weight, relevance, non_negative=True, **options(case, kernel))
+    assert off_each(actual, expected) <= OF_EACH
+    passed = relevance.double()[z > 0].sum()
+    assert abs(actual.double().sum() / passed - 1) < 1e-5, "relevance is kept"
+
+
+@each(CASES)
+def test_quotients_of_very_different_size_do_not_disturb_each_other(kernel: str, case: Case) -> None:
+    u, weight = drawn(case)
+    u = u.abs()
+    s = torch.rand(convolved(case, u, weight).shape, generator=torch.Generator().manual_seed(4))
+    s[..., ::7] *= 1e7
+    s[:, :, :, ::5] = 0
+    known = u.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(convolved(case, known, weight.clamp(min=0)), known, s.double())
+    actual = ops.z_plus_conv3d(u, weight, s, non_negative=True, divided=True, **options(case, kernel))
+    assert off_each(actual, u.double() * gradient) <= OF_EACH
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_where_most_is_noise_all_is_computed_by_definition(kernel: str) -> None:
+    """A few bright points on black."""
+    case = CASES[0]
+    x, weight = drawn(case)
+    u, v = torch.zeros_like(x), weight.clamp(min=0)
+    u[:, :, ::2, ::5, ::5] = x[:, :, ::2, ::5, ::5].abs()
+    actual = ops.conv3d(u, v, **options(case, kernel))
+    assert torch.equal(actual, ops.conv3d(u, v, **options(case, directly(kernel))))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_not_finite_goes_no_further_than_by_definition(kernel: str, value: float) -> None:
+    case = CASES[0]
+    x, weight = drawn(case)
+    x[0, 3, 1, 6, 7] = value
+    for v in (weight, weight.clamp(min=0)):
+        actual = ops.conv3d(x.abs(), v * 8, **options(case, kernel))
+        expected = ops.conv3d(x.abs(), v * 8, **options(case, directly(kernel)))
+        assert not actual.isfinite().all() or value == 1e38
+        assert torch.equal(actual.isnan(), expected.isnan())
+        assert torch.equal(actual.isinf(), expected.isinf())
+
+
+# --------------------------------------------------------------------------------------------------------- who is served
+
+
+@pytest.mark.parametrize("op", ["conv3d", "z_plus_conv3d"])
+def test_it_serves_float32_and_never_ieee(op: str) -> None:
+    """Whatever the table says, on machines where it says nothing too."""
+    for shape in ("small", "dense"):
+        assert not kernels.choose(op, "cpu", torch.float32, "ieee", shape).endswith("winograd")
+    if kernels.feature_level("cpu") in ("avx2", "generic", "avx512"):
+        assert kernels.choose(op, "cpu", torch.float32, "float32", "dense").endswith("winograd")
+    for shape in ("pixels", "linear", "pointwise", "strided"):
+        assert not kernels.choose(op, "cpu", torch.float32, "float32", shape).endswith("winograd")
+    assert not kernels.choose(op, "cpu", torch.float64, "float32", "dense").endswith("winograd")
+
+
+@pytest.mark.parametrize(
+    ("stride", "dilation", "weight"),
+    [(2, 1, (16, 24, 3, 3, 3)), (1, 2, (16, 24, 3, 3, 3)), (1, 1, (16, 24, 3, 5, 3)), (1, 1, (16, 24, 3, 1, 1))],
+    ids=["strided", "dilated", "5 taps", "1 tap"],
+)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_other_convolutions_are_computed_by_definition(
+    kernel: str, stride: int, dilation: int, weight: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, v = torch.randn(1, 24, 5, 16, 17, generator=generator), torch.randn(weight, generator=generator)
+    found = [
+        ops.conv3d(x, v, stride=stride, dilation=dilation, padding=2, kernel=name)
+        for name in (kernel, directly(kernel))
+    ]
+    assert torch.equal(*found)
