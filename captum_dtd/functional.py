@@ -1,7 +1,8 @@
 """What torch.export records, made functional by hand where that is simple.
 
 export's own pass (``run_decompositions``) makes any program functional, but takes longer than the recording itself. Most models
-need little of it: ReLUs and additions that write over a new tensor, dropout and batch norm in evaluation mode.
+need little of it: ReLUs and additions that write over a new tensor, and batch norm in evaluation mode. Dropout in evaluation
+mode is taken out by hand for every model.
 """
 
 from __future__ import annotations
@@ -54,11 +55,28 @@ _IN_PLACE: dict[Any, Any] = {
 }
 
 
+def step_over_dropout(module: fx.GraphModule) -> None:
+    """Take dropout that does nothing out of a recorded program, also where a part of it sets gradients or autocast.
+
+    It returns its input itself: who writes over the one writes over the other. export's pass copied instead, and what was
+    written was lost, until https://github.com/pytorch/pytorch/pull/185981: so it must be gone before that pass.
+    """
+    for part in module.modules():
+        if not isinstance(part, fx.GraphModule):
+            continue
+        # Without training, or with a probability of 0.
+        idle = [n for n in part.graph.nodes if n.target is aten.dropout.default and not (n.args[2] and n.args[1])]
+        for node in idle:
+            _step_over(node)
+        if idle:
+            part.recompile()  # export runs the code of inner parts, not their graphs
+
+
 def functionalize(graph: fx.Graph) -> bool:
     """Rewrite a recorded graph in place as export's pass would; False, and nothing changed, where that takes more than this.
 
     Args:
-        graph: of a program that ``torch.export.export`` gave.
+        graph: of a program that ``torch.export.export`` gave, after ``step_over_dropout``.
     """
     rewrites: list[Callable[[], None]] = []
     place = {node: number for number, node in enumerate(graph.nodes)}
@@ -94,10 +112,6 @@ def _batch_norm(node: fx.Node, place: Mapping[fx.Node, int]) -> _Rewrite | None:
     return lambda: _become(node, batch_norm, (*node.args[:5], node.args[7]))
 
 
-def _dropout(node: fx.Node, place: Mapping[fx.Node, int]) -> _Rewrite | None:
-    return None if node.args[2] else lambda: _step_over(node)
-
-
 def _flatten(node: fx.Node, place: Mapping[fx.Node, int]) -> _Rewrite | None:
     """As a view; sizes that are not known must stand before what is flattened."""
     source, first, *_ = (*node.args, 0)
@@ -124,7 +138,6 @@ _Rewrite: TypeAlias = Callable[[], None]
 _REWRITES: dict[Any, Callable[[fx.Node, Mapping[fx.Node, int]], _Rewrite | None]] = {
     **dict.fromkeys(_IN_PLACE, _in_place),
     aten.batch_norm.default: _batch_norm,
-    aten.dropout.default: _dropout,
     aten.flatten.using_ints: _flatten,
 }
 

@@ -27,7 +27,7 @@ from torch.export import Dim, export
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
-from captum_dtd.functional import functionalize
+from captum_dtd.functional import functionalize, step_over_dropout
 
 # torch.export patches process-wide state while it runs, so two traces never overlap.
 _EXPORT_LOCK = threading.Lock()
@@ -222,6 +222,7 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of export's own doings, which no user can act on
             program = export(model, tuple(arguments), dynamic_shapes=shapes)
+            step_over_dropout(program.graph_module)
             if not functionalize(program.graph):
                 program = program.run_decompositions({})
     except Exception as error:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-
 _LONGEST = ("test_dataset_ray", "test_stock_models", "test_dataset_kills")
 """Files whose single tests take longest: begun last, they would keep one process busy while the others have nothing left."""
 

@@ -146,12 +146,16 @@ def test_stabilizer_of_an_average_is_not_that_of_a_sum() -> None:
     assert {row.module: row.kernel for row in table.rows}["layer"] == "reference"
 
 
-def test_forward_is_torchs_own_where_no_kernel_was_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", ["dense", "strided"])
+def test_forward_is_torchs_own_where_nothing_was_measured_and_transforms_do_not_serve(
+    monkeypatch: pytest.MonkeyPatch, shape: kernels.ShapeClass
+) -> None:
     monkeypatch.setattr(kernels, "_table", dict)
     kernels._choose.cache_clear()
-    chosen = {
-        op: kernels.choose(op, "cpu", torch.float32, "float32", "dense") for op in set(FUSED.values()) | {"conv3d"}
-    }
+    chosen = {op: kernels.choose(op, "cpu", torch.float32, "float32", shape) for op in {*FUSED.values(), "conv3d"}}
+    exact = kernels.choose("conv3d", "cpu", torch.float32, "ieee", shape)
     kernels._choose.cache_clear()
-    assert chosen["conv3d"] == "reference"
+    assert chosen["conv3d"].endswith("/winograd") == (shape == "dense" and "cpu" in native.loaded)
+    assert chosen["conv3d"].endswith("/winograd") or chosen["conv3d"] == "reference"
+    assert exact == "reference"
     assert (chosen["z_plus_conv3d"] == "reference") == ("cpu" in native.missing)
