@@ -69,7 +69,7 @@ def step_over_dropout(module: fx.GraphModule) -> None:
         for node in idle:
             _step_over(node)
         if idle:
-            part.recompile()  # export runs the code of inner parts, not their graphs
+            part.recompile()  # whoever runs its code, not its graph, sees the same
 
 
 def functionalize(graph: fx.Graph) -> bool:
