@@ -265,6 +265,24 @@ void run_sweep(const Task& task, const Engine<Operand, Sum>& engine, const Sum* 
   run_directly(task, engine, start, epilogue, parallel_for);
 }
 
+// Relevance of positions that no window reaches, u * 0, written row by row to all positions: phases without taps would each
+// write every second position or fewer.
+template <typename Sum>
+void share_nothing(const Conv3d& conv, const Loops<Sum>& loops, const Source& source, const View& out, ParallelFor parallel_for) {
+  Sweep everywhere{};
+  std::fill_n(everywhere.out_step, 3, 1);
+  const Share<Sum> share{loops, everywhere, source, out};
+  const int64_t row = conv.in[2] * conv.c_in;
+  parallel(parallel_for, conv.n * conv.in[0] * conv.in[1], [&](int64_t begin, int64_t end) {
+    const std::vector<Sum> zeros(static_cast<size_t>(row), Sum(0));
+    std::vector<Sum> room(static_cast<size_t>(kEpilogueBlocks * row));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t h = i % conv.in[1], t = i / conv.in[1] % conv.in[0], n = i / conv.in[1] / conv.in[0];
+      share(Spot{n, 0, t, h, 0, conv.in[2], conv.c_in, 1, false}, Sums<Sum>{zeros.data(), conv.c_in, 0, room.data()});
+    }
+  });
+}
+
 View skip_examples(View view, Element element, int64_t n) {
   view.data = static_cast<char*>(view.data) + n * view.stride[0] * element_bytes(element);
   return view;
@@ -307,7 +325,12 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
                              {false, true},       arithmetic.transformed};
       run_sweep(denominator, engine, problem.bias != nullptr ? bias.data() : nullptr, divide, parallel_for);
     }
-    for (const Sweep& sweep : adjoint_sweeps(conv)) {
+    const std::vector<Sweep> phases = adjoint_sweeps(conv);
+    const auto has_no_taps = [](const Sweep& sweep) { return sweep.taps[0] * sweep.taps[1] * sweep.taps[2] == 0; };
+    if (std::any_of(phases.begin(), phases.end(), has_no_taps))
+      share_nothing(conv, loops, x, skip_examples(problem.out, sum, n), parallel_for);
+    for (const Sweep& sweep : phases) {
+      if (has_no_taps(sweep)) continue;
       const Share<Sum> share{loops, sweep, x, skip_examples(problem.out, sum, n)};
       const Task pull{sweep, arithmetic.adjoint, 1, parts(problem.lift), shares, weights, {true, true}, arithmetic.transformed};
       run_sweep(pull, engine, static_cast<const Sum*>(nullptr), share, parallel_for);
