@@ -8,7 +8,7 @@ float64):
 arithmetic  products                                                                               precision
 ==========  =====================================================================================  ===============
 ieee        in the type of the sums                                                                ieee
-winograd    in the type of the sums, of transformed tiles (3x3 windows, stride 1): a quarter as many     float32
+winograd    in the type of the sums, of transformed tiles (3x3, stride 1): a quarter as many       float32
 bf16x3      of bfloat16 halves: hi hi + hi lo + lo hi                                              float32
 tf32x3      of tf32 halves, likewise                                                               float32
 mixed       of bfloat16, with ``s = R / z`` kept in two halves                                     mixed

@@ -197,6 +197,19 @@ def test_the_dark_beside_the_bright_is_as_exact_and_black_stays_black(kernel: st
     assert abs(actual.double().sum() / passed - 1) < 1e-5, "relevance is kept"
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nothing_shines_into_the_black_where_weights_have_both_signs(kernel: str) -> None:
+    """The next layer's denominators would make relevance of it."""
+    x, weight = drawn(Case("signed", (1, 64, 2, 24, 64), (64, 64, 3, 3, 3)))
+    x = x.relu()
+    x[..., 26:] = 0
+    bias = torch.linspace(-1, 1, 64)
+    for b, level in ((None, torch.zeros(())), (bias, bias.view(-1, 1, 1, 1))):
+        actual = ops.conv3d(x, weight, b, padding=1, kernel=kernel)
+        assert torch.equal(actual[..., 27:], level.expand(1, 64, 2, 24, 37))
+        assert not torch.equal(actual, ops.conv3d(x, weight, b, padding=1, kernel=directly(kernel)))
+
+
 @each(CASES)
 def test_quotients_of_very_different_size_do_not_disturb_each_other(kernel: str, case: Case) -> None:
     u, weight = drawn(case)

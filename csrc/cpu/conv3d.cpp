@@ -240,13 +240,14 @@ void run_winograd(const Task& task, const Engine<float, float>& engine, const fl
                                   epilogue);
   parallel(parallel_for, runner.items(), [&](int64_t begin, int64_t end) { runner.run(begin, end); });
 
-  const std::vector<int64_t> distrusted = runner.distrusted();
+  std::vector<int64_t> distrusted = runner.distrusted();
   if (distrusted.empty()) return;
   const Tiling tiling{false, tile.channels, tile.depth_multiple, 1, sizeof(float), true};
   const Plan single = make_plan(task.sweep, task.input_parts, task.output_parts, task.products, tiling);
   const int64_t count = static_cast<int64_t>(distrusted.size());
   if (count > single.slabs() * single.channel_blocks / kManyDistrusted)
     return run_directly(task, engine, start, epilogue, parallel_for);
+  std::sort(distrusted.begin(), distrusted.end());  // neighbours share what they read
   const auto weights_as_given = packed_weights<float>(task.filter, task.use, single, *engine.loops, parallel_for);
   const SweepRunner<MicroKernel<float, float>, float, float, Epilogue> definition(
       single, tile, *engine.loops, task.source, weights_as_given->template as<float>(), start, epilogue);

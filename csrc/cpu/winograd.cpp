@@ -49,11 +49,13 @@ class Packer {
                                          plan_.packed_plane(), smallest.data(), largest.data());
         }
 
-    // Weights of either sign cancel by their nature: what is small then is as uncertain by definition, and has no bound.
+    // Sums over weights of either sign cancel by their nature, so what is small is nothing special. What lies in the dark beside
+    // the bright is: its sum is zero, or as small as rounding alone could make it.
     float* const bounds = to + (Winograd::kPlanes - 1) * plan_.packed_plane();
     for (int64_t lane = 0; lane < lanes; ++lane)
       if (smallest[static_cast<size_t>(lane)] < 0 && largest[static_cast<size_t>(lane)] > 0)
-        for (int64_t row = 0; row < plan_.sweep.taps[0] * plan_.depth; ++row) bounds[row * lanes + lane] = 0;
+        for (int64_t row = 0; row < plan_.sweep.taps[0] * plan_.depth; ++row)
+          bounds[row * lanes + lane] *= static_cast<float>(Winograd::kOfEitherSign);
   }
 
  private:

@@ -98,11 +98,8 @@ class WinogradRunner {
     distrusted_.insert(distrusted_.end(), distrusted.begin(), distrusted.end());
   }
 
-  // Single positions and blocks of channels to be computed again, in their order.
-  std::vector<int64_t> distrusted() {
-    std::sort(distrusted_.begin(), distrusted_.end());
-    return std::move(distrusted_);
-  }
+  // Single positions and blocks of channels to be computed again, in any order.
+  std::vector<int64_t> distrusted() { return std::move(distrusted_); }
 
  private:
   struct Block {
