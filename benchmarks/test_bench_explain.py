@@ -21,7 +21,7 @@ CASES = [
 def test_explanation(benchmark: BenchmarkFixture, workload: Workload, name: str, small: bool) -> None:
     benchmark.group = f"{workload} explained"
     if name in PEERS and not PEERS[name].installed:
-        pytest.skip(f"{name} is not installed (pip install {PEERS[name].needs})")
+        pytest.skip(f"times {name}, which is not installed here: pip install {PEERS[name].needs}")
     question = workload.posed(small)
     run = partial(explainer(name, question), question.clips)
     assert benchmark(run).shape == question.clips.shape

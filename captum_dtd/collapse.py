@@ -432,9 +432,9 @@ class FrozenNetwork:
         to_made = Route.of([along.made.numbers(row) for row in at.times], along.made.distinct)
         own = Route.of([along.read.numbers(row) for row in kept.times], along.read.distinct)
         shared = [_SumsInTime(_empty_like(values[along.source], 2, kept.count).to(dtype)) for _ in arriving]
-        for group in (
-            self.network.reference_rule(step).groups if pulled else ()
-        ):  # strides may step over the wanted times
+        if not pulled:
+            return [one.total() for one in shared]  # strides step over the wanted times
+        for group in self.network.reference_rule(step).groups:
 
             def tap_call(take: Take, tap: int) -> _TapCall:
                 return _TapCall(self.network, step, along.call(tap, values, take, step.positions), limits, take)

@@ -134,8 +134,11 @@ def denominator(call: Call, rule: Rule, bounds: Limits | None, non_negative: boo
         inputs = [x - _to_3d(bound.to(x.dtype), conv.dims) for (bound,) in bounds]
     else:
         inputs = [x] if non_negative else [x.clamp(min=0), x.clamp(max=0)]
-    weights = [weight.clamp(min=0)] if len(inputs) == 1 else [weight.clamp(min=0), weight.clamp(max=0)]
-    z, *rest = (ops.conv3d(u, v, **conv.geometry, kernel=kernel) for u, v in zip(inputs, weights, strict=True))
+    sides: list[dict[str, Any]] = [{"min": 0}, {"max": 0}]
+    z, *rest = (
+        ops.conv3d(u, weight.clamp(**side), **conv.geometry, kernel=kernel)
+        for u, side in zip(inputs, sides, strict=False)
+    )
     return _from_3d(z.add_(rest[0]) if rest else z, signal, conv.dims)
 
 

@@ -77,5 +77,18 @@ def data() -> Path:
     """The folder of real recordings, from CAPTUM_DTD_DATA."""
     folder = os.environ.get("CAPTUM_DTD_DATA")
     if not folder:
-        pytest.skip("real recordings are not in the repository: CAPTUM_DTD_DATA names a folder that has them")
+        pytest.skip(
+            "needs real recordings, which their licences keep out of the repository: "
+            "put UCF-101, HMDB-51 and Weizmann clips into a folder and name it in CAPTUM_DTD_DATA"
+        )
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def cpu_kernels() -> Any:
+    """The module of compiled kernels for the CPU."""
+    from captum_dtd import native
+
+    if "cpu" not in native.loaded:
+        pytest.skip(f"compares compiled CPU kernels, and this installation has none: {native.missing['cpu']}")
+    return native.loaded["cpu"]

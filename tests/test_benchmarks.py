@@ -369,9 +369,7 @@ def test_pytest_benchmarks_run() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_tuning_fills_the_table(tmp_path: Path) -> None:
-    if "cpu" not in native.loaded:
-        pytest.skip(f"the compiled CPU kernels are not loaded: {native.missing['cpu']}")
+def test_tuning_fills_the_table(tmp_path: Path, cpu_kernels: Any) -> None:
     kernels, out = importlib.import_module("captum_dtd.kernels"), tmp_path / "table.json"
     elsewhere = {"cpu": {"riscv": {"conv3d": {"ieee": {"dense": "rvv/ieee"}}}}, "cuda": {"sm_90": {}}}
     out.write_text(json.dumps({"kernels": elsewhere}))

@@ -35,7 +35,7 @@ def instructions(isa: str) -> list[str]:
     """The flags of an instruction set, if the compiler knows it."""
     command = [compiler(), *FLAGS[isa], "-fsyntax-only", "-xc++", "-"]
     if subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode != 0:
-        pytest.skip(f"{compiler()} is too old for {isa}: it refuses {' '.join(FLAGS[isa])}")
+        pytest.skip(f"cannot be compiled: {compiler()} does not know the flags of {isa}, {' '.join(FLAGS[isa])}")
     return FLAGS[isa]
 
 
@@ -198,10 +198,12 @@ def folder(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest, folder: Path) -> Kernel:
     if not X86 and request.param != "generic":
-        pytest.skip(f"kernels for {request.param} are for x86-64, and this machine is {platform.machine()}")
+        pytest.skip(
+            f"cannot be compiled: {request.param} is an x86-64 instruction set, and this machine is {platform.machine()}"
+        )
     found = Kernel(build(folder, request.param))
     if not found.available:
-        pytest.skip(f"this processor lacks the bfloat16 instructions of {request.param}")
+        pytest.skip(f"cannot be run: this processor lacks the bfloat16 instructions of {request.param}")
     return found
 
 
@@ -272,7 +274,7 @@ def test_stays_in_bounds_under_the_sanitizers(folder: Path) -> None:
     """In a process of its own, as AddressSanitizer must be loaded first; arrays end where the last element does."""
     runtime = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(runtime).is_absolute():
-        pytest.skip(f"{compiler()} comes without AddressSanitizer: its libasan.so is not installed")
+        pytest.skip(f"out-of-bounds accesses cannot be seen: {compiler()} has no AddressSanitizer (install libasan)")
     kernels = ["generic", "avx512", "amx emulated"] if X86 else ["generic"]
     flags = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     done = subprocess.run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import stat
 from pathlib import Path
@@ -389,9 +388,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert "pip install nothing" in out
 
 
-@pytest.mark.skipif("CAPTUM_DTD_DATA" not in os.environ, reason="CAPTUM_DTD_DATA is not set")
-def test_real_clips(folder: Path) -> None:
-    data = Path(os.environ["CAPTUM_DTD_DATA"])
+def test_real_clips(folder: Path, data: Path) -> None:
     right = 0
     names = [line.split()[0] for line in (data / "ucf10_64px" / "vallist.txt").read_text().splitlines()]
     chosen = names[5 :: len(names) // 5][:5]

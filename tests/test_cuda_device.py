@@ -120,7 +120,9 @@ def names(layer: Layer, dtype: torch.dtype) -> list[str]:
 @pytest.fixture(autouse=True)
 def device() -> None:
     if not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
+        pytest.skip(
+            "runs kernels on a CUDA device, and torch finds none here: test_cuda_*.py emulate them, make gpu-check runs this"
+        )
 
 
 @pytest.fixture
@@ -206,7 +208,7 @@ def test_a_graph_captures_everything(layer: Layer) -> None:
 
 def test_runs_on_the_tensors_device() -> None:
     if torch.cuda.device_count() < 2:
-        pytest.skip("this machine has only one GPU")
+        pytest.skip("calls kernels on a second GPU, and this machine has one")
     for layer in LAYERS:
         given = operands(layer, torch.float32, torch.contiguous_format)
         there = {name: value.to("cuda:1") if isinstance(value, Tensor) else value for name, value in given.items()}

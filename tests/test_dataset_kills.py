@@ -245,7 +245,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)], capture_output=True, check=False
     )
     if mounted.returncode:
-        pytest.skip("mounting a small disk is not permitted here")
+        pytest.skip("fills a small disk, and mounting one needs rights that this process lacks (root on Linux)")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 

@@ -63,7 +63,7 @@ def test_gpu_check_writes_what_it_found(tmp_path: Path) -> None:
 def test_the_rate_of_tensor_cores_compiles(tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        pytest.skip("no CUDA compiler (nvcc) was found")
+        pytest.skip("compiles a CUDA program, and no CUDA compiler (nvcc) is on the PATH")
     source = SCRIPTS / "mma_rate.cu"
     target = str(tmp_path / "mma_rate")
     subprocess.run(

@@ -63,7 +63,9 @@ def allocations(run: Callable[[], object]) -> list[int]:
     return trace
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="memory is read from /proc/self/statm, which only Linux has"
+)
 @pytest.mark.parametrize("cls", [pytest.param(DeepTaylor, marks=pytest.mark.slow), DiscriminativeDeepTaylor])
 def test_a_thousand_calls_leave_nothing_behind(cls: type) -> None:
     method = cls(tiny(), 0, 1)

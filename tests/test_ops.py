@@ -111,9 +111,9 @@ def test_every_operation_has_an_oracle() -> None:
 def test_compiled_kernels_are_tested(device_type: str) -> None:
     """Where they are not, this is the one test that says so."""
     if device_type in native.missing:
-        pytest.skip(f"no compiled kernels for {device_type}: {native.missing[device_type]}")
+        pytest.skip(f"this installation has no kernels for {device_type} to test: {native.missing[device_type]}")
     if device_type not in DEVICES:
-        pytest.skip(f"there is no {device_type} device to run its kernels")
+        pytest.skip(f"runs kernels on a {device_type} device, and torch finds none here: test_cuda_*.py emulate them")
     for op in ops.SCHEMAS:
         for dtype in DTYPES:
             names = kernels.available(op, device_type, dtype)
@@ -127,7 +127,7 @@ def test_compiled_kernels_are_tested(device_type: str) -> None:
 def test_instruction_set_is_tested(instructions: str) -> None:
     names = [kernel for op in ops.SCHEMAS for kernel, _ in every_kernel(op, "cpu")]
     if not any(name.startswith(f"{instructions}/") for name in names):
-        pytest.skip(f"no kernel for {instructions} runs on this machine, or none is compiled")
+        pytest.skip(f"this processor lacks {instructions}, or no compiler built kernels for it: here they are not run")
 
 
 @pytest.mark.parametrize(("op", "case"), EVERY)

@@ -14,7 +14,7 @@ import torch
 from models import between
 from torch import Tensor, nn
 
-from captum_dtd import DiscriminativeDeepTaylor, SpatioTemporalRelevance, kernels, native
+from captum_dtd import DiscriminativeDeepTaylor, SpatioTemporalRelevance, kernels
 
 LOW, HIGH = -1.0, 1.0
 SEEDS = range(3)
@@ -73,7 +73,7 @@ def exact() -> list[SpatioTemporalRelevance]:
     ]
 
 
-@pytest.mark.skipif("cpu" not in native.loaded, reason="the kernels for the CPU are not compiled")
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize(("precision", "kernel"), KERNELS)
 def test_error_of_every_precision(
     exact: list[SpatioTemporalRelevance], monkeypatch: pytest.MonkeyPatch, precision: Any, kernel: str

@@ -28,7 +28,9 @@ def compiler() -> str:
     """The C++ compiler of ``CXX``, or g++; the test that asks is skipped where there is none."""
     found = shutil.which(os.environ.get("CXX", "g++"))
     if found is None:
-        pytest.skip("no C++ compiler to build kernels for their tests: install g++ or set CXX")
+        pytest.skip(
+            "the kernels' source is compiled to be tested, and there is no C++ compiler: install g++ or set CXX"
+        )
     return found
 
 
