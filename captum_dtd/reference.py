@@ -28,10 +28,11 @@ def divide(relevance: Tensor, denominator: Tensor, stabilizer: float, is_positiv
     """
     if stabilizer:
         return relevance / torch.where(denominator < 0, denominator - stabilizer, denominator + stabilizer)
-    smallest = torch.finfo(denominator.dtype).tiny
+    limits = torch.finfo(denominator.dtype)
     if is_positive:
-        return relevance / F.threshold(denominator, smallest, math.inf)
-    vanishing = denominator.abs() < smallest
+        largest_subnormal = limits.tiny * (1 - limits.eps)
+        return relevance / F.threshold(denominator, largest_subnormal, math.inf)
+    vanishing = denominator.abs() < limits.tiny
     return (relevance / denominator).masked_fill_(vanishing, 0)
 
 

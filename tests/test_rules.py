@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from captum_dtd import Composite, DeepTaylor
 from captum_dtd.composites import DTD, EPSILON_GAMMA_BOX
+from captum_dtd.reference import divide
 from captum_dtd.rules import AlphaBeta, Epsilon, Flat, Gamma, Proportional, WinnerTakesAll, WSquare, ZBeta, ZPlus
 
 LOW, HIGH = (-2.1, -2.0, -1.8), (2.2, 2.4, 2.6)
@@ -38,6 +39,29 @@ RULES: dict[str, tuple[Any, oracle.Rule]] = {
     "w-squared": (WSquare(), oracle.w_square),
     "flat": (Flat(), oracle.flat),
 }
+
+
+def test_which_denominators_cannot_be_negative() -> None:
+    positive = {name: [group.is_positive for group in rule.groups] for name, (rule, _) in RULES.items()}
+    assert positive == {
+        **{name: [True] for name in ("z+", "z+ bias absorbed", "z+ stabilized", "w-squared", "flat")},
+        **{name: [False] for name in ("epsilon", "epsilon 0.25", "epsilon bias ignored")},
+        **{name: [False] * len(RULES[name][0].groups) for name in ("gamma", "gamma 1", "gamma bias ignored")},
+        **{name: [True, False] for name in ("alpha-beta", "alpha-beta 1.5 0.5", "alpha-beta bias absorbed")},
+    }
+    assert [group.is_positive for group in ZBeta().groups] == [False], "pixels may lie outside of their box"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_quotients_are_the_same_where_denominators_cannot_be_negative(dtype: torch.dtype) -> None:
+    """Zeros and subnormal numbers pass nothing, the smallest normal one and NaN do."""
+    tiny = torch.finfo(dtype).tiny
+    subnormal = tiny * (1 - torch.finfo(dtype).eps)
+    z = torch.tensor([0.0, -0.0, tiny / 8, subnormal, tiny, 2.0, float("inf"), float("nan")], dtype=dtype)
+    relevance = torch.tensor([1.0, 1.0, 1.0, 1.0, tiny, 3.0, 1.0, 1.0], dtype=dtype)
+    expected = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.5, 0.0, float("nan")], dtype=dtype)
+    for is_positive in (False, True):
+        torch.testing.assert_close(divide(relevance, z, 0.0, is_positive), expected, rtol=0, atol=0, equal_nan=True)
 
 
 class Add(nn.Module):
