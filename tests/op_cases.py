@@ -200,13 +200,21 @@ class Problem:
         }
 
 
-LAYOUTS = ("contiguous", "channels_last", "permuted", "cropped", "sliced", "expanded")
+LAYOUTS = ("contiguous", "channels_last", "cut_in_time", "permuted", "cropped", "sliced", "expanded")
+CHANNELS_LAST = ("channels_last", "cut_in_time")
+"""Layouts whose results are channels_last_3d."""
 
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
     """The same values with other strides; what lies between and around the values of a slice is NaN."""
     if layout == "channels_last":
         return tensor.contiguous(memory_format=torch.channels_last_3d) if tensor.dim() == 5 else tensor
+    if layout == "cut_in_time":
+        if tensor.dim() != 5:
+            return tensor
+        n, c, t, h, w = tensor.shape
+        longer = tensor.new_full((n, c, t + 2, h, w), math.nan).contiguous(memory_format=torch.channels_last_3d)
+        return longer[:, :, 1:-1].copy_(tensor)
     if layout == "permuted":
         backward = tuple(reversed(range(tensor.dim())))
         return tensor.permute(backward).contiguous().permute(backward)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from op_cases import (
+    CHANNELS_LAST,
     CONVS,
     DEVICES,
     DTYPES,
@@ -184,7 +185,7 @@ def test_strides_are_free(op: str, layout: str, device: str) -> None:
                 for name, value in posed.on(device, dtype, layout).items():
                     if isinstance(value, Tensor) and not torch.equal(value, arguments[name]):
                         failures.append(f"{where}: {name} was written to")
-                format = torch.channels_last_3d if layout == "channels_last" else torch.contiguous_format
+                format = torch.channels_last_3d if layout in CHANNELS_LAST else torch.contiguous_format
                 if not actual.is_contiguous(memory_format=format):
                     failures.append(f"{where}: the result has strides {actual.stride()}")
     report(failures)
