@@ -41,6 +41,16 @@ struct Sweep {
   int64_t filter[3];                  // size of the whole filter
 };
 
+// Narrows taps of an axis from `begin` to `end` to those that reach into the input at a position of the grid.
+inline void keep_reaching(const Sweep& sweep, int a, int64_t position, int64_t& begin, int64_t& end) {
+  const auto outside = [&](int64_t tap) {
+    const int64_t at = position * sweep.stride[a] + sweep.base[a] + tap * sweep.step[a];
+    return at < 0 || at >= sweep.in[a];
+  };
+  while (begin < end && outside(begin)) ++begin;
+  while (begin < end && outside(end - 1)) --end;
+}
+
 inline Sweep forward_sweep(const Conv3d& conv) {
   Sweep s{};
   s.n = conv.n;

@@ -223,14 +223,22 @@ def test_quotients_of_very_different_size_do_not_disturb_each_other(kernel: str,
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_where_most_is_noise_all_is_computed_by_definition(kernel: str) -> None:
-    """A few bright points on black."""
-    case = CASES[0]
+def test_an_example_that_is_mostly_noise_is_computed_by_definition_and_no_other(kernel: str) -> None:
+    """A few bright points on black, beside examples that are bright all over."""
+    case = Case("batch", (3, 32, 4, 16, 16), (32, 32, 3, 3, 3))
     x, weight = drawn(case)
-    u, v = torch.zeros_like(x), weight.clamp(min=0)
-    u[:, :, ::2, ::5, ::5] = x[:, :, ::2, ::5, ::5].abs()
-    actual = ops.conv3d(u, v, **options(case, kernel))
-    assert torch.equal(actual, ops.conv3d(u, v, **options(case, directly(kernel))))
+    bright, v = x.abs(), weight.clamp(min=0)
+    points = bright.clone()
+    points[1] = 0
+    points[1, :, ::2, ::5, ::5] = bright[1, :, ::2, ::5, ::5]
+    found, alone, definition = (
+        ops.conv3d(u, v, **options(case, name))
+        for u, name in ((points, kernel), (bright, kernel), (points, directly(kernel)))
+    )
+    assert torch.equal(found[1], definition[1])
+    for example in (0, 2):
+        assert torch.equal(found[example], alone[example])
+        assert not torch.equal(found[example], definition[example])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
@@ -260,6 +268,13 @@ def test_it_serves_float32_and_never_ieee(op: str) -> None:
     for shape in ("pixels", "linear", "pointwise", "strided"):
         assert not kernels.choose(op, "cpu", torch.float32, "float32", shape).endswith("winograd")
     assert not kernels.choose(op, "cpu", torch.float64, "float32", "dense").endswith("winograd")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_too_long_for_the_caches_are_computed_by_definition(kernel: str) -> None:
+    x, v = torch.rand(1, 256, 1, 8, 3400), torch.rand(8, 256, 1, 3, 3)
+    found = [ops.conv3d(x, v, padding=(0, 1, 1), kernel=name) for name in (kernel, directly(kernel))]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(

@@ -228,32 +228,76 @@ void run_directly(const Task& task, const Engine<Operand, Sum>& engine, const Su
   }
 }
 
-// What cannot be trusted is computed again by definition: position by position, or all of it where that is much.
+// What cannot be trusted is computed again by definition: position by position, or the whole example where that is much of it.
+template <typename Epilogue>
+class Definition {
+ public:
+  Definition(const Task& task, const Engine<float, float>& engine, const float* start, const Epilogue& epilogue,
+             ParallelFor parallel_for)
+      : task_(task), engine_(engine), start_(start), epilogue_(epilogue), parallel_for_(parallel_for) {}
+
+  // Items of a plan of single positions.
+  void replace(const std::vector<int64_t>& items) const {
+    if (items.empty()) return;
+    const Plan single = plan(Cut::SinglePositions);
+    const int64_t of_example = items_of_example(single);
+    std::vector<int64_t> counts(static_cast<size_t>(task_.sweep.n)), few;
+    for (int64_t item : items) ++counts[item / of_example];
+    for (int64_t item : items)
+      if (counts[item / of_example] <= of_example / kManyDistrusted) few.push_back(item);
+    std::sort(few.begin(), few.end());  // neighbours share what they read
+    if (!few.empty())
+      run(single, [&](const Runner& runner) {
+        parallel(parallel_for_, static_cast<int64_t>(few.size()), [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) runner.run(few[i], few[i] + 1);
+        });
+      });
+    if (few.size() == items.size()) return;
+    const Plan whole = plan(Cut::OfOneExample);
+    run(whole, [&](const Runner& runner) {
+      for (int64_t n = 0; n < task_.sweep.n; ++n) {
+        if (counts[n] <= of_example / kManyDistrusted) continue;
+        const int64_t first = n * items_of_example(whole);
+        parallel(parallel_for_, items_of_example(whole),
+                 [&](int64_t begin, int64_t end) { runner.run(first + begin, first + end); });
+      }
+    });
+  }
+
+ private:
+  using Runner = SweepRunner<MicroKernel<float, float>, float, float, Epilogue>;
+
+  Plan plan(Cut cut) const {
+    const MicroKernel<float, float>& tile = *engine_.tile;
+    const Tiling tiling{false, tile.channels, tile.depth_multiple, 1, sizeof(float), cut};
+    return make_plan(task_.sweep, task_.input_parts, task_.output_parts, task_.products, tiling);
+  }
+
+  int64_t items_of_example(const Plan& plan) const { return plan.slabs() / task_.sweep.n * plan.channel_blocks; }
+
+  template <typename Body>
+  void run(const Plan& plan, Body body) const {
+    const auto weights = packed_weights<float>(task_.filter, task_.use, plan, *engine_.loops, parallel_for_);
+    body(Runner(plan, *engine_.tile, *engine_.loops, task_.source, weights->template as<float>(), start_, epilogue_));
+  }
+
+  const Task& task_;
+  const Engine<float, float>& engine_;
+  const float* start_;
+  const Epilogue& epilogue_;
+  ParallelFor parallel_for_;
+};
+
 template <typename Epilogue>
 void run_winograd(const Task& task, const Engine<float, float>& engine, const float* start, const Epilogue& epilogue,
                   ParallelFor parallel_for) {
-  const MicroKernel<float, float>& tile = *engine.tile;
   const WinogradPlan plan =
-      make_winograd_plan(task.sweep, task.input_parts, task.output_parts, tile.channels, engine.winograd->lanes);
+      make_winograd_plan(task.sweep, task.input_parts, task.output_parts, engine.tile->channels, engine.winograd->lanes);
   const auto weights = winograd_weights(task.filter, task.use, plan, *engine.winograd, *engine.loops, parallel_for);
-  WinogradRunner<Epilogue> runner(plan, tile, *engine.winograd, *engine.loops, task.source, weights->template as<float>(), start,
-                                  epilogue);
+  WinogradRunner<Epilogue> runner(plan, *engine.tile, *engine.winograd, *engine.loops, task.source, weights->template as<float>(),
+                                  start, epilogue);
   parallel(parallel_for, runner.items(), [&](int64_t begin, int64_t end) { runner.run(begin, end); });
-
-  std::vector<int64_t> distrusted = runner.distrusted();
-  if (distrusted.empty()) return;
-  const Tiling tiling{false, tile.channels, tile.depth_multiple, 1, sizeof(float), true};
-  const Plan single = make_plan(task.sweep, task.input_parts, task.output_parts, task.products, tiling);
-  const int64_t count = static_cast<int64_t>(distrusted.size());
-  if (count > single.slabs() * single.channel_blocks / kManyDistrusted)
-    return run_directly(task, engine, start, epilogue, parallel_for);
-  std::sort(distrusted.begin(), distrusted.end());  // neighbours share what they read
-  const auto weights_as_given = packed_weights<float>(task.filter, task.use, single, *engine.loops, parallel_for);
-  const SweepRunner<MicroKernel<float, float>, float, float, Epilogue> definition(
-      single, tile, *engine.loops, task.source, weights_as_given->template as<float>(), start, epilogue);
-  parallel(parallel_for, count, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) definition.run(distrusted[i], distrusted[i] + 1);
-  });
+  Definition<Epilogue>(task, engine, start, epilogue, parallel_for).replace(runner.distrusted());
 }
 
 template <typename Operand, typename Sum, typename Epilogue>

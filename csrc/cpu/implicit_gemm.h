@@ -100,19 +100,10 @@ class SweepRunner {
     const Position p = position(here, from);
     Taps taps{0, plan_.taps[0], 0, plan_.taps[1]};
     if (plan_.tap_volume() == 0) return {0, 0, 0, 0};
-    if (positions <= here.count[1] * here.count[2]) reaching(0, here.first[0] + p.at[0], taps.t_begin, taps.t_end);
-    if (positions <= here.count[2]) reaching(1, here.first[1] + p.at[1], taps.h_begin, taps.h_end);
+    if (positions <= here.count[1] * here.count[2])
+      keep_reaching(plan_.sweep, 0, here.first[0] + p.at[0], taps.t_begin, taps.t_end);
+    if (positions <= here.count[2]) keep_reaching(plan_.sweep, 1, here.first[1] + p.at[1], taps.h_begin, taps.h_end);
     return taps;
-  }
-
-  void reaching(int a, int64_t position, int64_t& begin, int64_t& end) const {
-    const Sweep& sweep = plan_.sweep;
-    const auto outside = [&](int64_t tap) {
-      const int64_t at = position * sweep.stride[a] + sweep.base[a] + tap * sweep.step[a];
-      return at < 0 || at >= sweep.in[a];
-    };
-    while (begin < end && outside(begin)) ++begin;
-    while (begin < end && outside(end - 1)) --end;
   }
 
   // Calls body(first, count) for each stretch of taps that follow each other in the offsets and the packed weights.

@@ -84,16 +84,12 @@ class Planner {
   }
 
   void set_blocks() {
-    if (plan_.tiling.single_positions) {
-      plan_.block_n = plan_.block[0] = plan_.block[1] = plan_.block[2] = 1;
-    } else {
-      find_blocks();
-    }
-    plan_.blocks_n = ceil_div(plan_.sweep.n, plan_.block_n);
-    for (int a = 0; a < 3; ++a) {
-      plan_.blocks[a] = ceil_div(plan_.sweep.grid[a], plan_.block[a]);
-      plan_.extent[a] = plan_.extent_of(a, plan_.block[a]);
-    }
+    const Cut cut = plan_.tiling.cut;
+    if (cut != Cut::SinglePositions) find_blocks();
+    if (cut == Cut::SinglePositions) std::fill_n(plan_.block, 3, 1);
+    if (cut != Cut::Fitting) plan_.block_n = 1;
+    plan_.count(plan_.sweep.n, plan_.sweep.grid);
+    for (int a = 0; a < 3; ++a) plan_.extent[a] = plan_.extent_of(a, plan_.block[a]);
   }
 
   // Whole rows where they fit, then the block of T and H that packs the fewest positions for each it serves.

@@ -27,6 +27,9 @@ struct Run {
   int64_t depth;              // of the first channel
 };
 
+// What a plan cuts its positions into. Whatever is chosen, sums are the same.
+enum class Cut { Fitting, OfOneExample, SinglePositions };
+
 // What a kernel asks of a plan.
 struct Tiling {
   bool planar;         // a plane of positions for each channel, instead of all channels of each position
@@ -34,19 +37,29 @@ struct Tiling {
   int depth_multiple;  // of a chunk
   int pair;            // neighbours in depth that packed weights keep together
   int operand_bytes;
-  bool single_positions = false;  // as blocks, for those that are asked for one by one
+  Cut cut = Cut::Fitting;
 };
 
-struct Plan {
+// How a grid is cut: examples, and positions along T, H, W.
+struct Blocks {
+  int64_t block_n, block[3];    // of one block
+  int64_t blocks_n, blocks[3];  // how many blocks
+
+  void count(int64_t n, const int64_t (&grid)[3]) {
+    blocks_n = (n + block_n - 1) / block_n;
+    for (int a = 0; a < 3; ++a) blocks[a] = (grid[a] + block[a] - 1) / block[a];
+  }
+  int64_t per_group() const { return blocks_n * blocks[0] * blocks[1] * blocks[2]; }
+};
+
+struct Plan : Blocks {
   Sweep sweep;  // its taps in the order of rising input positions
   Tiling tiling;
   int input_parts, output_parts;
 
   // The slab holds every grain-th position of the input; a block's taps and positions are these many of them apart.
   int64_t grain[3], stride[3], step[3], taps[3];
-  int64_t block_n, block[3];    // positions of a block
-  int64_t blocks_n, blocks[3];  // how many blocks
-  int64_t extent[3];            // of a block's slab
+  int64_t extent[3];  // of a block's slab
 
   std::vector<Run> runs;
   int64_t chunk, chunks;                // depth of one, and how many
@@ -59,7 +72,7 @@ struct Plan {
   std::vector<int64_t> offsets;
   int64_t kernel_depth;
 
-  int64_t slabs() const { return blocks_n * sweep.groups * blocks[0] * blocks[1] * blocks[2]; }
+  int64_t slabs() const { return sweep.groups * per_group(); }
   // Whether each position holds its window along W, instead of reading its neighbours.
   bool windows() const { return runs.back().tap_w > 0; }
   int64_t depth() const { return runs.back().depth + runs.back().channels; }

@@ -67,7 +67,7 @@ void load_lifted(const Loops<Sum>& loops, const Source& source, int part, const 
   loops.lift(source.lift, part, spot.rows(), spot.columns(), to, bound, to, pitch);
 }
 
-// A block of a sweep's positions, in one group of channels.
+// A block of a grid's positions, in one group of channels.
 struct Region {
   int64_t n, count_n, group;
   int64_t first[3], count[3];
@@ -75,21 +75,26 @@ struct Region {
   int64_t positions() const { return count_n * count[0] * count[1] * count[2]; }
 };
 
-inline Region region(const Plan& plan, int64_t slab) {
+// Slabs of an example follow each other, and in it those of a group.
+inline Region region(const Blocks& cut, int64_t n, int64_t groups, const int64_t (&grid)[3], int64_t slab) {
   Region region{};
   int64_t index[3];
   for (int a = 2; a >= 0; --a) {
-    index[a] = slab % plan.blocks[a];
-    slab /= plan.blocks[a];
+    index[a] = slab % cut.blocks[a];
+    slab /= cut.blocks[a];
   }
-  region.group = slab % plan.sweep.groups;
-  region.n = slab / plan.sweep.groups * plan.block_n;
-  region.count_n = std::min(plan.block_n, plan.sweep.n - region.n);
+  region.group = slab % groups;
+  region.n = slab / groups * cut.block_n;
+  region.count_n = std::min(cut.block_n, n - region.n);
   for (int a = 0; a < 3; ++a) {
-    region.first[a] = index[a] * plan.block[a];
-    region.count[a] = std::min(plan.block[a], plan.sweep.grid[a] - region.first[a]);
+    region.first[a] = index[a] * cut.block[a];
+    region.count[a] = std::min(cut.block[a], grid[a] - region.first[a]);
   }
   return region;
+}
+
+inline Region region(const Plan& plan, int64_t slab) {
+  return region(plan, plan.sweep.n, plan.sweep.groups, plan.sweep.grid, slab);
 }
 
 template <typename Operand, typename Sum>

@@ -95,6 +95,9 @@ bool winograd_pays(const Sweep& sweep, int input_parts, int output_parts, int la
     if (sweep.stride[a] != 1 || (sweep.taps[a] > 1 && std::abs(sweep.step[a]) != 1)) return false;
   if (sweep.taps[0] == 0 || sweep.taps[1] != Winograd::kTaps || sweep.taps[2] != Winograd::kTaps) return false;
   if (sweep.c_in * input_parts < kFewestChannels || 2 * sweep.c_out * output_parts < lanes) return false;
+  const int64_t row_bytes =
+      Winograd::kPlanes * tiles(sweep.grid[2]) * sweep.taps[0] * sweep.c_in * input_parts * static_cast<int64_t>(sizeof(float));
+  if (row_bytes > kPatchBytes) return false;
   const int64_t frames = sweep.n * sweep.grid[0];
   const double direct = static_cast<double>(Winograd::kTaps * Winograd::kTaps * sweep.grid[1] * sweep.grid[2] * frames);
   const double transformed =
@@ -115,19 +118,25 @@ WinogradPlan make_winograd_plan(const Sweep& sweep, int input_parts, int output_
   plan.pitch = ceil_div(plan.depth, vector) * vector;
   if (plan.pitch * static_cast<int64_t>(sizeof(float)) % 512 == 0) plan.pitch += vector;  // or patches share lines of the cache
 
-  plan.tiles[0] = tiles(sweep.grid[1]);
-  plan.tiles[1] = tiles(sweep.grid[2]);
+  plan.grid[0] = sweep.grid[0];
+  for (int a = 1; a < 3; ++a) plan.grid[a] = tiles(sweep.grid[a]);
+  plan.block[2] = plan.grid[2];
+
+  // All times, then rows, then examples, as long as what is transformed stays near.
   const int64_t patch_bytes = Winograd::kPlanes * plan.pitch * static_cast<int64_t>(sizeof(float));
-  const int64_t most = std::max<int64_t>(std::min(kPositions, kPatchBytes / patch_bytes) / plan.tiles[1], 1);  // rows of tiles
-  plan.block_t = even_part(sweep.grid[0], most);
-  plan.block_rows = plan.block_t < sweep.grid[0] ? 1 : even_part(plan.tiles[0], most / plan.block_t);
-  plan.block_n = plan.block_rows < plan.tiles[0] ? 1 : even_part(sweep.n, most / (plan.block_t * plan.block_rows));
-  const int64_t sums_bytes = Winograd::kPlanes * plan.block_n * plan.block_t * plan.block_rows * plan.tiles[1] * lanes *
-                             static_cast<int64_t>(sizeof(float));
+  const int64_t patches = kPatchBytes / patch_bytes / plan.grid[2], tiles = kPositions / plan.grid[2];  // rows of them
+  plan.block[0] = even_part(plan.grid[0], std::min(tiles, patches - plan.frames_of(0)));
+  plan.block[1] = plan.block[0] < plan.grid[0]
+                      ? 1
+                      : even_part(plan.grid[1], std::min(tiles / plan.block[0], patches / plan.frames_of(plan.block[0])));
+  const int64_t of_example = plan.block[0] * plan.block[1];
+  plan.block_n =
+      plan.block[1] < plan.grid[1]
+          ? 1
+          : even_part(sweep.n, std::min(tiles / of_example, patches / (plan.frames_of(plan.block[0]) * plan.block[1])));
+  plan.count(sweep.n, plan.grid);
+  const int64_t sums_bytes = Winograd::kPlanes * plan.tiles() * lanes * static_cast<int64_t>(sizeof(float));
   plan.blocks_together = std::clamp<int64_t>(kSumsBytes / sums_bytes, 1, plan.channel_blocks);
-  plan.blocks_t = ceil_div(sweep.grid[0], plan.block_t);
-  plan.blocks_rows = ceil_div(plan.tiles[0], plan.block_rows);
-  plan.blocks_n = ceil_div(sweep.n, plan.block_n);
   return plan;
 }
 

@@ -20,20 +20,21 @@
 
 namespace captum_dtd::cpu {
 
-struct WinogradPlan {
+// Its grid has tiles along H and W; a block has whole rows of them.
+struct WinogradPlan : Blocks {
   Sweep sweep;  // its taps in the order of rising input positions
   int input_parts, output_parts;
   int lanes;  // channels of the register tile
 
-  int64_t tiles[2];                         // of a plane, along H and W
-  int64_t block_n, block_t, block_rows;     // examples, times and rows of tiles of a slab
-  int64_t blocks_n, blocks_t, blocks_rows;  // how many blocks
-  int64_t block_channels, channel_blocks;   // output channels of one block, and blocks in a group
-  int64_t blocks_together;                  // blocks of channels that a transformed number is read for while it is near
-  int64_t depth, pitch;                     // channels of all parts, and elements from patch to patch
+  int64_t grid[3];
+  int64_t block_channels, channel_blocks;  // output channels of one block, and blocks in a group
+  int64_t blocks_together;                 // blocks of channels that a transformed number is read for while it is near
+  int64_t depth, pitch;                    // channels of all parts, and elements from patch to patch
 
-  int64_t slabs() const { return blocks_n * sweep.groups * blocks_t * blocks_rows; }
-  int64_t frames() const { return block_t + std::max<int64_t>(sweep.taps[0] - 1, 0) * sweep.step[0]; }  // that a slab reads
+  int64_t slabs() const { return sweep.groups * per_group(); }
+  int64_t frames_of(int64_t times) const { return times + (sweep.taps[0] - 1) * sweep.step[0]; }  // that they read
+  int64_t tiles() const { return block_n * block[0] * block[1] * block[2]; }
+  int64_t patches() const { return block_n * frames_of(block[0]) * block[1] * block[2]; }  // of a slab
   int64_t packed_plane() const { return sweep.taps[0] * depth * lanes; }
   int64_t packed_block() const { return Winograd::kPlanes * packed_plane(); }
   int64_t packed_weights() const { return sweep.groups * channel_blocks * packed_block(); }
@@ -50,7 +51,7 @@ std::shared_ptr<const Buffer> winograd_weights(const Filter& filter, const Use& 
                                                ParallelFor parallel_for);
 
 // Works off the items of a sweep, as SweepRunner does. What cannot be trusted is written all the same, and noted as an item of
-// a direct plan whose blocks are single positions.
+// a Plan of single positions.
 template <typename Epilogue>
 class WinogradRunner {
  public:
@@ -65,11 +66,10 @@ class WinogradRunner {
         weights_(weights),
         start_(start),
         epilogue_(epilogue),
-        rows_pitch_(Winograd::kTile * plan.tiles[1] * plan.lanes),
-        patch_columns_(Winograd::kTile * plan.tiles[1] + 2),
-        input_plane_(odd_lines(plan.block_n * plan.frames() * plan.block_rows * plan.tiles[1] * plan.pitch)),
-        output_plane_(
-            odd_lines(plan.blocks_together * plan.block_n * plan.block_t * plan.block_rows * plan.tiles[1] * plan.lanes)) {}
+        rows_pitch_(Winograd::kTile * plan.grid[2] * plan.lanes),
+        patch_columns_(Winograd::kTile * plan.grid[2] + Winograd::kTaps - 1),
+        input_plane_(odd_lines(plan.patches() * plan.pitch)),
+        output_plane_(odd_lines(plan.blocks_together * plan.tiles() * plan.lanes)) {}
 
   int64_t items() const { return plan_.slabs() * plan_.channel_blocks; }
 
@@ -81,11 +81,11 @@ class WinogradRunner {
     mine.outputs.reserve(static_cast<size_t>(Winograd::kTile * rows_pitch_) * sizeof(float));
     mine.blocks.reserve(static_cast<size_t>(kEpilogueBlocks * rows_pitch_) * sizeof(float));
     std::vector<int64_t> distrusted;
-    Block here{};
+    Region here{};
     for (int64_t item = begin; item < end;) {
       const int64_t channels = item % plan_.channel_blocks;
       if (item == begin || channels == 0) {
-        here = block(item / plan_.channel_blocks);
+        here = region(plan_, plan_.sweep.n, plan_.sweep.groups, plan_.grid, item / plan_.channel_blocks);
         transform_patches(here, mine);
       }
       const int64_t together = std::min({plan_.blocks_together, plan_.channel_blocks - channels, end - item});
@@ -102,43 +102,24 @@ class WinogradRunner {
   std::vector<int64_t> distrusted() { return std::move(distrusted_); }
 
  private:
-  struct Block {
-    int64_t group;
-    int64_t n, count_n, t, count_t, row, rows;
-  };
-
   // Planes an odd number of cache lines apart do not share the same few lines of the first-level cache.
   static int64_t odd_lines(int64_t elements) {
     constexpr int64_t kLine = 16;
     return ((elements + kLine - 1) / kLine | 1) * kLine;
   }
 
-  Block block(int64_t slab) const {
-    Block here{};
-    here.row = slab % plan_.blocks_rows * plan_.block_rows;
-    slab /= plan_.blocks_rows;
-    here.t = slab % plan_.blocks_t * plan_.block_t;
-    slab /= plan_.blocks_t;
-    here.group = slab % plan_.sweep.groups;
-    here.n = slab / plan_.sweep.groups * plan_.block_n;
-    here.count_n = std::min(plan_.block_n, plan_.sweep.n - here.n);
-    here.count_t = std::min(plan_.block_t, plan_.sweep.grid[0] - here.t);
-    here.rows = std::min(plan_.block_rows, plan_.tiles[0] - here.row);
-    return here;
-  }
+  static int64_t tiles_of_frame(const Region& here) { return here.count[1] * here.count[2]; }
+  int64_t output_block(const Region& here) const { return here.positions() * plan_.lanes; }
 
-  int64_t tiles_of_frame(const Block& here) const { return here.rows * plan_.tiles[1]; }
-  int64_t output_block(const Block& here) const { return here.count_n * here.count_t * tiles_of_frame(here) * plan_.lanes; }
-
-  void transform_patches(const Block& here, const Scratch& mine) const {
+  void transform_patches(const Region& here, const Scratch& mine) const {
     for (int64_t n = 0; n < here.count_n; ++n)
-      for (int64_t frame = 0; frame < plan_.frames(); ++frame) {
-        const int64_t t = here.t + plan_.sweep.base[0] + frame;
+      for (int64_t frame = 0; frame < plan_.frames_of(here.count[0]); ++frame) {
+        const int64_t t = here.first[0] + plan_.sweep.base[0] + frame;
         if (t < 0 || t >= plan_.sweep.in[0]) continue;  // taps that reach there are left out
-        for (int64_t row = 0; row < here.rows; ++row) {
-          load_patches(here, here.n + n, t, here.row + row, mine);
-          const int64_t first = (n * plan_.frames() + frame) * tiles_of_frame(here) + row * plan_.tiles[1];
-          for (int64_t tile = 0; tile < plan_.tiles[1]; ++tile)
+        for (int64_t row = 0; row < here.count[1]; ++row) {
+          load_patches(here, here.n + n, t, here.first[1] + row, mine);
+          const int64_t first = (n * plan_.frames_of(here.count[0]) + frame) * tiles_of_frame(here) + row * plan_.grid[2];
+          for (int64_t tile = 0; tile < plan_.grid[2]; ++tile)
             transforms_.transform_input(mine.patch.as<float>() + Winograd::kTile * tile * plan_.pitch,
                                         patch_columns_ * plan_.pitch, plan_.pitch, plan_.pitch,
                                         mine.slab.as<float>() + (first + tile) * plan_.pitch, input_plane_);
@@ -147,7 +128,7 @@ class WinogradRunner {
   }
 
   // The six rows of input that a row of tiles reads, all parts of a position's channels next to each other.
-  void load_patches(const Block& here, int64_t n, int64_t t, int64_t tile_row, const Scratch& mine) const {
+  void load_patches(const Region& here, int64_t n, int64_t t, int64_t tile_row, const Scratch& mine) const {
     const Sweep& sweep = plan_.sweep;
     float* const patch = mine.patch.as<float>();
     float* const bound = patch + Winograd::kPatch * patch_columns_ * plan_.pitch;
@@ -176,21 +157,15 @@ class WinogradRunner {
   };
 
   template <typename Body>
-  void each_stretch(const Block& here, Body body) const {
-    const Sweep& sweep = plan_.sweep;
+  void each_stretch(const Region& here, Body body) const {
     const auto taps_at = [&](int64_t time) {
-      const auto reaches = [&](int64_t tap) {
-        const int64_t t = here.t + time + sweep.base[0] + tap * sweep.step[0];
-        return t >= 0 && t < sweep.in[0];
-      };
-      Stretch found{time, time + 1, 0, sweep.taps[0]};
-      while (found.taps > 0 && !reaches(found.first_tap)) ++found.first_tap, --found.taps;
-      while (found.taps > 0 && !reaches(found.first_tap + found.taps - 1)) --found.taps;
-      return found;
+      int64_t begin = 0, end = plan_.sweep.taps[0];
+      keep_reaching(plan_.sweep, 0, here.first[0] + time, begin, end);
+      return Stretch{time, time + 1, begin, end - begin};
     };
-    for (int64_t time = 0; time < here.count_t;) {
+    for (int64_t time = 0; time < here.count[0];) {
       Stretch stretch = taps_at(time);
-      while (stretch.end < here.count_t) {
+      while (stretch.end < here.count[0]) {
         const Stretch next = taps_at(stretch.end);
         if (next.first_tap != stretch.first_tap || next.taps != stretch.taps) break;
         ++stretch.end;
@@ -201,7 +176,7 @@ class WinogradRunner {
   }
 
   // Plane by plane, so that what was transformed stays in the cache for all of these blocks.
-  void sum_products(const Block& here, int64_t channels, int64_t together, const Scratch& mine) const {
+  void sum_products(const Region& here, int64_t channels, int64_t together, const Scratch& mine) const {
     std::vector<int64_t> offsets;
     for (int64_t tap = 0; tap < plan_.sweep.taps[0]; ++tap)
       offsets.push_back(tap * plan_.sweep.step[0] * tiles_of_frame(here) * plan_.pitch);
@@ -213,13 +188,13 @@ class WinogradRunner {
       }
   }
 
-  void sum_plane(const Block& here, const std::vector<int64_t>& offsets, const float* weights, const float* slab,
+  void sum_plane(const Region& here, const std::vector<int64_t>& offsets, const float* weights, const float* slab,
                  float* sums) const {
     const int64_t tiles = tiles_of_frame(here);
     for (int64_t n = 0; n < here.count_n; ++n)
       each_stretch(here, [&](const Stretch& stretch) {
-        const float* from = slab + (n * plan_.frames() + stretch.begin) * tiles * plan_.pitch;
-        float* to = sums + (n * here.count_t + stretch.begin) * tiles * plan_.lanes;
+        const float* from = slab + (n * plan_.frames_of(here.count[0]) + stretch.begin) * tiles * plan_.pitch;
+        float* to = sums + (n * here.count[0] + stretch.begin) * tiles * plan_.lanes;
         const int64_t count = (stretch.end - stretch.begin) * tiles;
         const int64_t pieces = (count + kernel_.max_positions - 1) / kernel_.max_positions;
         for (int64_t piece = 0; piece < pieces; ++piece) {
@@ -231,7 +206,7 @@ class WinogradRunner {
       });
   }
 
-  void finish(const Block& here, int64_t channels, const float* sums, const Scratch& mine,
+  void finish(const Region& here, int64_t channels, const float* sums, const Scratch& mine,
               std::vector<int64_t>& distrusted) const {
     const Sweep& sweep = plan_.sweep;
     const int64_t first_channel = here.group * sweep.c_out + channels * plan_.block_channels;
@@ -241,12 +216,12 @@ class WinogradRunner {
     float* const outputs = mine.outputs.as<float>();
 
     for (int64_t n = 0; n < here.count_n; ++n)
-      for (int64_t time = 0; time < here.count_t; ++time)
-        for (int64_t row = 0; row < here.rows; ++row) {
-          const int64_t h = (here.row + row) * Winograd::kTile, t = here.t + time;
+      for (int64_t time = 0; time < here.count[0]; ++time)
+        for (int64_t row = 0; row < here.count[1]; ++row) {
+          const int64_t h = (here.first[1] + row) * Winograd::kTile, t = here.first[0] + time;
           const int64_t height = std::min<int64_t>(Winograd::kTile, sweep.grid[1] - h);
-          const int64_t first = (n * here.count_t + time) * tiles_of_frame(here) + row * plan_.tiles[1];
-          for (int64_t tile = 0; tile < plan_.tiles[1]; ++tile) {
+          const int64_t first = (n * here.count[0] + time) * tiles_of_frame(here) + row * plan_.grid[2];
+          for (int64_t tile = 0; tile < plan_.grid[2]; ++tile) {
             const uint32_t found = transforms_.transform_output(sums + (first + tile) * plan_.lanes, output_plane_, plan_.lanes,
                                                                 start_ != nullptr ? start.data() : nullptr,
                                                                 outputs + tile * Winograd::kTile * plan_.lanes, rows_pitch_);
