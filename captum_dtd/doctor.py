@@ -20,7 +20,7 @@ _OPTIONAL = {
     "av": ("reads and writes video", "pip install 'captum_dtd[video]'"),
     "torchvision": ("has r3d_18, mc3_18, r2plus1d_18, s3d", "pip install torchvision"),
 }
-_CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "sve", "bf16")
+_CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "asimd", "sve", "bf16")
 
 
 def run() -> int:

@@ -54,7 +54,7 @@ ARITHMETICS: dict[str, Precision] = {
 
 _PRECISIONS: tuple[Precision, ...] = ("ieee", "float32", "mixed", "bfloat16")
 
-CPU_LEVELS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "generic")
+CPU_LEVELS = ("amx_bf16", "avx512_fp16", "avx512_bf16", "avx512", "avx2", "generic")
 """What CPUs are told apart by, from the most capable to the least."""
 
 ShapeClass: TypeAlias = Literal["pixels", "linear", "pointwise", "strided", "small", "dense"]

@@ -50,8 +50,11 @@ STABLE_TORCH_LIBRARY_IMPL(captum_dtd, CPU, library) { Operators<Cpu>::add_to(lib
 
 PyObject* cpu_features(PyObject*, PyObject*) {
   const cpu::Features& found = cpu::features();
-  const std::pair<bool, const char*> features[] = {
-      {found.avx2, "avx2"}, {found.avx512, "avx512"}, {found.avx512_bf16, "avx512_bf16"}, {found.amx_bf16, "amx_bf16"}};
+  const std::pair<bool, const char*> features[] = {{found.avx2, "avx2"},
+                                                   {found.avx512, "avx512"},
+                                                   {found.avx512_bf16, "avx512_bf16"},
+                                                   {found.avx512_fp16, "avx512_fp16"},
+                                                   {found.amx_bf16, "amx_bf16"}};
   std::string names;
   for (const auto& [there, name] : features)
     if (there) names.append(names.empty() ? "" : " ").append(name);
@@ -61,7 +64,7 @@ PyObject* cpu_features(PyObject*, PyObject*) {
 PyMethodDef functions[] = {
     kConv3dKernels<Cpu>,
     kMaxPool3dKernels<Cpu>,
-    {"cpu_features", cpu_features, METH_NOARGS, "What this process may use of avx2, avx512, avx512_bf16 and amx_bf16."},
+    {"cpu_features", cpu_features, METH_NOARGS, "What this process may use of avx2, avx512, avx512_bf16, avx512_fp16 and amx_bf16."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -24,11 +24,12 @@ bool tiles_permitted() {
 #endif
 }
 
-bool tiles_of_bfloat16() {
+constexpr unsigned kAmxBf16 = 1u << 22, kAvx512Fp16 = 1u << 23, kAmxTile = 1u << 24;
+
+// Whether the CPU has all of these, of what CPUID's leaf 7 tells in EDX.
+bool has(unsigned bits) {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-  return (edx & kAmxBf16) != 0 && (edx & kAmxTile) != 0 && tiles_permitted();
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & bits) == bits;
 }
 
 Features detect() {
@@ -38,7 +39,8 @@ Features detect() {
   found.avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                  __builtin_cpu_supports("avx512vl");
   found.avx512_bf16 = found.avx512 && __builtin_cpu_supports("avx512bf16");
-  found.amx_bf16 = found.avx512_bf16 && tiles_of_bfloat16();
+  found.avx512_fp16 = found.avx512_bf16 && has(kAvx512Fp16);
+  found.amx_bf16 = found.avx512_bf16 && has(kAmxBf16 | kAmxTile) && tiles_permitted();
   return found;
 }
 
