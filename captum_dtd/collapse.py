@@ -284,6 +284,11 @@ class FrozenNetwork:
             output = self.network.compute(node, lambda n: whole if n is along.source else values[n])
             return Route.of([along.made.first], along.made.length).gather(output, 2)  # type: ignore[no-any-return]
 
+        whole_layer = along.layer(values, (0,))
+        kernel = self.network.forward_kernel(whole_layer)
+        if fused.frozen(kernel, values[along.source]):
+            return fused.forward(whole_layer, kernel, along.reads((along.made.first,)))
+
         def one(take: Take, tap: int) -> Tensor:
             call = along.call(tap, values, take, (0,))
             kernel = self.network.forward_kernel(call)
@@ -428,6 +433,10 @@ class FrozenNetwork:
         assert isinstance(layer, Weighted) and isinstance(rule, Rule)
         limits = box.around(step, dict.__getitem__)
         dtype = arriving[0].dtype
+        if pulled:
+            by_table = self._share_by_table(step, values, limits, arriving, along, at, kept)
+            if by_table is not None:
+                return by_table
         with_bias = Call(step.node, step.positions, values.__getitem__).to(dtype)
         to_made = Route.of([along.made.numbers(row) for row in at.times], along.made.distinct)
         own = Route.of([along.read.numbers(row) for row in kept.times], along.read.distinct)
@@ -454,6 +463,33 @@ class FrozenNetwork:
                 for one, s in zip(shared, quotients, strict=True):
                     one.add(call.pull(group, to_tap.scatter(s, 2)), enumerate(route.used))
         return [one.total() for one in shared]
+
+    def _share_by_table(
+        self,
+        step: Step,
+        values: Values,
+        limits: Limits | None,
+        arriving: list[Tensor],
+        along: _Convolution,
+        at: Slots,
+        kept: Slots,
+    ) -> list[Tensor] | None:
+        """The same in one operation for all taps, where there is a kernel; of several targets z is computed once."""
+        layer, rule = step.layer, step.rule
+        call = along.layer(values, step.positions)
+        kernel = self.network.kernel_of(step, call)
+        if not isinstance(rule, (ZPlus, ZBeta)) or not fused.frozen(kernel, values[along.source]):
+            return None
+        assert isinstance(layer, Weighted)
+        reads, gives = along.reads(at.times), along.gives(at.times, kept)
+        non_negative = self.network.is_non_negative(step)
+        rest = (rule, limits, non_negative, kernel, (reads, gives, kept.count))
+        if len(arriving) == 1:
+            return [fused.redistribute_frozen(call, arriving[0], *rest)]
+        (group,) = self.network.reference_rule(step).groups
+        z = fused.denominator(call, rule, limits, non_negative, kernel, reads)
+        quotients = [layer.quotient(call.to(one.dtype), one, z, group, rule.stabilizer) for one in arriving]
+        return [fused.redistribute_frozen(call, s, *rest, divided=True) for s in quotients]
 
     def _share_at_all_times(
         self, step: Step, values: Values, box: Box, arriving: list[Tensor], slots: dict[fx.Node, Slots]
@@ -497,6 +533,23 @@ class _Convolution:
         """How many pairs there are of a time and a tap that reads it: padding is not counted."""
         every = (self.window.reads(time, self.read.length) for time in range(self.made.length))
         return sum(t >= 0 for reads in every for t in reads)
+
+    def layer(self, values: Values, positions: tuple[int, ...]) -> Call:
+        """The convolution over the times of its input that differ, with all of its taps, as an operation by tables reads it."""
+        bias = self.node.args[2] if len(self.node.args) > 2 else None
+        return Call(self.node, positions, values.__getitem__, (*self.args[:2], bias, *self.args[3:]))
+
+    def reads(self, times: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+        """The classes that outputs at some times read, tap by tap."""
+        return [[self.read.numbers(self.window.reads(time, self.read.length)) for time in row] for row in times]
+
+    def gives(self, times: Sequence[Sequence[int]], kept: Slots) -> list[list[list[int]]]:
+        """The slots of the input that outputs at some times give to, tap by tap."""
+        rows = max(len(times), len(kept.of_time))
+        return [
+            [[of_time[t] if t >= 0 else -1 for t in self.window.reads(time, self.read.length)] for time in row]
+            for row, of_time in zip(_repeated(times, rows), _repeated(kept.of_time, rows), strict=True)
+        ]
 
     def call(self, tap: int, values: Values, take: Take, positions: tuple[int, ...]) -> Call:
         """The convolution with one of its taps, on some times of its input, without bias."""

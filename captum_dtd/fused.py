@@ -16,6 +16,7 @@ from captum_dtd.graph import operation_name
 from captum_dtd.kernels import Precision
 from captum_dtd.layers import Call, Limits
 from captum_dtd.operations import AVERAGE_POOLS, CONVOLUTIONS, MAX_POOLS, aten
+from captum_dtd.ops import Table
 from captum_dtd.reference import accumulator
 from captum_dtd.rules import MaxPoolRule, Proportional, Rule, WinnerTakesAll, ZBeta, ZPlus
 
@@ -123,8 +124,13 @@ def redistribute(
     return (_from_3d(shared, x, conv.dims),)
 
 
-def denominator(call: Call, rule: Rule, bounds: Limits | None, non_negative: bool, kernel: str) -> Tensor:
-    """The denominator z of z+ or z-beta, before the bias, by the kernel that `kernel_for` named."""
+def denominator(
+    call: Call, rule: Rule, bounds: Limits | None, non_negative: bool, kernel: str, reads: Table | None = None
+) -> Tensor:
+    """The denominator z of z+ or z-beta, before the bias, by the kernel that `kernel_for` named.
+
+    With ``reads`` the call is `frozen`.
+    """
     (signal,) = call.signals
     conv = _Convolution.of(call)
     x = _to_3d(signal.to(accumulator(signal.dtype)), conv.dims)
@@ -136,18 +142,64 @@ def denominator(call: Call, rule: Rule, bounds: Limits | None, non_negative: boo
         inputs = [x] if non_negative else [x.clamp(min=0), x.clamp(max=0)]
     sides: list[dict[str, Any]] = [{"min": 0}, {"max": 0}]
     z, *rest = (
-        ops.conv3d(u, weight.clamp(**side), **conv.geometry, kernel=kernel)
-        for u, side in zip(inputs, sides, strict=False)
+        _convolve(u, conv, weight.clamp(**side), None, reads, kernel) for u, side in zip(inputs, sides, strict=False)
     )
     return _from_3d(z.add_(rest[0]) if rest else z, signal, conv.dims)
 
 
-def forward(call: Call, kernel: str) -> Tensor:
-    """The output of a convolution or linear layer, by the kernel that `forward_kernel_for` named."""
+def forward(call: Call, kernel: str, reads: Table | None = None) -> Tensor:
+    """The output of a convolution or linear layer, by the kernel that `forward_kernel_for` named.
+
+    With ``reads`` the call is `frozen`.
+    """
     (x,) = call.signals
     conv = _Convolution.of(call)
-    output = ops.conv3d(_to_3d(x, conv.dims), conv.weight, conv.bias, **conv.geometry, kernel=kernel)
-    return _from_3d(output, x, conv.dims)
+    return _from_3d(_convolve(_to_3d(x, conv.dims), conv, conv.weight, conv.bias, reads, kernel), x, conv.dims)
+
+
+def frozen(kernel: str, x: Tensor) -> bool:
+    """Whether a kernel serves layers of frozen clips, which read times by a table: stored times of x, for each output's taps."""
+    return kernel != "reference" and kernel in kernels.available(f"{kernels.FROZEN}conv3d", x.device.type, x.dtype)
+
+
+def redistribute_frozen(
+    call: Call,
+    relevance: Tensor,
+    rule: ZPlus | ZBeta,
+    bounds: Limits | None,
+    non_negative: bool,
+    kernel: str,
+    tables: tuple[Table, Table, int],
+    divided: bool = False,
+) -> Tensor:
+    """What `redistribute` is, at a convolution that reads and gives to times by tables (see `ops.frozen_z_plus_conv3d`).
+
+    Args:
+        tables: reads, gives, and how many times the result has.
+    """
+    (x,) = call.signals
+    relevance = relevance.to(accumulator(x.dtype))
+    conv = _Convolution.of(call)
+    options: dict[str, Any] = {
+        **conv.in_space,
+        "bias": conv.bias if rule.bias == "absorbed" else None,
+        "stabilizer": rule.stabilizer,
+        "divided": divided,
+        "kernel": kernel,
+    }
+    if isinstance(rule, ZPlus):
+        return ops.frozen_z_plus_conv3d(x, conv.weight, relevance, *tables, non_negative=non_negative, **options)
+    assert bounds is not None
+    low, high = (bound.to(relevance.dtype) for (bound,) in bounds)
+    return ops.frozen_z_beta_conv3d(x, low, high, conv.weight, relevance, *tables, **options)
+
+
+def _convolve(
+    x: Tensor, conv: _Convolution, weight: Tensor, bias: Tensor | None, reads: Table | None, kernel: str
+) -> Tensor:
+    if reads is None:
+        return ops.conv3d(x, weight, bias, **conv.geometry, kernel=kernel)
+    return ops.frozen_conv3d(x, weight, bias, reads, **conv.in_space, kernel=kernel)
 
 
 @dataclass(frozen=True)
@@ -173,6 +225,13 @@ class _Convolution:
         while weight.ndim < 5:
             weight = weight.unsqueeze(2)
         return _Convolution(dims, weight, bias, geometry)
+
+    @property
+    def in_space(self) -> dict[str, Any]:
+        """The geometry of H and W."""
+        sizes = {name: self.geometry[name] for name in ("stride", "padding", "dilation")}
+        flat = {name: value if isinstance(value, str) else value[1:] for name, value in sizes.items()}
+        return flat | {"groups": self.geometry["groups"]}
 
 
 @dataclass(frozen=True)

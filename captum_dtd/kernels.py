@@ -60,6 +60,9 @@ CPU_LEVELS = ("amx_bf16", "avx512_fp16", "avx512_bf16", "avx512", "avx2", "gener
 ShapeClass: TypeAlias = Literal["pixels", "linear", "pointwise", "strided", "small", "dense"]
 """What convolutions are told apart by; none of it depends on the batch."""
 
+FROZEN = "frozen_"
+"""What operations on layers of frozen clips begin with; the rest is what they are named on any clip."""
+
 TRANSFORMED: tuple[ShapeClass, ...] = ("small", "dense")
 """Where "winograd" may differ from "ieee"; whether it does, kernels decide by what the transforms cost and save."""
 
@@ -73,6 +76,8 @@ def available(op: str, device: str, dtype: torch.dtype) -> list[str]:
     """
     module = native.loaded.get(device)
     if module is None:
+        return ["reference"]
+    if op.startswith(FROZEN) and device != "cpu":
         return ["reference"]
     names = module.max_pool3d_kernels if op == "max_pool3d_relevance" else module.conv3d_kernels
     return [*names(str(dtype).removeprefix("torch.")), "reference"]
@@ -135,6 +140,7 @@ def _choose(
     op: str, device: str, dtype: torch.dtype, precision: Precision, shape: ShapeClass | None, level: str
 ) -> str:
     names = available(op, device, dtype)
+    op = op.removeprefix(FROZEN)
     entry = _table().get(device, {}).get(level, {}).get(op, {}).get(precision, {}).get(shape or "any")
     if entry in names and dtype != torch.float64:
         return str(entry)

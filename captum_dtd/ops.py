@@ -24,9 +24,19 @@ from torch import Tensor
 from captum_dtd import native, reference
 from captum_dtd.reference import accumulator
 
-__all__ = ["SCHEMAS", "conv3d", "max_pool3d_relevance", "z_beta_conv3d", "z_plus_conv3d"]
+__all__ = [
+    "SCHEMAS",
+    "conv3d",
+    "frozen_conv3d",
+    "frozen_z_beta_conv3d",
+    "frozen_z_plus_conv3d",
+    "max_pool3d_relevance",
+    "z_beta_conv3d",
+    "z_plus_conv3d",
+]
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation"
+_TABLES = "int[] reads, int[] gives, int times"
 
 SCHEMAS = {
     "z_plus_conv3d": f"(Tensor x, Tensor weight, Tensor? bias, Tensor relevance, {_GEOMETRY}, int groups, "
@@ -36,11 +46,20 @@ SCHEMAS = {
     "max_pool3d_relevance": f"(Tensor x, Tensor relevance, int[] kernel_size, {_GEOMETRY}, bool ceil_mode, "
     "bool winner_takes_all, float stabilizer, str kernel) -> Tensor",
     "conv3d": f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, int groups, str kernel) -> Tensor",
+    "frozen_z_plus_conv3d": f"(Tensor x, Tensor weight, Tensor? bias, Tensor relevance, {_TABLES}, {_GEOMETRY}, int groups, "
+    "bool non_negative, float stabilizer, bool divided, str kernel) -> Tensor",
+    "frozen_z_beta_conv3d": "(Tensor x, Tensor low, Tensor high, Tensor weight, Tensor? bias, Tensor relevance, "
+    f"{_TABLES}, {_GEOMETRY}, int groups, float stabilizer, bool divided, str kernel) -> Tensor",
+    "frozen_conv3d": f"(Tensor x, Tensor weight, Tensor? bias, int[] reads, int times, {_GEOMETRY}, int groups, str kernel) "
+    "-> Tensor",
 }
 """Every operation. A convolution's ``padding`` is (front, back) of T, then of H, then of W; ``kernel`` names the kernel that
 shall serve, ``"auto"`` leaves it to the device."""
 
 Triple = int | Sequence[int]
+Pair = int | Sequence[int]
+Table = Sequence[Sequence[Sequence[int]]]
+"""For one example, or each of a batch: a time for every output time and tap along T; -1 is none."""
 
 
 def z_plus_conv3d(
@@ -207,6 +226,136 @@ def conv3d(
     return _call("conv3d", x, weight, bias, *geometry, groups, kernel)
 
 
+def frozen_z_plus_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    relevance: Tensor,
+    reads: Table,
+    gives: Table,
+    times: int,
+    *,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | Literal["same"] = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    non_negative: bool = False,
+    stabilizer: float = 0.0,
+    divided: bool = False,
+    kernel: str = "auto",
+) -> Tensor:
+    """Relevance of a convolution's input by z+, in a layer of a frozen clip, whose equal times are kept once.
+
+    Output time q reads by tap j time ``reads[q][j]`` of ``x`` (zeros for -1), and passes what falls to it on to time
+    ``gives[q][j]`` of the result (to nobody for -1)::
+
+        s[q]    = R[q] / sum over j of  A_j(x[reads[q][j]])
+        R_in[t] = x * sum over q and j with gives[q][j] = t of  adjoint(A_j)(s[q])
+
+    A product that several q share is taken once. One time of ``x`` may stand for several of the result, never the other way
+    round.
+
+    Args:
+        x: the input (N, C, times that differ, H, W).
+        weight: (C_out, C / groups, kT, kH, kW), of the type of ``x``.
+        relevance: of the output, (N, C_out, Q, H', W').
+        reads: times of ``x``, as (1 or N, Q, kT).
+        gives: times of the result, likewise.
+        times: how many times the result has.
+        stride: of the convolution along H and W, one number or two.
+        padding: zeros around H and W: one number, two, four (front and back of H, of W), or "same".
+        dilation: of the convolution along H and W.
+        bias: as in `z_plus_conv3d`, and so are all further arguments and the errors.
+
+    Returns:
+        Relevance of the input, (N, C, times, H, W).
+
+    Example:
+        >>> x, weight = torch.rand(1, 3, 1, 8, 8), torch.randn(5, 3, 3, 3, 3)  # eight equal frames, padded by one
+        >>> reads = [[(-1, 0, 0), (0, 0, 0), (0, 0, -1)]]  # the first output time, all in the middle, the last
+        >>> frozen_z_plus_conv3d(x, weight, torch.rand(1, 5, 3, 8, 8), reads, reads, 1, padding=1).shape
+        torch.Size([1, 3, 1, 8, 8])
+    """
+    geometry = _flat_geometry(stride, padding, dilation, weight)
+    options = (groups, non_negative, stabilizer, divided)
+    tables = (_flat("reads", reads), _flat("gives", gives), times)
+    return _call("frozen_z_plus_conv3d", x, weight, bias, relevance, *tables, *geometry, *options, kernel)
+
+
+def frozen_z_beta_conv3d(
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+    weight: Tensor,
+    relevance: Tensor,
+    reads: Table,
+    gives: Table,
+    times: int,
+    *,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | Literal["same"] = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    stabilizer: float = 0.0,
+    divided: bool = False,
+    kernel: str = "auto",
+) -> Tensor:
+    """Relevance of pixels in a box by z-beta, in a layer of a frozen clip, whose equal times are kept once.
+
+    Args:
+        x: pixels (N, C, times that differ, H, W).
+        low: the darkest possible pixel, as in `z_beta_conv3d`.
+        high: the brightest possible pixel, likewise.
+        weight: as in `frozen_z_plus_conv3d`, and so are all further arguments, the result and the errors.
+
+    Example:
+        >>> x, weight = torch.rand(1, 3, 1, 8, 8), torch.randn(5, 3, 3, 3, 3)
+        >>> reads, gives = [[(-1, 0, 0), (0, 0, 0)]], [[(-1, 0, 1), (0, 1, 2)]]
+        >>> low, high = torch.zeros(1), torch.ones(1)
+        >>> frozen_z_beta_conv3d(x, low, high, weight, torch.rand(1, 5, 2, 8, 8), reads, gives, 3, padding=1).shape
+        torch.Size([1, 3, 3, 8, 8])
+    """
+    geometry = _flat_geometry(stride, padding, dilation, weight)
+    options = (groups, stabilizer, divided)
+    tables = (_flat("reads", reads), _flat("gives", gives), times)
+    return _call("frozen_z_beta_conv3d", x, low, high, weight, bias, relevance, *tables, *geometry, *options, kernel)
+
+
+def frozen_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reads: Table,
+    *,
+    stride: Pair = 1,
+    padding: Pair | Literal["same"] = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    kernel: str = "auto",
+) -> Tensor:
+    """The convolution of a frozen clip's layer, whose equal times are kept once: ``out[q] = sum over j of A_j(x[reads[q][j]])``.
+
+    Args:
+        x: the input (N, C, times that differ, H, W).
+        weight: as in `frozen_z_plus_conv3d`, and so are ``reads`` and all further arguments.
+        bias: (C_out,), added to the result, or None.
+        reads: times of ``x``, as (1 or N, Q, kT).
+
+    Returns:
+        (N, C_out, Q, H', W').
+
+    Example:
+        >>> frames = torch.tensor([1.0, 5.0]).view(1, 1, 2, 1, 1)
+        >>> reads = [[(-1, 0), (0, 0), (0, 1)]]
+        >>> frozen_conv3d(frames, torch.ones(1, 1, 2, 1, 1), None, reads).flatten()
+        tensor([1., 2., 6.])
+    """
+    geometry = _flat_geometry(stride, padding, dilation, weight)
+    times = len(reads[0]) if len(reads) else 0
+    return _call("frozen_conv3d", x, weight, bias, _flat("reads", reads), times, *geometry, groups, kernel)
+
+
 def output_shape(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...]:
@@ -253,6 +402,34 @@ def _geometry(
     if len(padding) != 6:
         raise RuntimeError(f"padding must be one, three or six numbers or 'same', got {padding!r}")
     return stride, list(padding), dilation
+
+
+def _flat_geometry(
+    stride: Pair, padding: Pair | Literal["same"], dilation: Pair, weight: Tensor
+) -> tuple[list[int], list[int], list[int]]:
+    """That of a convolution which by itself does nothing along T."""
+    _check(weight.dim() == 5, f"weight must have 5 dimensions, got shape {tuple(weight.shape)}")
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    if not isinstance(padding, (int, str)) and len(padding) == 4:
+        sides: Sequence[int] | Literal["same"] = [0, 0, *padding]
+    elif isinstance(padding, str):
+        sides = padding
+    else:
+        sides = [0, *_pair("padding", padding)]
+    return _geometry([1, *stride], sides, [1, *dilation], weight[:, :, :1])
+
+
+def _pair(name: str, value: Pair) -> list[int]:
+    values = [value] * 2 if isinstance(value, int) else list(value)
+    if len(values) != 2:
+        raise RuntimeError(f"{name} must be one number or two (H, W), got {value!r}")
+    return values
+
+
+def _flat(name: str, table: Table) -> list[int]:
+    sizes = {(len(row), len(times)) for row in table for times in row}
+    _check(len(sizes) == 1, f"{name} must have the same number of output times and taps in every row, got {table!r}")
+    return [time for row in table for times in row for time in times]
 
 
 # What follows is one place for refusals: the definitions and fake kernels check here, compiled kernels in csrc/checks.h,
@@ -303,6 +480,7 @@ def _check_conv3d(
     dilation: Sequence[int],
     groups: int,
     stabilizer: float,
+    times: int | None = None,
 ) -> None:
     _check_x(x)
     _check_tensor("weight", weight, 5, x.dtype, x.device)
@@ -325,6 +503,13 @@ def _check_conv3d(
     _check(stabilizer >= 0, f"stabilizer must be zero or positive, got {stabilizer}")
     _check_padded(x, [n + padding[2 * a] + padding[2 * a + 1] for a, n in enumerate(x.shape[2:])], padding)
     expected = output_shape(x, weight, stride, padding, dilation)
+    if times is not None:
+        _check(
+            (stride[0], padding[0], padding[1], dilation[0]) == (1, 0, 0, 1),
+            "reads takes the place of stride, padding and dilation along T: they must be 1, 0 and 1, got "
+            f"{stride[0]}, ({padding[0]}, {padding[1]}) and {dilation[0]}",
+        )
+        expected = (*expected[:2], times, *expected[3:])
     _check(
         all(size > 0 for size in expected[2:]),
         f"weight's kernel {tuple(weight.shape[2:])} with dilation {list(dilation)} does not fit into x of shape "
@@ -336,6 +521,45 @@ def _check_conv3d(
             tuple(relevance.shape) == expected,
             f"relevance must have the shape {expected} of the convolution's output, got {tuple(relevance.shape)}",
         )
+
+
+def _times_of(relevance: Tensor) -> int:
+    """How many times an output has; `_check_conv3d` refuses what has other dimensions."""
+    return relevance.shape[2] if relevance.dim() == 5 else 1
+
+
+def _check_table(argument: str, table: Sequence[int], n: int, times: int, taps: int, size: int) -> None:
+    """Times from -1 to less than ``size``, for every output time and tap, in one row for all examples or a row for each."""
+    row = times * taps
+    _check(
+        len(table) in (row, n * row),
+        f"{argument} must have {row} numbers, one for each output time and tap, or {n} times as many, got {len(table)}",
+    )
+    _check(
+        all(-1 <= time < size for time in table),
+        f"{argument} must be times from 0 to {size - 1}, or -1 for none, got {list(table)}",
+    )
+
+
+def _check_tables(
+    x: Tensor, weight: Tensor, relevance: Tensor, reads: Sequence[int], gives: Sequence[int], times: int
+) -> None:
+    _check(times >= 1, f"times must be at least 1, got {times}")
+    n, outputs, taps = x.shape[0], relevance.shape[2], weight.shape[2]
+    _check_table("reads", reads, n, outputs, taps, x.shape[2])
+    _check_table("gives", gives, n, outputs, taps, times)
+    row = outputs * taps
+    for example in range(max(len(reads), len(gives)) // row):
+        read, given = (table[example * row :][:row] if len(table) > row else table for table in (reads, gives))
+        stored: dict[int, int] = {}
+        for source, to in zip(read, given, strict=True):
+            if source < 0 or to < 0:
+                continue
+            known = stored.setdefault(to, source)
+            _check(
+                known == source,
+                f"gives must name a time of the result for one time of x only, got {to} for the times {known} and {source}",
+            )
 
 
 def _check_bounds(x: Tensor, low: Tensor, high: Tensor, relevance: Tensor) -> None:
@@ -444,6 +668,31 @@ def _fake_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) 
     return _like_x(x, x.dtype, output_shape(x, weight, stride, padding, dilation))
 
 
+def _fake_frozen_z_plus(x: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any) -> Tensor:
+    reads, gives, times, stride, padding, dilation, groups, _, stabilizer, _, _ = options
+    _check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, _times_of(relevance))
+    _check_tables(x, weight, relevance, reads, gives, times)
+    return _like_x(x, relevance.dtype, (*x.shape[:2], times, *x.shape[3:]))
+
+
+def _fake_frozen_z_beta(
+    x: Tensor, low: Tensor, high: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any
+) -> Tensor:
+    reads, gives, times, stride, padding, dilation, groups, stabilizer, _, _ = options
+    _check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, _times_of(relevance))
+    _check_bounds(x, low, high, relevance)
+    _check_tables(x, weight, relevance, reads, gives, times)
+    return _like_x(x, relevance.dtype, (*x.shape[:2], times, *x.shape[3:]))
+
+
+def _fake_frozen_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    reads, times, stride, padding, dilation, groups, _ = options
+    _check_conv3d(x, weight, bias, None, stride, padding, dilation, groups, 0.0, times)
+    _check_table("reads", reads, x.shape[0], times, weight.shape[2], x.shape[2])
+    n, channels, _, *size = output_shape(x, weight, stride, padding, dilation)
+    return _like_x(x, x.dtype, (n, channels, times, *size))
+
+
 def _definition(fake: Callable[..., Tensor], compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """An operator in plain ATen: the checks and the layout of its fake kernel, filled in."""
 
@@ -459,6 +708,9 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "z_beta_conv3d": _fake_z_beta,
     "max_pool3d_relevance": _fake_max_pool3d,
     "conv3d": _fake_conv3d,
+    "frozen_z_plus_conv3d": _fake_frozen_z_plus,
+    "frozen_z_beta_conv3d": _fake_frozen_z_beta,
+    "frozen_conv3d": _fake_frozen_conv3d,
 }
 _DEFINITIONS = {name: _definition(fake, getattr(reference, name)) for name, fake in _FAKES.items()}
 

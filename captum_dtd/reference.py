@@ -78,6 +78,53 @@ def z_beta_conv3d(
     return _share(parts, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, divided)
 
 
+def frozen_z_plus_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    relevance: Tensor,
+    reads: Sequence[int],
+    gives: Sequence[int],
+    times: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    non_negative: bool,
+    stabilizer: float,
+    divided: bool,
+) -> Tensor:
+    """z+ on a convolution whose output times read and give to times by a table: every output time as a clip of its own."""
+    x = x.to(relevance.dtype)
+    parts = [(x, "v+")] if non_negative else [(x.clamp(min=0), "v+"), (x.clamp(max=0), "v-")]
+    geometry = (stride, padding, dilation, groups, stabilizer, divided)
+    return _share_by_table(parts, weight, bias, relevance, reads, gives, times, *geometry)
+
+
+def frozen_z_beta_conv3d(
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    relevance: Tensor,
+    reads: Sequence[int],
+    gives: Sequence[int],
+    times: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    stabilizer: float,
+    divided: bool,
+) -> Tensor:
+    """z-beta on such a convolution: z+ of the distances to the box."""
+    x = x.to(relevance.dtype)
+    parts = [(x - low, "v+"), (x - high, "v-")]
+    geometry = (stride, padding, dilation, groups, stabilizer, divided)
+    return _share_by_table(parts, weight, bias, relevance, reads, gives, times, *geometry)
+
+
 def max_pool3d_relevance(
     x: Tensor,
     relevance: Tensor,
@@ -126,6 +173,74 @@ def conv3d(
     padded = F.pad(x.to(dtype), [padding[4], padding[5], padding[2], padding[3], padding[0], padding[1]])
     wide = None if bias is None else bias.to(dtype)
     return F.conv3d(padded, weight.to(dtype), wide, stride, 0, dilation, groups).to(x.dtype)
+
+
+def frozen_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reads: Sequence[int],
+    times: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The convolution of a frozen clip's layer, whose output times read times of ``x`` by a table; -1 reads zeros."""
+    read = _rows(reads, x.shape[0], times, weight.shape[2])
+    outputs = [
+        conv3d(_windows(x, [row[q] for row in read]), weight, bias, stride, padding, dilation, groups)
+        for q in range(times)
+    ]
+    return torch.cat(outputs, 2)
+
+
+def _rows(table: Sequence[int], n: int, times: int, taps: int) -> list[list[list[int]]]:
+    """A table by example, output time and tap."""
+    by_time = [list(table[at : at + taps]) for at in range(0, len(table), taps)]
+    rows = [by_time[at : at + times] for at in range(0, len(by_time), times)]
+    return rows if len(rows) == n else rows * n
+
+
+def _windows(x: Tensor, read: Sequence[Sequence[int]]) -> Tensor:
+    """For every example the times that one output reads, -1 as zeros."""
+    chosen = x.new_zeros((x.shape[0], x.shape[1], len(read[0]) if read else 1, *x.shape[3:]))
+    for n, times in enumerate(read):
+        for tap, time in enumerate(times):
+            if time >= 0:
+                chosen[n, :, tap] = x[n, :, time]
+    return chosen
+
+
+def _share_by_table(
+    parts: Sequence[tuple[Tensor, str]],
+    weight: Tensor,
+    bias: Tensor | None,
+    relevance: Tensor,
+    reads: Sequence[int],
+    gives: Sequence[int],
+    times: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    stabilizer: float,
+    divided: bool,
+) -> Tensor:
+    n, channels, _, *size = parts[0][0].shape
+    outputs, taps = relevance.shape[2], weight.shape[2]
+    read, given = _rows(reads, n, outputs, taps), _rows(gives, n, outputs, taps)
+    shared = relevance.new_zeros((n, channels, times, *size))
+    for q in range(outputs):
+        windows = [(_windows(u, [row[q] for row in read]), part) for u, part in parts]
+        here = relevance[:, :, q : q + 1]
+        geometry = (stride, padding, dilation, groups, stabilizer, divided)
+        of_window = _share(windows, weight, bias, here, *geometry)
+        for example in range(n):
+            for tap, (source, to) in enumerate(zip(read[example][q], given[example][q], strict=True)):
+                if source >= 0 and to >= 0:
+                    shared[example, :, to] += of_window[example, :, tap]
+    return shared
 
 
 def _share(

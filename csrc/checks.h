@@ -133,10 +133,11 @@ inline int64_t windows(int64_t room, int64_t kernel, int64_t stride, int64_t dil
 }  // namespace checks
 
 // Checks a convolution's arguments and returns its geometry. `relevance` is of its output; a convolution alone has none.
-// `padding` is (front, back) of T, of H, of W.
+// `padding` is (front, back) of T, of H, of W. `times` is how many times the output has where a table says so, not a window.
 inline Conv3d check_conv3d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& relevance, const Numbers& stride, const Numbers& padding,
-                           const Numbers& dilation, int64_t groups, double stabilizer = 0) {
+                           const Numbers& dilation, int64_t groups, double stabilizer = 0,
+                           std::optional<int64_t> times = std::nullopt) {
   using namespace checks;
   check_x(x);
   check_tensor("weight", weight, 5, x.scalar_type(), x);
@@ -171,6 +172,12 @@ inline Conv3d check_conv3d(const Tensor& x, const Tensor& weight, const std::opt
     conv.dilation[a] = dilation[a];
     conv.out[a] = windows(conv.in[a] + padding[2 * a] + padding[2 * a + 1], kernel[a], stride[a], dilation[a]);
   }
+  if (times) {
+    require(stride[0] == 1 && padding[0] == 0 && padding[1] == 0 && dilation[0] == 1,
+            "reads takes the place of stride, padding and dilation along T: they must be 1, 0 and 1, got ", stride[0], ", (",
+            padding[0], ", ", padding[1], ") and ", dilation[0]);
+    conv.out[0] = *times;
+  }
   require(std::all_of(conv.out, conv.out + 3, [](int64_t size) { return size > 0; }), "weight's kernel ", tuple(kernel),
           " with dilation ", list(dilation), " does not fit into x of shape ", shape(x), " with padding ", list(padding));
   if (relevance) {
@@ -180,6 +187,35 @@ inline Conv3d check_conv3d(const Tensor& x, const Tensor& weight, const std::opt
             tuple(expected), " of the convolution's output, got ", shape(*relevance));
   }
   return conv;
+}
+
+// Checks what says for every output time and tap which time is read ("reads") or given to ("gives"): one row for all examples or
+// one for each, of numbers from -1 to less than `size`.
+inline void check_table(const char* argument, const Numbers& table, int64_t n, int64_t times, int64_t taps, int64_t size) {
+  using namespace checks;
+  const int64_t count = static_cast<int64_t>(table.size()), row = times * taps;
+  require(count == row || count == n * row, argument, " must have ", row, " numbers, one for each output time and tap, or ", n,
+          " times as many, got ", count);
+  require(std::all_of(table.begin(), table.end(), [&](int64_t time) { return time >= -1 && time < size; }), argument,
+          " must be times from 0 to ", size - 1, ", or -1 for none, got ", list(table));
+}
+
+// Checks that a time of the result is always given to by what reads one time of x.
+inline void check_tables_agree(const Numbers& reads, const Numbers& gives, int64_t row, int64_t size) {
+  const size_t rows = std::max(reads.size(), gives.size()) / static_cast<size_t>(row);
+  for (size_t n = 0; n < rows; ++n) {
+    const size_t from = reads.size() > static_cast<size_t>(row) ? n * row : 0,
+                 to = gives.size() > static_cast<size_t>(row) ? n * row : 0;
+    Numbers stored(static_cast<size_t>(size), -1);
+    for (int64_t i = 0; i < row; ++i) {
+      const int64_t read = reads[from + i], given = gives[to + i];
+      if (read < 0 || given < 0) continue;
+      checks::require(stored[given] < 0 || stored[given] == read,
+                      "gives must name a time of the result for one time of x only, got ", given, " for the times ",
+                      stored[given], " and ", read);
+      stored[given] = read;
+    }
+  }
 }
 
 // Checks a pixel bound ("low" or "high"), which broadcasts to x.

@@ -12,6 +12,8 @@
 
 namespace captum_dtd {
 
+struct TimeSums;
+
 // A grouped 3D convolution; triples are in the order T, H, W. Padding is what lies before the input: what lies behind it
 // follows from the output's size, so asymmetric padding needs no further number.
 struct Conv3d {
@@ -27,7 +29,8 @@ struct Conv3d {
 //   acc[q, k] = sum of  w[first_tap + j * tap_skip][c][k] * in[n, q * stride + base + j * step, c]
 //   out[n, out_base + q * out_step, k] = epilogue(acc[q, k])
 //
-// A position outside the input contributes nothing. A sweep without taps writes epilogue(0).
+// A position outside the input contributes nothing. A sweep without taps writes epilogue(0). Along T, `in_time` says what is
+// summed in place of stride, base and step.
 struct Sweep {
   int64_t n;
   int64_t groups;
@@ -39,6 +42,7 @@ struct Sweep {
   int64_t out_base[3], out_step[3];
   int64_t first_tap[3], tap_skip[3];  // which taps of the filter are used
   int64_t filter[3];                  // size of the whole filter
+  const TimeSums* in_time = nullptr;  // outlives the sweep; where it is there, all taps of T are used, in their order
 };
 
 // Narrows taps of an axis from `begin` to `end` to those that reach into the input at a position of the grid.

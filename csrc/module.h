@@ -37,6 +37,7 @@ inline View view(const Tensor& tensor, bool broadcasts = false) {
 // The operators on one device. Beside its kernels' own names, `conv3d_kernels(Element)` and `max_pool3d_kernels()`, it has
 //
 //   Guard                            whose lifetime is spent on x's device
+//   kServesFrozenClips               whether its convolutions read times by a table
 //   serves_auto(kernel)              whether "auto" may mean this kernel; the first that it may is taken
 //   result_like(x, type, shape)      a result, not yet written, in x's layout
 //   run(problem, kernel, x)          for each kind of problem
@@ -97,9 +98,57 @@ struct Operators {
     return run(problem, x, weight, bias, x.scalar_type(), {x.size(0), weight.size(0), size[0], size[1], size[2]}, asked);
   }
 
+  static Tensor frozen_z_plus_conv3d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                     const Tensor& relevance, const Numbers& reads, const Numbers& gives, int64_t times,
+                                     const Numbers& stride, const Numbers& padding, const Numbers& dilation, int64_t groups,
+                                     bool non_negative, double stabilizer, bool divided, const std::string& kernel) {
+    Conv3dRelevance problem{};
+    problem.conv = check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, times_of(relevance));
+    problem.lift = non_negative ? Lift::None : Lift::Signed;
+    problem.stabilizer = stabilizer;
+    problem.divided = divided;
+    set_tables(problem, x, reads, gives, times);
+    return share(problem, x, weight, bias, relevance, kernel);
+  }
+
+  static Tensor frozen_z_beta_conv3d(const Tensor& x, const Tensor& low, const Tensor& high, const Tensor& weight,
+                                     const std::optional<Tensor>& bias, const Tensor& relevance, const Numbers& reads,
+                                     const Numbers& gives, int64_t times, const Numbers& stride, const Numbers& padding,
+                                     const Numbers& dilation, int64_t groups, double stabilizer, bool divided,
+                                     const std::string& kernel) {
+    Conv3dRelevance problem{};
+    problem.conv = check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, times_of(relevance));
+    check_bound("low", low, x);
+    check_bound("high", high, x);
+    problem.lift = Lift::Box;
+    problem.low = view(low, true);
+    problem.high = view(high, true);
+    problem.stabilizer = stabilizer;
+    problem.divided = divided;
+    set_tables(problem, x, reads, gives, times);
+    return share(problem, x, weight, bias, relevance, kernel);
+  }
+
+  static Tensor frozen_conv3d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Numbers& reads,
+                              int64_t times, const Numbers& stride, const Numbers& padding, const Numbers& dilation,
+                              int64_t groups, const std::string& asked) {
+    Conv3dForward problem{};
+    problem.conv = check_conv3d(x, weight, bias, std::nullopt, stride, padding, dilation, groups, 0, times);
+    check_table("reads", reads, x.size(0), times, weight.size(2), x.size(2));
+    problem.reads = table(reads, problem.conv);
+    const int64_t (&size)[3] = problem.conv.out;
+    const typename Device::Guard guard(x);
+    return run(problem, x, weight, bias, x.scalar_type(), {x.size(0), weight.size(0), size[0], size[1], size[2]}, asked);
+  }
+
   // Adds the operators' kernels to torch's dispatcher.
   template <typename Library>
   static void add_to(Library& library) {
+    if constexpr (Device::kServesFrozenClips) {
+      library.impl("frozen_conv3d", TORCH_BOX(&frozen_conv3d));
+      library.impl("frozen_z_plus_conv3d", TORCH_BOX(&frozen_z_plus_conv3d));
+      library.impl("frozen_z_beta_conv3d", TORCH_BOX(&frozen_z_beta_conv3d));
+    }
     library.impl("conv3d", TORCH_BOX(&conv3d));
     library.impl("z_plus_conv3d", TORCH_BOX(&z_plus_conv3d));
     library.impl("z_beta_conv3d", TORCH_BOX(&z_beta_conv3d));
@@ -107,11 +156,30 @@ struct Operators {
   }
 
  private:
+  // Of an output; check_conv3d refuses what has other dimensions.
+  static int64_t times_of(const Tensor& relevance) { return relevance.dim() == 5 ? relevance.size(2) : 1; }
+
+  // One row for all examples, or one for each.
+  static TimeTable table(const Numbers& numbers, const Conv3d& conv) {
+    return {numbers.data(), static_cast<int64_t>(numbers.size()) > conv.out[0] * conv.kernel[0]};
+  }
+
+  static void set_tables(Conv3dRelevance& problem, const Tensor& x, const Numbers& reads, const Numbers& gives, int64_t times) {
+    Conv3d& conv = problem.conv;
+    checks::require(times >= 1, "times must be at least 1, got ", times);
+    check_table("reads", reads, conv.n, conv.out[0], conv.kernel[0], x.size(2));
+    check_table("gives", gives, conv.n, conv.out[0], conv.kernel[0], times);
+    check_tables_agree(reads, gives, conv.out[0] * conv.kernel[0], times);
+    problem.reads = table(reads, conv);
+    problem.gives = table(gives, conv);
+    conv.in[0] = times;
+  }
+
   static Tensor share(Conv3dRelevance& problem, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                       const Tensor& relevance, const std::string& asked) {
     const typename Device::Guard guard(x);
     problem.relevance = view(relevance);
-    const Numbers shape{x.sizes().begin(), x.sizes().end()};
+    const Numbers shape{x.size(0), x.size(1), problem.conv.in[0], x.size(3), x.size(4)};
     if (relevance.numel() == 0) {
       choose(asked, Device::conv3d_kernels(element(x.scalar_type())), x);
       Tensor nothing = Device::result_like(x, relevance.scalar_type(), shape);

@@ -26,6 +26,8 @@ struct Cpu {
   static std::vector<std::string> conv3d_kernels(Element element) { return cpu::conv3d_kernels(element); }
   static std::vector<std::string> max_pool3d_kernels() { return cpu::max_pool3d_kernels(); }
 
+  static constexpr bool kServesFrozenClips = true;
+
   // "auto" rounds no more than the sums do.
   static bool serves_auto(std::string_view kernel) { return kernel.substr(kernel.find('/') + 1) == "ieee"; }
 
@@ -64,7 +66,8 @@ PyObject* cpu_features(PyObject*, PyObject*) {
 PyMethodDef functions[] = {
     kConv3dKernels<Cpu>,
     kMaxPool3dKernels<Cpu>,
-    {"cpu_features", cpu_features, METH_NOARGS, "What this process may use of avx2, avx512, avx512_bf16, avx512_fp16 and amx_bf16."},
+    {"cpu_features", cpu_features, METH_NOARGS,
+     "What this process may use of avx2, avx512, avx512_bf16, avx512_fp16 and amx_bf16."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -17,9 +17,17 @@ struct View {
   int64_t stride[5] = {0, 0, 0, 0, 0};
 };
 
+// What an output time of a frozen clip's layer reads by each tap of T: table[time][tap], for every example one after the other
+// or one for all. -1 reads nothing. Its layer has stride 1 and no padding along T.
+struct TimeTable {
+  const int64_t* data = nullptr;  // null: times are read as stride and padding say
+  bool of_each_example = false;
+};
+
 // Relevance of x, given relevance of the convolution's output. `x`, `weight` (c_out, c_in / groups, kT, kH, kW) and `bias`
 // have the type `element`; `relevance`, `low`, `high` and `out` that of the accumulator (float, or double for Float64).
 // Where `divided`, `relevance` is R / z already, by whatever denominators: what is left is the adjoint, times the input.
+// With tables, `reads` are times of x and `gives` those of the result, at which an input that is kept once may stand for several.
 struct Conv3dRelevance {
   Conv3d conv;
   Lift lift;
@@ -29,6 +37,7 @@ struct Conv3dRelevance {
   const void* bias;    // c_out values or null; its positive part joins the denominator
   double stabilizer;
   bool divided;
+  TimeTable reads, gives;  // conv.in has the times of the result, which x may have fewer of
 };
 
 // The plain convolution, out = conv(x, weight) + bias; everything has the type `element`.
@@ -38,6 +47,7 @@ struct Conv3dForward {
   View x, out;
   const void* weight;  // contiguous
   const void* bias;    // c_out values or null
+  TimeTable reads;
 };
 
 // Relevance of a max pooling's input x, given that of its output. `x` has the type `element`; `relevance` and `out` that of

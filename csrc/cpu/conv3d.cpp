@@ -5,7 +5,9 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <type_traits>
+#include <vector>
 
+#include "../time_sums.h"
 #include "implicit_gemm.h"
 #include "linear.h"
 #include "loops.h"
@@ -41,13 +43,15 @@ struct Divide {
   }
 };
 
-// R_in = sum over parts of u * sums, at the positions of the input that a phase covers.
+// R_in = sum over parts of u * sums, at the positions of the input that a phase covers. Where an input is kept once for several
+// times, `stored` says at which of its times each time of the result reads it.
 template <typename Sum>
 struct Share {
   const Loops<Sum>& loops;
   const Sweep& sweep;
   const Source& source;
   View out;
+  const int64_t* stored;
 
   void operator()(const Spot& of_grid, const Sums<Sum>& sums) const {
     Spot spot = of_grid;
@@ -58,8 +62,10 @@ struct Share {
 
     const int64_t pitch = spot.columns(), size = spot.rows() * pitch;
     Sum *u = sums.room, *bound = u + size, *shared = bound + size;
+    Spot of_input = spot;
+    if (stored != nullptr) of_input.t = stored[spot.t];
     for (int part = 0; part < parts(source.lift); ++part) {
-      load_lifted(loops, source, part, spot, u, bound, pitch);
+      load_lifted(loops, source, part, of_input, u, bound, pitch);
       loops.multiply(spot.rows(), spot.columns(), sums.data + part * sums.of_part, sums.pitch, u, pitch, part > 0, shared, pitch);
     }
     store(loops, shared, pitch, out, element_of<Sum>(), spot);
@@ -313,10 +319,11 @@ void run_sweep(const Task& task, const Engine<Operand, Sum>& engine, const Sum* 
 // Relevance of positions that no window reaches, u * 0, written row by row to all positions: phases without taps would each
 // write every second position or fewer.
 template <typename Sum>
-void share_nothing(const Conv3d& conv, const Loops<Sum>& loops, const Source& source, const View& out, ParallelFor parallel_for) {
+void share_nothing(const Conv3d& conv, const Loops<Sum>& loops, const Source& source, const View& out, const int64_t* stored,
+                   ParallelFor parallel_for) {
   Sweep everywhere{};
   std::fill_n(everywhere.out_step, 3, 1);
-  const Share<Sum> share{loops, everywhere, source, out};
+  const Share<Sum> share{loops, everywhere, source, out, stored};
   const int64_t row = conv.in[2] * conv.c_in;
   parallel(parallel_for, conv.n * conv.in[0] * conv.in[1], [&](int64_t begin, int64_t end) {
     const std::vector<Sum> zeros(static_cast<size_t>(row), Sum(0));
@@ -333,6 +340,48 @@ View skip_examples(View view, Element element, int64_t n) {
   return view;
 }
 
+// Which times some examples of a frozen clip's layer read and give to; empty where stride and padding say so.
+struct InTime {
+  TimeSums reads, gives;
+  std::vector<int64_t> stored;  // at which time of the input each time of the result is kept
+};
+
+const int64_t* row_of(const TimeTable& table, const Conv3d& conv, int64_t n) {
+  return table.data + (table.of_each_example ? n * conv.out[0] * conv.kernel[0] : 0);
+}
+
+InTime in_time(const Conv3d& conv, const TimeTable& reads, const TimeTable& gives, int64_t n) {
+  InTime found;
+  const int64_t* const read = row_of(reads, conv, n);
+  std::vector<Reach> reaches;
+  for (int64_t out = 0; out < conv.out[0]; ++out)
+    for (int64_t tap = 0; tap < conv.kernel[0]; ++tap)
+      if (const int64_t in = read[out * conv.kernel[0] + tap]; in >= 0) reaches.push_back({tap, in, out});
+  found.reads = time_sums(reaches, conv.kernel[0], conv.out[0]);
+  if (gives.data == nullptr) return found;
+
+  const int64_t* const given = row_of(gives, conv, n);
+  found.stored.assign(static_cast<size_t>(conv.in[0]), 0);  // what is read where nothing is given does not matter
+  reaches.clear();
+  for (int64_t out = 0; out < conv.out[0]; ++out)
+    for (int64_t tap = 0; tap < conv.kernel[0]; ++tap) {
+      const int64_t at = out * conv.kernel[0] + tap;
+      if (read[at] < 0 || given[at] < 0) continue;
+      reaches.push_back({tap, out, given[at]});
+      found.stored[given[at]] = read[at];
+    }
+  found.gives = time_sums(reaches, conv.kernel[0], conv.in[0]);
+  return found;
+}
+
+Sweep by_table(Sweep sweep, const Conv3d& conv, const TimeSums& sums) {
+  sweep.taps[0] = conv.kernel[0];
+  sweep.base[0] = sweep.first_tap[0] = 0;
+  sweep.step[0] = sweep.tap_skip[0] = 1;
+  sweep.in_time = &sums;
+  return sweep;
+}
+
 template <typename Operand, typename Sum>
 void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engine, const Arithmetic& arithmetic,
                ParallelFor parallel_for) {
@@ -340,7 +389,8 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
   const Loops<Sum>& loops = *engine.loops;
   std::vector<Sum> bias = bias_of(loops, problem.conv, problem.element, problem.bias);
   loops.lift(Lift::Signed, 0, 1, problem.conv.c_out, bias.data(), nullptr, bias.data(), 0);
-  if (is_linear(problem.conv)) {
+  const bool has_tables = problem.reads.data != nullptr;
+  if (!has_tables && is_linear(problem.conv)) {
     const Source x{problem.x, problem.element, problem.lift, problem.low, problem.high};
     return LinearLayer<Sum>(problem.conv, problem.element, problem.weight, bias.data(), loops, parallel_for)
         .relevance(x, problem.relevance, static_cast<Sum>(problem.stabilizer), problem.divided, problem.out);
@@ -350,7 +400,9 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
   const int64_t* out = problem.conv.out;
   const int64_t positions = out[0] * out[1] * out[2], c_out = problem.conv.c_out;
   const int64_t example_bytes = std::max<int64_t>(positions * c_out * static_cast<int64_t>(sizeof(Sum)), 1);
-  const int64_t together = problem.divided
+  const bool of_each = problem.reads.of_each_example || problem.gives.of_each_example;
+  const int64_t together = of_each ? 1
+                           : problem.divided
                                ? problem.conv.n
                                : std::clamp<int64_t>(kSharesBytes / example_bytes, 1, std::max<int64_t>(problem.conv.n, 1));
   const Workspace workspace(problem.divided ? 0 : static_cast<size_t>(together * example_bytes));
@@ -363,20 +415,23 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
     const View given = skip_examples(problem.relevance, sum, n);
     const View channels_last{workspace.as<Sum>(), {positions * c_out, 1, out[1] * out[2] * c_out, out[2] * c_out, c_out}};
     const Source shares{problem.divided ? given : channels_last, sum, Lift::None, {}, {}};
+    const InTime times = has_tables ? in_time(conv, problem.reads, problem.gives, n) : InTime{};
+    const int64_t* const stored = has_tables ? times.stored.data() : nullptr;
 
     if (!problem.divided) {
       const Divide<Sum> divide{loops, given, channels_last, static_cast<Sum>(problem.stabilizer)};
-      const Task denominator{forward_sweep(conv), arithmetic.forward,    parts(problem.lift), 1, x, weights,
-                             {false, true},       arithmetic.transformed};
+      const Sweep all = has_tables ? by_table(forward_sweep(conv), conv, times.reads) : forward_sweep(conv);
+      const Task denominator{all, arithmetic.forward, parts(problem.lift), 1, x, weights, {false, true}, arithmetic.transformed};
       run_sweep(denominator, engine, problem.bias != nullptr ? bias.data() : nullptr, divide, parallel_for);
     }
     const std::vector<Sweep> phases = adjoint_sweeps(conv);
     const auto has_no_taps = [](const Sweep& sweep) { return sweep.taps[0] * sweep.taps[1] * sweep.taps[2] == 0; };
     if (std::any_of(phases.begin(), phases.end(), has_no_taps))
-      share_nothing(conv, loops, x, skip_examples(problem.out, sum, n), parallel_for);
-    for (const Sweep& sweep : phases) {
-      if (has_no_taps(sweep)) continue;
-      const Share<Sum> share{loops, sweep, x, skip_examples(problem.out, sum, n)};
+      share_nothing(conv, loops, x, skip_examples(problem.out, sum, n), stored, parallel_for);
+    for (const Sweep& phase : phases) {
+      if (has_no_taps(phase)) continue;
+      const Sweep sweep = has_tables ? by_table(phase, conv, times.gives) : phase;
+      const Share<Sum> share{loops, sweep, x, skip_examples(problem.out, sum, n), stored};
       const Task pull{sweep, arithmetic.adjoint, 1, parts(problem.lift), shares, weights, {true, true}, arithmetic.transformed};
       run_sweep(pull, engine, static_cast<const Sum*>(nullptr), share, parallel_for);
     }
@@ -388,15 +443,22 @@ void forward(const Conv3dForward& problem, const Engine<Operand, Sum>& engine, c
              ParallelFor parallel_for) {
   const Loops<Sum>& loops = *engine.loops;
   const std::vector<Sum> bias = bias_of(loops, problem.conv, problem.element, problem.bias);
-  if (is_linear(problem.conv))
+  const bool has_table = problem.reads.data != nullptr;
+  if (!has_table && is_linear(problem.conv))
     return LinearLayer<Sum>(problem.conv, problem.element, problem.weight, bias.data(), loops, parallel_for)
         .forward(problem.x, problem.out);
 
   const Filter weights = filter(problem.conv, problem.element, problem.weight, parallel_for);
-  const Source x{problem.x, problem.element, Lift::None, {}, {}};
-  const Keep<Sum> keep{loops, problem.out, problem.element};
-  const Task task{forward_sweep(problem.conv), arithmetic.forward, 1, 1, x, weights, {false, false}, arithmetic.transformed};
-  run_sweep(task, engine, problem.bias != nullptr ? bias.data() : nullptr, keep, parallel_for);
+  Conv3d conv = problem.conv;
+  if (problem.reads.of_each_example) conv.n = 1;
+  for (int64_t n = 0; n < problem.conv.n; n += conv.n) {
+    const Source x{skip_examples(problem.x, problem.element, n), problem.element, Lift::None, {}, {}};
+    const Keep<Sum> keep{loops, skip_examples(problem.out, problem.element, n), problem.element};
+    const InTime times = has_table ? in_time(conv, problem.reads, {}, n) : InTime{};
+    const Sweep sweep = has_table ? by_table(forward_sweep(conv), conv, times.reads) : forward_sweep(conv);
+    const Task task{sweep, arithmetic.forward, 1, 1, x, weights, {false, false}, arithmetic.transformed};
+    run_sweep(task, engine, problem.bias != nullptr ? bias.data() : nullptr, keep, parallel_for);
+  }
 }
 
 }  // namespace

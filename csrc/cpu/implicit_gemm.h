@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include "buffer.h"
 #include "loops.h"
@@ -64,6 +65,8 @@ class SweepRunner {
       }
       if constexpr (kPlanar) {
         run_planar_block(here, block, mine);
+      } else if (plan_.sweep.in_time != nullptr) {
+        run_block_in_time(here, block, mine);
       } else {
         run_block(here, block, mine);
       }
@@ -100,9 +103,16 @@ class SweepRunner {
     const Position p = position(here, from);
     Taps taps{0, plan_.taps[0], 0, plan_.taps[1]};
     if (plan_.tap_volume() == 0) return {0, 0, 0, 0};
-    if (positions <= here.count[1] * here.count[2])
+    if (plan_.sweep.in_time == nullptr && positions <= here.count[1] * here.count[2])
       keep_reaching(plan_.sweep, 0, here.first[0] + p.at[0], taps.t_begin, taps.t_end);
     if (positions <= here.count[2]) keep_reaching(plan_.sweep, 1, here.first[1] + p.at[1], taps.h_begin, taps.h_end);
+    return taps;
+  }
+
+  // The same of a sum by a table.
+  static Taps taps_of(const TimeSum& sum, Taps taps) {
+    taps.t_begin = 0;
+    taps.t_end = static_cast<int64_t>(sum.frames.size());
     return taps;
   }
 
@@ -110,7 +120,7 @@ class SweepRunner {
   template <typename Body>
   void each_stretch(const Taps& taps, Body body) const {
     if (taps.empty()) return;
-    const int64_t row = static_cast<int64_t>(plan_.offsets.size()) / (plan_.taps[0] * plan_.taps[1]);
+    const int64_t row = plan_.kernel_taps;
     if (taps.h_end - taps.h_begin == plan_.taps[1]) {
       body(taps.t_begin * plan_.taps[1] * row, (taps.t_end - taps.t_begin) * plan_.taps[1] * row);
     } else {
@@ -164,6 +174,88 @@ class SweepRunner {
         }
       }
       weights += plan_.tap_volume() * plan_.chunk * channels;
+    }
+  }
+
+  // The same where a table says what is read along T: all times of a piece in turn, so that products that several of them
+  // share are taken once.
+  void run_block_in_time(const Region& here, int64_t block, const Scratch& mine) const {
+    Region plane = here;  // one time after the other
+    plane.count[0] = 1;
+    const int64_t channels = plan_.tiling.channels, position_stride = plan_.stride[2] * plan_.position_pitch;
+    const int64_t row = line_length(plane), rows = plane.positions() / row;
+    const Bundle most = bundle(plane, row);
+    const int64_t together = most.rows > 1 ? plane.count[1] : 1;
+    const int64_t bundles = (together + most.rows - 1) / most.rows;
+    const int64_t pieces = (row + kernel_.max_positions - 1) / kernel_.max_positions;
+    const Operand* weights = block_weights(here, block);
+    Sum* const part = mine.sums.as<Sum>() + sums_per_block() - kernel_.max_positions * channels;
+
+    for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
+      const Operand* slab = mine.slab.as<Operand>() + chunk * plan_.chunk_elements;
+      for (int64_t i = 0; i < rows / together * bundles; ++i) {
+        const int64_t start = i / bundles * together;
+        const int64_t begin = start + together * (i % bundles) / bundles, end = start + together * (i % bundles + 1) / bundles;
+        const Operand* a = slab + slab_position(plane, begin * row) * plan_.position_pitch;
+        const Taps taps = taps_within(plane, begin * row, (end - begin) * row);
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          const int64_t first = row * piece / pieces, last = row * (piece + 1) / pieces;
+          const Bundle call{last - first, end - begin, most.pitch};
+          const int64_t time_pitch = plan_.chunks > 1 ? rows * most.pitch : call.positions();
+          Sum* const sums = mine.sums.as<Sum>() + (plan_.chunks > 1 ? (begin * most.pitch + first) * channels : 0);
+          add_times(here, block, chunk, taps, a + first * position_stride, call.positions(), weights, sums, time_pitch, part);
+          if (chunk + 1 < plan_.chunks) continue;
+          for (int64_t time = 0; time < here.count[0]; ++time) {
+            plane.first[0] = here.first[0] + time;
+            for (int64_t r = 0; r < call.rows; ++r)
+              finish(plane, block, (begin + r) * row + first, call.row, sums + (time * time_pitch + r * call.pitch) * channels,
+                     mine);
+          }
+        }
+      }
+      weights += plan_.tap_volume() * plan_.chunk * channels;
+    }
+  }
+
+  // Adds one chunk's products at some positions to the sums of all times, which are `time_pitch` positions apart.
+  void add_times(const Region& here, int64_t block, int64_t chunk, const Taps& taps, const Operand* a, int64_t positions,
+                 const Operand* weights, Sum* sums, int64_t time_pitch, Sum* part) const {
+    const int64_t channels = plan_.tiling.channels, position_stride = plan_.stride[2] * plan_.position_pitch;
+    each_sum_in_time(here, [&](const TimeSum& sum, const std::vector<int64_t>& offsets, const auto& outputs) {
+      const Taps own = taps_of(sum, taps);
+      const auto run = [&](Sum* to, bool accumulate) {
+        each_stretch(own, [&](int64_t tap, int64_t tap_count) {
+          const int64_t at = sum.first_tap * plan_.taps[1] * plan_.kernel_taps + tap;
+          kernel_.run(static_cast<int>(positions), a, position_stride, offsets.data() + tap, tap_count, plan_.kernel_depth,
+                      weights + at * plan_.kernel_depth * channels, to, accumulate);
+          accumulate = true;
+        });
+      };
+      const bool is_shared = outputs.size() > 1 && !own.empty();
+      if (is_shared) run(part, false);
+      for (const TimeSum::Output& output : outputs) {
+        Sum* const to = sums + (output.time - here.first[0]) * time_pitch * channels;
+        const bool accumulate = !output.begins || begin_sums(here, block, chunk, to, positions, own);
+        if (!is_shared)
+          run(to, accumulate);
+        else if (accumulate)
+          loops_.add(positions * channels, part, to);
+        else
+          std::copy_n(part, positions * channels, to);
+      }
+    });
+  }
+
+  // Calls body(sum, its offsets, its outputs that are here) for the sums of a table.
+  template <typename Body>
+  void each_sum_in_time(const Region& here, Body body) const {
+    std::vector<TimeSum::Output> outputs;
+    for (size_t i = 0; i < plan_.offsets_in_time.size(); ++i) {
+      const TimeSum& sum = plan_.sweep.in_time->sums[i];
+      outputs.clear();
+      for (const TimeSum::Output& output : sum.outputs)
+        if (output.time >= here.first[0] && output.time < here.first[0] + here.count[0]) outputs.push_back(output);
+      if (!outputs.empty()) body(sum, plan_.offsets_in_time[i], outputs);
     }
   }
 
@@ -244,14 +336,27 @@ class SweepRunner {
         const Operand* slab = mine.slab.as<Operand>() + chunk * plan_.chunk_elements;
         for (int64_t i = 0; i < lines; ++i) {
           const int64_t n = i / here.count[0], t = i % here.count[0];
-          const Operand* a = slab + (n * plan_.extent[0] + t * plan_.stride[0]) * plan_.extent[1] * plan_.extent[2];
           const Taps taps = taps_within(here, i * plane, plane);
-          for (int64_t piece = 0; piece < pieces; ++piece) {
-            const int64_t first = vectors * piece / pieces, last = vectors * (piece + 1) / pieces;
-            each_stretch(taps, [&](int64_t tap, int64_t tap_count) {
-              kernel_.run(channels, static_cast<int>(last - first), a + first * kernel_.lanes, plan_.depth_pitch,
-                          plan_.offsets.data() + tap, tap_count, plan_.kernel_depth,
-                          weights + tap * plan_.kernel_depth * channels, sums + i * line + first * kernel_.lanes, pitch, true);
+          const auto add = [&](int64_t time, const Taps& own, const std::vector<int64_t>& offsets, int64_t first_weight) {
+            const Operand* a = slab + (n * plan_.extent[0] + time) * plan_.extent[1] * plan_.extent[2];
+            for (int64_t piece = 0; piece < pieces; ++piece) {
+              const int64_t first = vectors * piece / pieces, last = vectors * (piece + 1) / pieces;
+              each_stretch(own, [&](int64_t tap, int64_t tap_count) {
+                kernel_.run(channels, static_cast<int>(last - first), a + first * kernel_.lanes, plan_.depth_pitch,
+                            offsets.data() + tap, tap_count, plan_.kernel_depth,
+                            weights + (first_weight + tap) * plan_.kernel_depth * channels,
+                            sums + i * line + first * kernel_.lanes, pitch, true);
+              });
+            }
+          };
+          if (plan_.sweep.in_time == nullptr) {
+            add(t * plan_.stride[0], taps, plan_.offsets, 0);
+          } else {
+            Region now = here;
+            now.first[0] += t;
+            now.count[0] = 1;
+            each_sum_in_time(now, [&](const TimeSum& sum, const std::vector<int64_t>& offsets, const auto&) {
+              add(0, taps_of(sum, taps), offsets, sum.first_tap * plan_.taps[1] * plan_.kernel_taps);
             });
           }
         }
@@ -311,7 +416,8 @@ class SweepRunner {
     } else {
       const int64_t row =
           std::max(plan_.block[2], plan_.stride[1] * plan_.extent[2] / plan_.stride[2]);  // with what is between rows
-      return channels * std::max<int64_t>(planes * plan_.block[1] * row, kernel_.max_positions);
+      const int64_t times = plan_.sweep.in_time != nullptr ? plan_.block[0] : 0;  // of a call each, and one for what they share
+      return channels * (std::max<int64_t>(planes * plan_.block[1] * row, times * kernel_.max_positions) + kernel_.max_positions);
     }
   }
 

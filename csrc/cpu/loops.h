@@ -46,6 +46,9 @@ struct Loops {
   void (*multiply)(int64_t rows, int64_t columns, const Sum* sums, int64_t sums_pitch, const Sum* u, int64_t pitch, bool add,
                    Sum* to, int64_t to_pitch);
 
+  // sums += more, of so many numbers next to each other.
+  void (*add)(int64_t count, const Sum* more, Sum* sums);
+
   // Straight from `rows` neighbouring rows of a filter in memory:  z[row] += weights[row] . u,  and  to += s[row] * weights[row].
   void (*dot)(Element type, const void* weights, int64_t rows, int64_t columns, Sign sign, const Sum* u, Sum* z);
   void (*spread)(Element type, const void* weights, int64_t rows, int64_t columns, Sign sign, const Sum* s, Sum* to);

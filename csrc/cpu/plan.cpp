@@ -100,10 +100,13 @@ class Planner {
       return plan_.extent_of(0, t) * plan_.extent_of(1, h) * plan_.extent_of(2, w);
     };
 
-    const std::vector<int64_t> cuts_t = even_cuts(sweep.grid[0]), cuts_h = even_cuts(sweep.grid[1]);
+    const bool by_table = sweep.in_time != nullptr;  // then no cut along T would read less
+    const std::vector<int64_t> cuts_t = by_table ? std::vector<int64_t>{sweep.grid[0]} : even_cuts(sweep.grid[0]);
+    const std::vector<int64_t> cuts_h = even_cuts(sweep.grid[1]);
     int64_t* block = plan_.block;
     for (int64_t w : even_cuts(sweep.grid[2])) {
-      block[0] = block[1] = 1;
+      block[0] = cuts_t.back();
+      block[1] = 1;
       block[2] = w;
       if (volume(1, 1, w) <= budget) break;
     }
@@ -151,15 +154,26 @@ class Planner {
     const bool contiguous = plan_.chunks == 1 && plan_.position_pitch == plan_.chunk && plan_.step[2] == 1;
     const bool merged = !plan_.tiling.planar && contiguous && plan_.chunk * plan_.tiling.operand_bytes <= kMergedBytes;
     plan_.kernel_depth = merged ? plan_.taps[2] * plan_.chunk : plan_.chunk;
-    for (int64_t t = 0; t < plan_.taps[0]; ++t)
-      for (int64_t h = 0; h < plan_.taps[1]; ++h)
-        for (int64_t w = 0; w < (merged ? std::min<int64_t>(plan_.taps[2], 1) : plan_.taps[2]); ++w)
-          plan_.offsets.push_back(
-              ((t * plan_.step[0] * plan_.extent[1] + h * plan_.step[1]) * plan_.extent[2] + w * plan_.step[2]) *
-              plan_.position_pitch);
+    plan_.kernel_taps = merged ? std::min<int64_t>(plan_.taps[2], 1) : plan_.taps[2];
+    if (plan_.sweep.in_time != nullptr) {
+      for (const TimeSum& sum : plan_.sweep.in_time->sums) {
+        plan_.offsets_in_time.emplace_back();
+        for (int64_t frame : sum.frames) add_offsets(frame, plan_.offsets_in_time.back());
+      }
+    } else {
+      for (int64_t t = 0; t < plan_.taps[0]; ++t) add_offsets(t * plan_.step[0], plan_.offsets);
+    }
   }
 
  private:
+  // Of the taps of H and W, at a time of the slab.
+  void add_offsets(int64_t t, std::vector<int64_t>& offsets) const {
+    for (int64_t h = 0; h < plan_.taps[1]; ++h)
+      for (int64_t w = 0; w < plan_.kernel_taps; ++w)
+        offsets.push_back(((t * plan_.extent[1] + h * plan_.step[1]) * plan_.extent[2] + w * plan_.step[2]) *
+                          plan_.position_pitch);
+  }
+
   Plan& plan_;
 };
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../geometry.h"
+#include "../time_sums.h"
 #include "loops.h"
 
 namespace captum_dtd::cpu {
@@ -70,7 +71,8 @@ struct Plan : Blocks {
 
   // What the kernel is told: taps next to each other in the slab are one tap of more depth.
   std::vector<int64_t> offsets;
-  int64_t kernel_depth;
+  std::vector<std::vector<int64_t>> offsets_in_time;  // of the taps of each TimeSum
+  int64_t kernel_depth, kernel_taps;                  // of a tap, and how many along W
 
   int64_t slabs() const { return sweep.groups * per_group(); }
   // Whether each position holds its window along W, instead of reading its neighbours.
@@ -79,6 +81,7 @@ struct Plan : Blocks {
 
   // How many positions of the slab so many of the grid reach over.
   int64_t extent_of(int a, int64_t positions) const {
+    if (a == 0 && sweep.in_time != nullptr) return sweep.in_time->slab_frames();
     return (positions - 1) * stride[a] + (taps[a] > 1 ? (taps[a] - 1) * step[a] : 0) + 1;
   }
   int64_t slab_positions() const { return block_n * extent[0] * extent[1] * extent[2]; }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "conv3d.h"
 #include "loops.h"
@@ -106,11 +107,13 @@ class SlabPacker {
   void pack(const Region& region) {
     const int64_t t_count = plan_.extent_of(0, region.count[0]), h_count = plan_.extent_of(1, region.count[1]);
     for (int64_t n = 0; n < region.count_n; ++n)
-      for (int64_t t = 0; t < t_count; ++t)
+      for (int64_t t = 0; t < t_count; ++t) {
+        const std::vector<int64_t> times = times_of(region, t);
         for (int64_t h = 0; h < h_count; ++h) {
           const int64_t row = ((n * plan_.extent[0] + t) * plan_.extent[1] + h) * plan_.extent[2];
-          pack_row(region, region.n + n, input(region, 0, t), input(region, 1, h), row);
+          pack_row(region, region.n + n, times, input(region, 1, h), row);
         }
+      }
   }
 
  private:
@@ -121,9 +124,16 @@ class SlabPacker {
     return region.first[a] * plan_.sweep.stride[a] + plan_.sweep.base[a] + position * plan_.grain[a];
   }
 
-  void pack_row(const Region& region, int64_t n, int64_t t, int64_t h, int64_t row) {
+  // Of the input, those whose sum is a time of the slab.
+  std::vector<int64_t> times_of(const Region& region, int64_t t) const {
+    if (plan_.sweep.in_time != nullptr) return plan_.sweep.in_time->times_of(t);
+    const int64_t time = input(region, 0, t);
+    return time >= 0 && time < plan_.sweep.in[0] ? std::vector<int64_t>{time} : std::vector<int64_t>{};
+  }
+
+  void pack_row(const Region& region, int64_t n, const std::vector<int64_t>& times, int64_t h, int64_t row) {
     const int64_t width = plan_.extent_of(2, region.count[2]), grain = plan_.grain[2];
-    if (t < 0 || t >= plan_.sweep.in[0] || h < 0 || h >= plan_.sweep.in[1]) return clear(row, row + width);
+    if (times.empty() || h < 0 || h >= plan_.sweep.in[1]) return clear(row, row + width);
     const bool dense = !plan_.windows() && plan_.depth() == plan_.chunks * plan_.chunk;
     if (!dense) clear(row, row + width);
     for (const Run& run : plan_.runs) {
@@ -139,8 +149,10 @@ class SlabPacker {
       Operand* to = slab_ + run.depth / plan_.chunk * plan_.chunk_elements + run.depth % plan_.chunk * plan_.depth_pitch;
       const int64_t most = kBuffered / run.channels;
       for (int64_t w = first; w < last; w += most)
-        pack_run(run, {n, channel, t, h, origin + w * grain, std::min(most, last - w), run.channels, grain, plan_.tiling.planar},
-                 to + (row + w) * plan_.position_pitch);
+        pack_run(
+            run, times,
+            {n, channel, times[0], h, origin + w * grain, std::min(most, last - w), run.channels, grain, plan_.tiling.planar},
+            to + (row + w) * plan_.position_pitch);
     }
   }
 
@@ -161,12 +173,18 @@ class SlabPacker {
     std::memset(static_cast<void*>(at), 0, static_cast<size_t>(count) * sizeof(Operand));
   }
 
-  void pack_run(const Run& run, const Spot& spot, Operand* to) {
+  // `spot` is at the first of these times.
+  void pack_run(const Run& run, const std::vector<int64_t>& times, Spot spot, Operand* to) {
     const int64_t pitch = spot.planar ? plan_.depth_pitch : plan_.position_pitch;
     if constexpr (std::is_same_v<Operand, Sum>) {
-      if (source_.lift == Lift::None) return load(loops_, source_.x, source_.element, spot, to, pitch);
+      if (source_.lift == Lift::None && times.size() == 1) return load(loops_, source_.x, source_.element, spot, to, pitch);
     }
     load_lifted(loops_, source_, run.part, spot, lifted_, bound_, spot.columns());
+    for (size_t i = 1; i < times.size(); ++i) {
+      spot.t = times[i];
+      load_lifted(loops_, source_, run.part, spot, more_, bound_, spot.columns());
+      loops_.add(spot.rows() * spot.columns(), more_, lifted_);
+    }
     if constexpr (std::is_same_v<Operand, Sum>) {
       loops_.store(element_of<Sum>(), lifted_, spot.columns(), spot.rows(), spot.columns(), to, pitch, 1);
     } else {
@@ -179,6 +197,7 @@ class SlabPacker {
   const Source& source_;
   Operand* slab_;
   alignas(64) Sum lifted_[kBuffered];
+  alignas(64) Sum more_[kBuffered];
   alignas(64) Sum bound_[kBuffered];
 };
 

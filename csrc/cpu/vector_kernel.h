@@ -409,6 +409,11 @@ void multiply(int64_t rows, int64_t columns, const Sum* sums, int64_t sums_pitch
   }
 }
 
+template <typename Sum>
+void add(int64_t count, const Sum* more, Sum* sums) {
+  each(1, count, [=](int64_t, int64_t i) { sums[i] += more[i]; });
+}
+
 // --------------------------------------------------------------------------------------------- rows of a filter
 
 // Scalars or vectors; a NaN is kept.
@@ -490,7 +495,8 @@ void spread(Element type, const void* weights, int64_t rows, int64_t columns, Si
 }
 
 template <typename Sum>
-constexpr Loops<Sum> kLoops{load<Sum>, store<Sum>, lift<Sum>, round<Sum>, divide<Sum>, multiply<Sum>, dot<Sum>, spread<Sum>};
+constexpr Loops<Sum> kLoops{load<Sum>,     store<Sum>, lift<Sum>, round<Sum>, divide<Sum>,
+                            multiply<Sum>, add<Sum>,   dot<Sum>,  spread<Sum>};
 
 template <typename T>
 constexpr MicroKernel<T, T> kTile{CAPTUM_DTD_ISA, kMaxPositions, kLanes<T> * kVectors, 1, run_tile<T>};

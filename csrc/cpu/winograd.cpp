@@ -95,8 +95,9 @@ bool winograd_pays(const Sweep& sweep, int input_parts, int output_parts, int la
     if (sweep.stride[a] != 1 || (sweep.taps[a] > 1 && std::abs(sweep.step[a]) != 1)) return false;
   if (sweep.taps[0] == 0 || sweep.taps[1] != Winograd::kTaps || sweep.taps[2] != Winograd::kTaps) return false;
   if (sweep.c_in * input_parts < kFewestChannels || 2 * sweep.c_out * output_parts < lanes) return false;
+  const int64_t fewest_frames = sweep.in_time != nullptr ? sweep.in_time->slab_frames() : sweep.taps[0];
   const int64_t row_bytes =
-      Winograd::kPlanes * tiles(sweep.grid[2]) * sweep.taps[0] * sweep.c_in * input_parts * static_cast<int64_t>(sizeof(float));
+      Winograd::kPlanes * tiles(sweep.grid[2]) * fewest_frames * sweep.c_in * input_parts * static_cast<int64_t>(sizeof(float));
   if (row_bytes > kPatchBytes) return false;
   const int64_t frames = sweep.n * sweep.grid[0];
   const double direct = static_cast<double>(Winograd::kTaps * Winograd::kTaps * sweep.grid[1] * sweep.grid[2] * frames);
@@ -125,7 +126,8 @@ WinogradPlan make_winograd_plan(const Sweep& sweep, int input_parts, int output_
   // All times, then rows, then examples, as long as what is transformed stays near.
   const int64_t patch_bytes = Winograd::kPlanes * plan.pitch * static_cast<int64_t>(sizeof(float));
   const int64_t patches = kPatchBytes / patch_bytes / plan.grid[2], tiles = kPositions / plan.grid[2];  // rows of them
-  plan.block[0] = even_part(plan.grid[0], std::min(tiles, patches - plan.frames_of(0)));
+  const bool by_table = sweep.in_time != nullptr;  // then no cut along T would transform less
+  plan.block[0] = by_table ? plan.grid[0] : even_part(plan.grid[0], std::min(tiles, patches - plan.frames_of(0)));
   plan.block[1] = plan.block[0] < plan.grid[0]
                       ? 1
                       : even_part(plan.grid[1], std::min(tiles / plan.block[0], patches / plan.frames_of(plan.block[0])));

@@ -32,7 +32,9 @@ struct WinogradPlan : Blocks {
   int64_t depth, pitch;                    // channels of all parts, and elements from patch to patch
 
   int64_t slabs() const { return sweep.groups * per_group(); }
-  int64_t frames_of(int64_t times) const { return times + (sweep.taps[0] - 1) * sweep.step[0]; }  // that they read
+  int64_t frames_of(int64_t times) const {  // that they read
+    return sweep.in_time != nullptr ? sweep.in_time->slab_frames() : times + (sweep.taps[0] - 1) * sweep.step[0];
+  }
   int64_t tiles() const { return block_n * block[0] * block[1] * block[2]; }
   int64_t patches() const { return block_n * frames_of(block[0]) * block[1] * block[2]; }  // of a slab
   int64_t packed_plane() const { return sweep.taps[0] * depth * lanes; }
@@ -69,27 +71,30 @@ class WinogradRunner {
         rows_pitch_(Winograd::kTile * plan.grid[2] * plan.lanes),
         patch_columns_(Winograd::kTile * plan.grid[2] + Winograd::kTaps - 1),
         input_plane_(odd_lines(plan.patches() * plan.pitch)),
-        output_plane_(odd_lines(plan.blocks_together * plan.tiles() * plan.lanes)) {}
+        output_plane_(odd_lines(plan.blocks_together * plan.tiles() * plan.lanes)),
+        part_(plan.block_n * plan.block[1] * plan.block[2] * plan.lanes) {}
 
   int64_t items() const { return plan_.slabs() * plan_.channel_blocks; }
 
   void run(int64_t begin, int64_t end) {
     Scratch& mine = scratch();
-    mine.patch.reserve(static_cast<size_t>((Winograd::kPatch + 1) * patch_columns_ * plan_.pitch) * sizeof(float));
+    mine.patch.reserve(static_cast<size_t>((Winograd::kPatch + 2) * patch_columns_ * plan_.pitch) * sizeof(float));
     mine.slab.reserve(static_cast<size_t>(Winograd::kPlanes * input_plane_) * sizeof(float));
-    mine.sums.reserve(static_cast<size_t>(Winograd::kPlanes * output_plane_) * sizeof(float));
+    mine.sums.reserve(static_cast<size_t>(Winograd::kPlanes * output_plane_ + part_) * sizeof(float));
     mine.outputs.reserve(static_cast<size_t>(Winograd::kTile * rows_pitch_) * sizeof(float));
     mine.blocks.reserve(static_cast<size_t>(kEpilogueBlocks * rows_pitch_) * sizeof(float));
     std::vector<int64_t> distrusted;
+    std::vector<Stretch> stretches;
     Region here{};
     for (int64_t item = begin; item < end;) {
       const int64_t channels = item % plan_.channel_blocks;
       if (item == begin || channels == 0) {
         here = region(plan_, plan_.sweep.n, plan_.sweep.groups, plan_.grid, item / plan_.channel_blocks);
         transform_patches(here, mine);
+        stretches = stretches_of(here);
       }
       const int64_t together = std::min({plan_.blocks_together, plan_.channel_blocks - channels, end - item});
-      sum_products(here, channels, together, mine);
+      sum_products(here, stretches, channels, together, mine);
       for (int64_t i = 0; i < together; ++i)
         finish(here, channels + i, mine.sums.as<float>() + i * output_block(here), mine, distrusted);
       item += together;
@@ -111,27 +116,39 @@ class WinogradRunner {
   static int64_t tiles_of_frame(const Region& here) { return here.count[1] * here.count[2]; }
   int64_t output_block(const Region& here) const { return here.positions() * plan_.lanes; }
 
+  // A slab has all examples of a frame, then those of the next: [frame][n][tile][depth], and sums alike [time][n][tile][lane].
+  int64_t tiles_of_time(const Region& here) const { return here.count_n * tiles_of_frame(here); }
+
+  // Of the input, those whose sum is a frame of the slab.
+  std::vector<int64_t> times_of(const Region& here, int64_t frame) const {
+    if (plan_.sweep.in_time != nullptr) return plan_.sweep.in_time->times_of(frame);
+    const int64_t t = here.first[0] + plan_.sweep.base[0] + frame;
+    return t >= 0 && t < plan_.sweep.in[0] ? std::vector<int64_t>{t} : std::vector<int64_t>{};
+  }
+
   void transform_patches(const Region& here, const Scratch& mine) const {
-    for (int64_t n = 0; n < here.count_n; ++n)
-      for (int64_t frame = 0; frame < plan_.frames_of(here.count[0]); ++frame) {
-        const int64_t t = here.first[0] + plan_.sweep.base[0] + frame;
-        if (t < 0 || t >= plan_.sweep.in[0]) continue;  // taps that reach there are left out
+    for (int64_t frame = 0; frame < plan_.frames_of(here.count[0]); ++frame) {
+      const std::vector<int64_t> times = times_of(here, frame);
+      if (times.empty()) continue;  // taps that reach there are left out
+      for (int64_t n = 0; n < here.count_n; ++n)
         for (int64_t row = 0; row < here.count[1]; ++row) {
-          load_patches(here, here.n + n, t, here.first[1] + row, mine);
-          const int64_t first = (n * plan_.frames_of(here.count[0]) + frame) * tiles_of_frame(here) + row * plan_.grid[2];
+          load_patches(here, here.n + n, times, here.first[1] + row, mine);
+          const int64_t first = frame * tiles_of_time(here) + n * tiles_of_frame(here) + row * plan_.grid[2];
           for (int64_t tile = 0; tile < plan_.grid[2]; ++tile)
             transforms_.transform_input(mine.patch.as<float>() + Winograd::kTile * tile * plan_.pitch,
                                         patch_columns_ * plan_.pitch, plan_.pitch, plan_.pitch,
                                         mine.slab.as<float>() + (first + tile) * plan_.pitch, input_plane_);
         }
-      }
+    }
   }
 
   // The six rows of input that a row of tiles reads, all parts of a position's channels next to each other.
-  void load_patches(const Region& here, int64_t n, int64_t t, int64_t tile_row, const Scratch& mine) const {
+  void load_patches(const Region& here, int64_t n, const std::vector<int64_t>& times, int64_t tile_row,
+                    const Scratch& mine) const {
     const Sweep& sweep = plan_.sweep;
     float* const patch = mine.patch.as<float>();
     float* const bound = patch + Winograd::kPatch * patch_columns_ * plan_.pitch;
+    float* const more = bound + patch_columns_ * plan_.pitch;
     const int64_t w = sweep.base[2], first = std::max<int64_t>(-w, 0);
     const int64_t last = std::max(std::min(sweep.in[2] - w, patch_columns_), first);
     for (int64_t row = 0; row < Winograd::kPatch; ++row) {
@@ -145,65 +162,101 @@ class WinogradRunner {
         std::fill_n(to + last * plan_.pitch, (patch_columns_ - last) * plan_.pitch, 0.0f);
       }
       if (!inside) continue;
-      const Spot spot{n, here.group * sweep.c_in, t, h, w + first, last - first, sweep.c_in, 1, false};
-      for (int part = 0; part < plan_.input_parts; ++part)
-        load_lifted(loops_, source_, part, spot, to + first * plan_.pitch + part * sweep.c_in, bound, plan_.pitch);
+      const auto load = [&](int64_t t, float* row_of_patch) {
+        const Spot spot{n, here.group * sweep.c_in, t, h, w + first, last - first, sweep.c_in, 1, false};
+        for (int part = 0; part < plan_.input_parts; ++part)
+          load_lifted(loops_, source_, part, spot, row_of_patch + part * sweep.c_in, bound, plan_.pitch);
+      };
+      load(times[0], to + first * plan_.pitch);
+      for (size_t i = 1; i < times.size(); ++i) {
+        const int64_t count = (last - first) * plan_.pitch;
+        std::fill_n(more, count, 0.0f);
+        load(times[i], more);
+        loops_.add(count, more, to + first * plan_.pitch);
+      }
     }
   }
 
-  // Times from `begin` to `end` of a slab that the same taps of T reach.
+  // What the register tile adds up in one go: at some neighbouring times, the taps of T from the first on.
   struct Stretch {
-    int64_t begin, end, first_tap, taps;
+    int64_t first_tap;
+    std::vector<int64_t> offsets;  // in the slab, of each tap
+    int64_t times;
+    std::vector<TimeSum::Output> outputs;  // of the first of these times, in the slab's sums
   };
 
-  template <typename Body>
-  void each_stretch(const Region& here, Body body) const {
-    const auto taps_at = [&](int64_t time) {
+  std::vector<Stretch> stretches_of(const Region& here) const {
+    return plan_.sweep.in_time != nullptr ? stretches_by_table(here) : stretches_by_stride(here);
+  }
+
+  // Times that the same taps reach.
+  std::vector<Stretch> stretches_by_stride(const Region& here) const {
+    std::vector<Stretch> found;
+    const int64_t frame = tiles_of_time(here) * plan_.pitch;
+    for (int64_t time = 0; time < here.count[0]; ++time) {
       int64_t begin = 0, end = plan_.sweep.taps[0];
       keep_reaching(plan_.sweep, 0, here.first[0] + time, begin, end);
-      return Stretch{time, time + 1, begin, end - begin};
-    };
-    for (int64_t time = 0; time < here.count[0];) {
-      Stretch stretch = taps_at(time);
-      while (stretch.end < here.count[0]) {
-        const Stretch next = taps_at(stretch.end);
-        if (next.first_tap != stretch.first_tap || next.taps != stretch.taps) break;
-        ++stretch.end;
+      if (!found.empty() && found.back().first_tap == begin && static_cast<int64_t>(found.back().offsets.size()) == end - begin) {
+        ++found.back().times;
+        continue;
       }
-      body(stretch);
-      time = stretch.end;
+      Stretch stretch{begin, {}, 1, {{time, true}}};
+      for (int64_t tap = begin; tap < end; ++tap) stretch.offsets.push_back((time + tap * plan_.sweep.step[0]) * frame);
+      found.push_back(std::move(stretch));
     }
+    return found;
+  }
+
+  std::vector<Stretch> stretches_by_table(const Region& here) const {
+    std::vector<Stretch> found;
+    const int64_t frame = tiles_of_time(here) * plan_.pitch;
+    for (const TimeSum& sum : plan_.sweep.in_time->sums) {
+      Stretch stretch{sum.first_tap, {}, 1, sum.outputs};
+      for (int64_t read : sum.frames) stretch.offsets.push_back(read * frame);
+      found.push_back(std::move(stretch));
+    }
+    return found;
   }
 
   // Plane by plane, so that what was transformed stays in the cache for all of these blocks.
-  void sum_products(const Region& here, int64_t channels, int64_t together, const Scratch& mine) const {
-    std::vector<int64_t> offsets;
-    for (int64_t tap = 0; tap < plan_.sweep.taps[0]; ++tap)
-      offsets.push_back(tap * plan_.sweep.step[0] * tiles_of_frame(here) * plan_.pitch);
+  void sum_products(const Region& here, const std::vector<Stretch>& stretches, int64_t channels, int64_t together,
+                    const Scratch& mine) const {
+    float* const part = mine.sums.as<float>() + Winograd::kPlanes * output_plane_;
     for (int64_t plane = 0; plane < Winograd::kPlanes; ++plane)
       for (int64_t i = 0; i < together; ++i) {
         const int64_t packed = (here.group * plan_.channel_blocks + channels + i) * Winograd::kPlanes + plane;
-        sum_plane(here, offsets, weights_ + packed * plan_.packed_plane(), mine.slab.as<float>() + plane * input_plane_,
-                  mine.sums.as<float>() + plane * output_plane_ + i * output_block(here));
+        for (const Stretch& stretch : stretches)
+          sum_plane(here, stretch, weights_ + packed * plan_.packed_plane(), mine.slab.as<float>() + plane * input_plane_,
+                    mine.sums.as<float>() + plane * output_plane_ + i * output_block(here), part);
       }
   }
 
-  void sum_plane(const Region& here, const std::vector<int64_t>& offsets, const float* weights, const float* slab,
-                 float* sums) const {
-    const int64_t tiles = tiles_of_frame(here);
-    for (int64_t n = 0; n < here.count_n; ++n)
-      each_stretch(here, [&](const Stretch& stretch) {
-        const float* from = slab + (n * plan_.frames_of(here.count[0]) + stretch.begin) * tiles * plan_.pitch;
-        float* to = sums + (n * here.count[0] + stretch.begin) * tiles * plan_.lanes;
-        const int64_t count = (stretch.end - stretch.begin) * tiles;
-        const int64_t pieces = (count + kernel_.max_positions - 1) / kernel_.max_positions;
-        for (int64_t piece = 0; piece < pieces; ++piece) {
-          const int64_t first = count * piece / pieces, last = count * (piece + 1) / pieces;
-          kernel_.run(static_cast<int>(last - first), from + first * plan_.pitch, plan_.pitch, offsets.data() + stretch.first_tap,
-                      stretch.taps, plan_.depth, weights + stretch.first_tap * plan_.depth * plan_.lanes,
-                      to + first * plan_.lanes, false);
-        }
-      });
+  void sum_plane(const Region& here, const Stretch& stretch, const float* weights, const float* slab, float* sums,
+                 float* part) const {
+    const int64_t time = tiles_of_time(here) * plan_.lanes;
+    if (stretch.outputs.size() == 1) {
+      const TimeSum::Output& output = stretch.outputs[0];
+      return multiply(here, stretch, weights, slab, sums + output.time * time, !output.begins);
+    }
+    multiply(here, stretch, weights, slab, part, false);
+    for (const TimeSum::Output& output : stretch.outputs) {
+      if (output.begins)
+        std::copy_n(part, time, sums + output.time * time);
+      else
+        loops_.add(time, part, sums + output.time * time);
+    }
+  }
+
+  void multiply(const Region& here, const Stretch& stretch, const float* weights, const float* slab, float* to,
+                bool accumulate) const {
+    const int64_t count = stretch.times * tiles_of_time(here);
+    const int64_t pieces = (count + kernel_.max_positions - 1) / kernel_.max_positions;
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t first = count * piece / pieces, last = count * (piece + 1) / pieces;
+      kernel_.run(static_cast<int>(last - first), slab + first * plan_.pitch, plan_.pitch, stretch.offsets.data(),
+                  static_cast<int64_t>(stretch.offsets.size()), plan_.depth,
+                  weights + stretch.first_tap * plan_.depth * plan_.lanes, to + first * plan_.lanes, accumulate);
+    }
   }
 
   void finish(const Region& here, int64_t channels, const float* sums, const Scratch& mine,
@@ -220,7 +273,7 @@ class WinogradRunner {
         for (int64_t row = 0; row < here.count[1]; ++row) {
           const int64_t h = (here.first[1] + row) * Winograd::kTile, t = here.first[0] + time;
           const int64_t height = std::min<int64_t>(Winograd::kTile, sweep.grid[1] - h);
-          const int64_t first = (n * here.count[0] + time) * tiles_of_frame(here) + row * plan_.grid[2];
+          const int64_t first = time * tiles_of_time(here) + n * tiles_of_frame(here) + row * plan_.grid[2];
           for (int64_t tile = 0; tile < plan_.grid[2]; ++tile) {
             const uint32_t found = transforms_.transform_output(sums + (first + tile) * plan_.lanes, output_plane_, plan_.lanes,
                                                                 start_ != nullptr ? start.data() : nullptr,
@@ -247,7 +300,8 @@ class WinogradRunner {
   const float* weights_;
   const float* start_;
   const Epilogue& epilogue_;
-  const int64_t rows_pitch_, patch_columns_, input_plane_, output_plane_;  // in elements, columns, elements and elements
+  const int64_t rows_pitch_, patch_columns_;         // in elements, and in columns
+  const int64_t input_plane_, output_plane_, part_;  // in elements
   std::mutex mutex_;
   std::vector<int64_t> distrusted_;
 };

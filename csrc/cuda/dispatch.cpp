@@ -31,6 +31,8 @@ struct Cuda {
   static std::vector<std::string> conv3d_kernels(Element element) { return cuda::conv3d_kernels(element); }
   static std::vector<std::string> max_pool3d_kernels() { return cuda::max_pool3d_kernels(); }
 
+  static constexpr bool kServesFrozenClips = false;
+
   // The first is the one whose precision is that of the type.
   static bool serves_auto(std::string_view) { return true; }
 
