@@ -96,6 +96,7 @@ class SweepRunner {
     int64_t t_begin, t_end, h_begin, h_end;
 
     bool empty() const { return t_begin >= t_end || h_begin >= h_end; }
+    bool has(int64_t t, int64_t h) const { return t >= t_begin && t < t_end && h >= h_begin && h < h_end; }
   };
 
   // Those of positions that share their t and, where they are one row, their h.
@@ -138,96 +139,132 @@ class SweepRunner {
     int64_t positions() const { return (rows - 1) * pitch + row; }
   };
 
-  // Chunk by chunk, so that a chunk's weights stay in the cache for all positions.
-  void run_block(const Region& here, int64_t block, const Scratch& mine) const {
-    const int64_t channels = plan_.tiling.channels, position_stride = plan_.stride[2] * plan_.position_pitch;
+  // One call of the kernel for some of a block's positions.
+  struct Call {
+    Bundle shape;
+    int64_t first;  // of its first row's positions, and how far apart those of its rows are
+    int64_t row;
+    int64_t slab_at;  // in elements
+    int64_t sums_at;  // in positions, where sums outlast their call
+    Taps taps;
+  };
+
+  // Bundles and pieces of nearly equal size.
+  std::vector<Call> calls(const Region& here) const {
     const int64_t row = line_length(here), rows = here.positions() / row;
     const Bundle most = bundle(here, row);
-    const int64_t together =
-        most.rows > 1 ? here.count[1] : 1;  // rows that bundles are made of, then bundles and pieces of nearly equal size
+    const int64_t together = most.rows > 1 ? here.count[1] : 1;  // rows that bundles are made of
     const int64_t bundles = (together + most.rows - 1) / most.rows;
     const int64_t pieces = (row + kernel_.max_positions - 1) / kernel_.max_positions;
-    const Operand* weights = block_weights(here, block);
+    std::vector<Call> found;
+    for (int64_t i = 0; i < rows / together * bundles; ++i) {
+      const int64_t start = i / bundles * together;
+      const int64_t begin = start + together * (i % bundles) / bundles, end = start + together * (i % bundles + 1) / bundles;
+      const int64_t slab_at = slab_position(here, begin * row) * plan_.position_pitch;
+      const Taps taps = taps_within(here, begin * row, (end - begin) * row);
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t first = row * piece / pieces, last = row * (piece + 1) / pieces;
+        found.push_back({{last - first, end - begin, most.pitch},
+                         begin * row + first,
+                         row,
+                         slab_at + first * plan_.stride[2] * plan_.position_pitch,
+                         begin * most.pitch + first,
+                         taps});
+      }
+    }
+    return found;
+  }
 
+  // Positions between the sums of two times, where a table says what is read along T.
+  static int64_t positions_of(const std::vector<Call>& calls) { return calls.back().sums_at + calls.back().shape.positions(); }
+
+  // Chunk by chunk, so that a chunk's weights stay in the cache for all positions.
+  void run_block(const Region& here, int64_t block, const Scratch& mine) const {
+    const int64_t channels = plan_.tiling.channels;
+    const std::vector<Call> calls = this->calls(here);
+    const bool by_taps = weights_are_far(calls);
+    const Operand* weights = block_weights(here, block);
     for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
       const Operand* slab = mine.slab.as<Operand>() + chunk * plan_.chunk_elements;
-      for (int64_t i = 0; i < rows / together * bundles; ++i) {
-        const int64_t start = i / bundles * together;
-        const int64_t begin = start + together * (i % bundles) / bundles, end = start + together * (i % bundles + 1) / bundles;
-        const Operand* a = slab + slab_position(here, begin * row) * plan_.position_pitch;
-        const Taps taps = taps_within(here, begin * row, (end - begin) * row);
-        for (int64_t piece = 0; piece < pieces; ++piece) {
-          const int64_t first = row * piece / pieces, last = row * (piece + 1) / pieces;
-          const Bundle call{last - first, end - begin, most.pitch};
-          // With one chunk the sums of a call are done at once and need not outlast it.
-          Sum* sums = mine.sums.as<Sum>() + (plan_.chunks > 1 ? (begin * most.pitch + first) * channels : 0);
-          bool accumulate = begin_sums(here, block, chunk, sums, call.positions(), taps);
-          each_stretch(taps, [&](int64_t tap, int64_t tap_count) {
-            kernel_.run(static_cast<int>(call.positions()), a + first * position_stride, position_stride,
-                        plan_.offsets.data() + tap, tap_count, plan_.kernel_depth, weights + tap * plan_.kernel_depth * channels,
-                        sums, accumulate);
+      // With one chunk the sums of a call are done at once and need not outlast it.
+      const auto sums_of = [&](const Call& call) {
+        return mine.sums.as<Sum>() + (plan_.chunks > 1 ? call.sums_at * channels : 0);
+      };
+      const auto multiply = [&](const Call& call, int64_t tap, int64_t tap_count, bool accumulate) {
+        kernel_.run(static_cast<int>(call.shape.positions()), slab + call.slab_at, plan_.stride[2] * plan_.position_pitch,
+                    plan_.offsets.data() + tap, tap_count, plan_.kernel_depth, weights + tap * plan_.kernel_depth * channels,
+                    sums_of(call), accumulate);
+      };
+      if (by_taps) {
+        for (int64_t t = 0; t < plan_.taps[0]; ++t)
+          for (int64_t h = 0; h < plan_.taps[1]; ++h)
+            for (const Call& call : calls) {
+              const bool is_first = t == call.taps.t_begin && h == call.taps.h_begin;
+              if (call.taps.has(t, h))
+                multiply(call, (t * plan_.taps[1] + h) * plan_.kernel_taps, plan_.kernel_taps,
+                         !is_first || begin_sums(here, block, chunk, sums_of(call), call.shape.positions(), call.taps));
+            }
+      }
+      for (const Call& call : calls) {
+        if (!by_taps || call.taps.empty()) {
+          bool accumulate = begin_sums(here, block, chunk, sums_of(call), call.shape.positions(), call.taps);
+          each_stretch(call.taps, [&](int64_t tap, int64_t tap_count) {
+            multiply(call, tap, tap_count, accumulate);
             accumulate = true;
           });
-          if (chunk + 1 < plan_.chunks) continue;
-          for (int64_t r = 0; r < call.rows; ++r)
-            finish(here, block, (begin + r) * row + first, call.row, sums + r * call.pitch * channels, mine);
         }
+        if (chunk + 1 == plan_.chunks) finish(here, block, call, sums_of(call), mine);
       }
       weights += plan_.tap_volume() * plan_.chunk * channels;
     }
   }
 
-  // The same where a table says what is read along T: all times of a piece in turn, so that products that several of them
-  // share are taken once.
+  // Whether a chunk's weights are better taken from far only once, tap by tap for all positions: few positions, whose sums stay
+  // near.
+  bool weights_are_far(const std::vector<Call>& calls) const {
+    constexpr int64_t kNearBytes = 16 << 10;
+    const int64_t sums_bytes = positions_of(calls) * plan_.tiling.channels * static_cast<int64_t>(sizeof(Sum));
+    return std::is_same_v<Operand, Sum> && plan_.chunks > 1 && calls.size() > 1 && sums_bytes <= kNearBytes;
+  }
+
+  // The same where a table says what is read along T: all times of a call in turn, so that products that several of them share
+  // are taken once.
   void run_block_in_time(const Region& here, int64_t block, const Scratch& mine) const {
     Region plane = here;  // one time after the other
     plane.count[0] = 1;
-    const int64_t channels = plan_.tiling.channels, position_stride = plan_.stride[2] * plan_.position_pitch;
-    const int64_t row = line_length(plane), rows = plane.positions() / row;
-    const Bundle most = bundle(plane, row);
-    const int64_t together = most.rows > 1 ? plane.count[1] : 1;
-    const int64_t bundles = (together + most.rows - 1) / most.rows;
-    const int64_t pieces = (row + kernel_.max_positions - 1) / kernel_.max_positions;
+    const int64_t channels = plan_.tiling.channels;
+    const std::vector<Call> calls = this->calls(plane);
     const Operand* weights = block_weights(here, block);
     Sum* const part = mine.sums.as<Sum>() + sums_per_block() - kernel_.max_positions * channels;
-
     for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
       const Operand* slab = mine.slab.as<Operand>() + chunk * plan_.chunk_elements;
-      for (int64_t i = 0; i < rows / together * bundles; ++i) {
-        const int64_t start = i / bundles * together;
-        const int64_t begin = start + together * (i % bundles) / bundles, end = start + together * (i % bundles + 1) / bundles;
-        const Operand* a = slab + slab_position(plane, begin * row) * plan_.position_pitch;
-        const Taps taps = taps_within(plane, begin * row, (end - begin) * row);
-        for (int64_t piece = 0; piece < pieces; ++piece) {
-          const int64_t first = row * piece / pieces, last = row * (piece + 1) / pieces;
-          const Bundle call{last - first, end - begin, most.pitch};
-          const int64_t time_pitch = plan_.chunks > 1 ? rows * most.pitch : call.positions();
-          Sum* const sums = mine.sums.as<Sum>() + (plan_.chunks > 1 ? (begin * most.pitch + first) * channels : 0);
-          add_times(here, block, chunk, taps, a + first * position_stride, call.positions(), weights, sums, time_pitch, part);
-          if (chunk + 1 < plan_.chunks) continue;
-          for (int64_t time = 0; time < here.count[0]; ++time) {
-            plane.first[0] = here.first[0] + time;
-            for (int64_t r = 0; r < call.rows; ++r)
-              finish(plane, block, (begin + r) * row + first, call.row, sums + (time * time_pitch + r * call.pitch) * channels,
-                     mine);
-          }
+      for (const Call& call : calls) {
+        const bool outlast = plan_.chunks > 1;
+        const int64_t time_pitch = outlast ? positions_of(calls) : call.shape.positions();
+        Sum* const sums = mine.sums.as<Sum>() + (outlast ? call.sums_at * channels : 0);
+        add_times(here, block, chunk, call, slab, weights, sums, time_pitch, part);
+        if (chunk + 1 < plan_.chunks) continue;
+        for (int64_t time = 0; time < here.count[0]; ++time) {
+          plane.first[0] = here.first[0] + time;
+          finish(plane, block, call, sums + time * time_pitch * channels, mine);
         }
       }
       weights += plan_.tap_volume() * plan_.chunk * channels;
     }
   }
 
-  // Adds one chunk's products at some positions to the sums of all times, which are `time_pitch` positions apart.
-  void add_times(const Region& here, int64_t block, int64_t chunk, const Taps& taps, const Operand* a, int64_t positions,
-                 const Operand* weights, Sum* sums, int64_t time_pitch, Sum* part) const {
-    const int64_t channels = plan_.tiling.channels, position_stride = plan_.stride[2] * plan_.position_pitch;
+  // Adds one chunk's products at a call's positions to the sums of all times, which are `time_pitch` positions apart.
+  void add_times(const Region& here, int64_t block, int64_t chunk, const Call& call, const Operand* slab, const Operand* weights,
+                 Sum* sums, int64_t time_pitch, Sum* part) const {
+    const int64_t channels = plan_.tiling.channels, positions = call.shape.positions();
     each_sum_in_time(here, [&](const TimeSum& sum, const std::vector<int64_t>& offsets, const auto& outputs) {
-      const Taps own = taps_of(sum, taps);
+      const Taps own = taps_of(sum, call.taps);
       const auto run = [&](Sum* to, bool accumulate) {
         each_stretch(own, [&](int64_t tap, int64_t tap_count) {
           const int64_t at = sum.first_tap * plan_.taps[1] * plan_.kernel_taps + tap;
-          kernel_.run(static_cast<int>(positions), a, position_stride, offsets.data() + tap, tap_count, plan_.kernel_depth,
-                      weights + at * plan_.kernel_depth * channels, to, accumulate);
+          kernel_.run(static_cast<int>(positions), slab + call.slab_at, plan_.stride[2] * plan_.position_pitch,
+                      offsets.data() + tap, tap_count, plan_.kernel_depth, weights + at * plan_.kernel_depth * channels, to,
+                      accumulate);
           accumulate = true;
         });
       };
@@ -303,6 +340,11 @@ class SweepRunner {
     const Position p = position(here, i);
     return ((p.n * plan_.extent[0] + p.at[0] * plan_.stride[0]) * plan_.extent[1] + p.at[1] * plan_.stride[1]) * plan_.extent[2] +
            p.at[2] * plan_.stride[2];
+  }
+
+  void finish(const Region& here, int64_t block, const Call& call, const Sum* sums, const Scratch& mine) const {
+    for (int64_t r = 0; r < call.shape.rows; ++r)
+      finish(here, block, call.first + r * call.row, call.shape.row, sums + r * call.shape.pitch * plan_.tiling.channels, mine);
   }
 
   // The epilogue of a tile, row by row.

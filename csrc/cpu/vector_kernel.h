@@ -69,6 +69,8 @@ void tile(const T* a, int64_t position_stride, const int64_t* offsets, int64_t t
       Register<T> weights[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) weights[v] = load_vector(b + v * kStep);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(b + (16 * kVectors + v) * kStep);
       b += kVectors * kStep;
 #pragma GCC unroll 16
       for (int p = 0; p < kPositions; ++p) {
