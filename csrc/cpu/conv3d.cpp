@@ -177,14 +177,15 @@ void with_kernel(Element element, const std::string& kernel, Body body) {
 
 // ---------------------------------------------------------------------------------------------------- passes
 
-Filter filter(const Conv3d& conv, Element element, const void* weight, ParallelFor parallel_for) {
+template <typename Sum>
+Filter filter(const Loops<Sum>& loops, const Conv3d& conv, Element element, const void* weight, ParallelFor parallel_for) {
   Filter filter{};
   filter.data = weight;
   filter.element = element;
   filter.c_out = conv.c_out / conv.groups;
   filter.c_in = conv.c_in / conv.groups;
   filter.volume = conv.kernel[0] * conv.kernel[1] * conv.kernel[2];
-  filter.hash = hash_bytes(weight, conv.c_out * filter.c_in * filter.volume * element_bytes(element), parallel_for);
+  filter.hash = hash_bytes(loops, weight, conv.c_out * filter.c_in * filter.volume * element_bytes(element), parallel_for);
   return filter;
 }
 
@@ -396,7 +397,7 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
         .relevance(x, problem.relevance, static_cast<Sum>(problem.stabilizer), problem.divided, problem.out);
   }
 
-  const Filter weights = filter(problem.conv, problem.element, problem.weight, parallel_for);
+  const Filter weights = filter(loops, problem.conv, problem.element, problem.weight, parallel_for);
   const int64_t* out = problem.conv.out;
   const int64_t positions = out[0] * out[1] * out[2], c_out = problem.conv.c_out;
   const int64_t example_bytes = std::max<int64_t>(positions * c_out * static_cast<int64_t>(sizeof(Sum)), 1);
@@ -448,7 +449,7 @@ void forward(const Conv3dForward& problem, const Engine<Operand, Sum>& engine, c
     return LinearLayer<Sum>(problem.conv, problem.element, problem.weight, bias.data(), loops, parallel_for)
         .forward(problem.x, problem.out);
 
-  const Filter weights = filter(problem.conv, problem.element, problem.weight, parallel_for);
+  const Filter weights = filter(loops, problem.conv, problem.element, problem.weight, parallel_for);
   Conv3d conv = problem.conv;
   if (problem.reads.of_each_example) conv.n = 1;
   for (int64_t n = 0; n < problem.conv.n; n += conv.n) {

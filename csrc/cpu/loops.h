@@ -46,6 +46,9 @@ struct Loops {
   void (*multiply)(int64_t rows, int64_t columns, const Sum* sums, int64_t sums_pitch, const Sum* u, int64_t pitch, bool add,
                    Sum* to, int64_t to_pitch);
 
+  // 128 bits that tell what these bytes are, at the speed of memory; the same on one machine only.
+  void (*digest)(const void* data, int64_t bytes, uint64_t (&to)[2]);
+
   // sums += more, of so many numbers next to each other.
   void (*add)(int64_t count, const Sum* more, Sum* sums);
 

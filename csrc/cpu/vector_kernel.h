@@ -47,6 +47,7 @@ inline void store_vector(const Register<T>& vector, T* to) {
 
 constexpr int kVectors = 2;  // of weights; with one register for the input, the rest holds sums
 constexpr int kMaxPositions = (kRegisters - kVectors - 1) / kVectors;
+constexpr int kAhead = 192;  // steps of depth: weights come to the second-level cache while the last ones are multiplied
 
 template <typename T, int kPositions>
 void tile(const T* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth, const T* b, T* sum,
@@ -70,7 +71,7 @@ void tile(const T* a, int64_t position_stride, const int64_t* offsets, int64_t t
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) weights[v] = load_vector(b + v * kStep);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(b + (16 * kVectors + v) * kStep);
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(b + (kAhead * kVectors + v) * kStep, 0, 2);
       b += kVectors * kStep;
 #pragma GCC unroll 16
       for (int p = 0; p < kPositions; ++p) {
@@ -411,6 +412,47 @@ void multiply(int64_t rows, int64_t columns, const Sum* sums, int64_t sums_pitch
   }
 }
 
+// Words of 32 bits in streams, one for each lane of a few vectors: every step is one to one in the word and in what came before,
+// so no change of a word is lost; rotations bring high bits to where multiplication spreads them.
+void digest(const void* data, int64_t bytes, uint64_t (&to)[2]) {
+  constexpr int kStreams = 8, kWords = kVectorBytes / sizeof(uint32_t);
+  constexpr uint32_t kOdd = 0x9e3779b1, kStep = 0x85ebca77;
+  typedef typename VectorOf<uint32_t, kWords>::Register Words;
+  const auto* from = static_cast<const unsigned char*>(data);
+  Words sums[kStreams];
+  for (int i = 0; i < kStreams; ++i)
+    for (int lane = 0; lane < kWords; ++lane) sums[i][lane] = kStep * static_cast<uint32_t>(i * kWords + lane + 1);
+  const auto mix = [&](const unsigned char* block) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kStreams; ++i) {
+      Words word;
+      std::memcpy(&word, block + i * kVectorBytes, sizeof(word));
+      word ^= sums[i];
+      sums[i] = (word << 13 | word >> 19) * kOdd + kStep;
+    }
+  };
+  constexpr int64_t kBlock = kStreams * kVectorBytes, kAhead = 4096;
+  int64_t done = 0;
+  for (; done + kBlock <= bytes; done += kBlock) {
+#pragma GCC unroll 8
+    for (int64_t line = 0; line < kBlock; line += 64) __builtin_prefetch(from + done + kAhead + line);
+    mix(from + done);
+  }
+  if (done < bytes) {
+    unsigned char rest[kBlock] = {};
+    std::memcpy(rest, from + done, static_cast<size_t>(bytes - done));
+    mix(rest);
+  }
+  to[0] = to[1] = static_cast<uint64_t>(bytes);
+  for (int i = 0; i < kStreams; ++i)
+    for (int lane = 0; lane < kWords; ++lane) {
+      to[0] = (to[0] ^ sums[i][lane]) * 0x9e3779b97f4a7c15;
+      to[0] ^= to[0] >> 29;
+      to[1] = (to[1] ^ sums[i][lane]) * 0xc2b2ae3d27d4eb4f;
+      to[1] ^= to[1] >> 31;
+    }
+}
+
 template <typename Sum>
 void add(int64_t count, const Sum* more, Sum* sums) {
   each(1, count, [=](int64_t, int64_t i) { sums[i] += more[i]; });
@@ -498,7 +540,7 @@ void spread(Element type, const void* weights, int64_t rows, int64_t columns, Si
 
 template <typename Sum>
 constexpr Loops<Sum> kLoops{load<Sum>,     store<Sum>, lift<Sum>, round<Sum>, divide<Sum>,
-                            multiply<Sum>, add<Sum>,   dot<Sum>,  spread<Sum>};
+                            multiply<Sum>, digest,     add<Sum>,  dot<Sum>,   spread<Sum>};
 
 template <typename T>
 constexpr MicroKernel<T, T> kTile{CAPTUM_DTD_ISA, kMaxPositions, kLanes<T> * kVectors, 1, run_tile<T>};

@@ -19,74 +19,43 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------------ hash
 
-constexpr uint64_t kOdd[4] = {0x9e3779b97f4a7c15, 0xc2b2ae3d27d4eb4f, 0x165667b19e3779f9, 0xd6e8feb86659fd93};
 constexpr int64_t kPiece = 1 << 20;  // bytes hashed as one
 
-uint64_t fold(uint64_t a, uint64_t b) {
-  const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
-  return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
-}
-
-// Four streams of 16 bytes each, each with two states of 64 bits that see the data in other places of the product.
-Hash hash_piece(const unsigned char* data, int64_t bytes) {
-  uint64_t low[4], high[4];
-  for (int i = 0; i < 4; ++i) {
-    low[i] = kOdd[i] + static_cast<uint64_t>(bytes);
-    high[i] = ~low[i];
-  }
-  const auto mix = [&](const unsigned char* block) {
-    for (int i = 0; i < 4; ++i) {
-      uint64_t word[2];
-      std::memcpy(word, block + 16 * i, sizeof(word));
-      low[i] = fold(low[i] ^ word[0], kOdd[i] ^ word[1]) + word[1];
-      high[i] = fold(high[i] ^ word[1], kOdd[3 - i] ^ word[0]) + word[0];
-    }
-  };
-  int64_t done = 0;
-  for (; done + 64 <= bytes; done += 64) mix(data + done);
-  if (done < bytes) {
-    unsigned char rest[64] = {};
-    std::memcpy(rest, data + done, static_cast<size_t>(bytes - done));
-    mix(rest);
-  }
-  Hash hash{0, 0};
-  for (int i = 0; i < 4; ++i) {
-    hash.low = fold(hash.low ^ low[i], kOdd[1] ^ high[i]) + low[i];
-    hash.high = fold(hash.high ^ high[i], kOdd[2] ^ low[i]) + high[i];
-  }
-  return hash;
+template <typename Sum>
+Hash digest(const Loops<Sum>& loops, const void* data, int64_t bytes) {
+  uint64_t found[2];
+  loops.digest(data, bytes, found);
+  return {found[0], found[1]};
 }
 
 // ----------------------------------------------------------------------------------------------------- cache
 
 class Cache {
  public:
-  std::shared_ptr<const Buffer> find(const Hash& hash) {
+  std::shared_ptr<const Buffer> find(const Description& how) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = entries_.find({hash.low, hash.high});
+    const auto found = entries_.find(how);
     if (found == entries_.end()) return nullptr;
     recent_.splice(recent_.begin(), recent_, found->second);
     return found->second->buffer;
   }
 
-  void insert(const Hash& hash, const std::shared_ptr<const Buffer>& buffer) {
+  void insert(const Description& how, const std::shared_ptr<const Buffer>& buffer) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const Key key{hash.low, hash.high};
-    if (buffer->bytes() > limit_ || entries_.count(key) != 0) return;
-    recent_.push_front({key, buffer});
-    entries_[key] = recent_.begin();
+    if (buffer->bytes() > limit_ || entries_.count(how) != 0) return;
+    recent_.push_front({how, buffer});
+    entries_[how] = recent_.begin();
     bytes_ += buffer->bytes();
     while (bytes_ > limit_) {
       bytes_ -= recent_.back().buffer->bytes();
-      entries_.erase(recent_.back().key);
+      entries_.erase(recent_.back().how);
       recent_.pop_back();
     }
   }
 
  private:
-  using Key = std::pair<uint64_t, uint64_t>;
   struct Entry {
-    Key key;
+    Description how;
     std::shared_ptr<const Buffer> buffer;
   };
 
@@ -102,7 +71,7 @@ class Cache {
 
   std::mutex mutex_;
   std::list<Entry> recent_;  // the most recently used first
-  std::map<Key, std::list<Entry>::iterator> entries_;
+  std::map<Description, std::list<Entry>::iterator> entries_;
   size_t bytes_ = 0;
   const size_t limit_ = limit();
 };
@@ -114,10 +83,9 @@ Cache& cache() {
 
 // ----------------------------------------------------------------------------------------------------- packing
 
-std::vector<int64_t> description(const Filter& filter, const Use& use, const Plan& plan) {
-  std::vector<int64_t> how{plan.tiling.channels, plan.tiling.pair,    plan.tiling.operand_bytes,
-                           plan.output_parts,    plan.block_channels, plan.chunk,
-                           plan.chunks};
+Description description(const Filter& filter, const Use& use, const Plan& plan) {
+  Description how{plan.tiling.channels, plan.tiling.pair, plan.tiling.operand_bytes, plan.output_parts, plan.block_channels,
+                  plan.chunk,           plan.chunks};
   describe(filter, use, plan.sweep, how);
   how.insert(how.end(), plan.taps, plan.taps + 3);
   for (const Run& run : plan.runs)
@@ -192,15 +160,19 @@ class Packer {
 
 }  // namespace
 
-Hash hash_bytes(const void* data, int64_t bytes, ParallelFor parallel_for) {
+template <typename Sum>
+Hash hash_bytes(const Loops<Sum>& loops, const void* data, int64_t bytes, ParallelFor parallel_for) {
   const auto* from = static_cast<const unsigned char*>(data);
   std::vector<Hash> pieces(static_cast<size_t>((bytes + kPiece - 1) / kPiece));
   parallel(parallel_for, static_cast<int64_t>(pieces.size()), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      pieces[static_cast<size_t>(i)] = hash_piece(from + i * kPiece, std::min(kPiece, bytes - i * kPiece));
+      pieces[static_cast<size_t>(i)] = digest(loops, from + i * kPiece, std::min(kPiece, bytes - i * kPiece));
   });
-  return hash_piece(reinterpret_cast<const unsigned char*>(pieces.data()), static_cast<int64_t>(pieces.size() * sizeof(Hash)));
+  return digest(loops, pieces.data(), static_cast<int64_t>(pieces.size() * sizeof(Hash)));
 }
+
+template Hash hash_bytes<float>(const Loops<float>&, const void*, int64_t, ParallelFor);
+template Hash hash_bytes<double>(const Loops<double>&, const void*, int64_t, ParallelFor);
 
 int64_t filter_tap(const Sweep& sweep, int64_t t, int64_t h, int64_t w) {
   const int64_t index[3] = {t, h, w};
@@ -209,20 +181,17 @@ int64_t filter_tap(const Sweep& sweep, int64_t t, int64_t h, int64_t w) {
   return at;
 }
 
-void describe(const Filter& filter, const Use& use, const Sweep& sweep, std::vector<int64_t>& how) {
+void describe(const Filter& filter, const Use& use, const Sweep& sweep, Description& how) {
   how.insert(how.end(), {static_cast<int64_t>(filter.hash.low), static_cast<int64_t>(filter.hash.high),
                          static_cast<int64_t>(filter.element), use.adjoint, use.split, sweep.groups, filter.c_out, filter.c_in});
   for (int a = 0; a < 3; ++a) how.insert(how.end(), {sweep.filter[a], sweep.taps[a], sweep.first_tap[a], sweep.tap_skip[a]});
 }
 
-std::shared_ptr<const Buffer> kept(const std::vector<int64_t>& how, size_t bytes,
-                                   const std::function<void(const Buffer&)>& fill) {
-  const Hash hash =
-      hash_piece(reinterpret_cast<const unsigned char*>(how.data()), static_cast<int64_t>(how.size() * sizeof(int64_t)));
-  if (auto found = cache().find(hash)) return found;
+std::shared_ptr<const Buffer> kept(const Description& how, size_t bytes, const std::function<void(const Buffer&)>& fill) {
+  if (auto found = cache().find(how)) return found;
   const auto buffer = std::make_shared<const Buffer>(bytes);
   fill(*buffer);
-  cache().insert(hash, buffer);
+  cache().insert(how, buffer);
   return buffer;
 }
 

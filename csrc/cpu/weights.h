@@ -19,8 +19,9 @@ struct Hash {
   uint64_t low, high;
 };
 
-// Of all bytes, at the speed of memory.
-Hash hash_bytes(const void* data, int64_t bytes, ParallelFor parallel_for);
+// Of all bytes, at the speed of memory: weights are hashed whenever they are used, since their owner may change them.
+template <typename Sum>
+Hash hash_bytes(const Loops<Sum>& loops, const void* data, int64_t bytes, ParallelFor parallel_for);
 
 struct Filter {
   const void* data;  // (c_out, c_in / groups, kT, kH, kW), contiguous
@@ -49,11 +50,14 @@ struct FilterStrides {
 // Where a channel of a filter has the tap of a sweep.
 int64_t filter_tap(const Sweep& sweep, int64_t t, int64_t h, int64_t w);
 
-// What weights are found by: which filter, and what of it a sweep sums over. How they are packed is the caller's to add.
-void describe(const Filter& filter, const Use& use, const Sweep& sweep, std::vector<int64_t>& how);
+// What weights are found by: which filter, what of it a sweep sums over, and how they are packed.
+using Description = std::vector<int64_t>;
+
+// Adds which filter and what of it; the rest is the caller's.
+void describe(const Filter& filter, const Use& use, const Sweep& sweep, Description& how);
 
 // The buffer that is kept under this description, or a new one of so many bytes that `fill` has filled.
-std::shared_ptr<const Buffer> kept(const std::vector<int64_t>& how, size_t bytes, const std::function<void(const Buffer&)>& fill);
+std::shared_ptr<const Buffer> kept(const Description& how, size_t bytes, const std::function<void(const Buffer&)>& fill);
 
 // Packed as plan says: [group][block of channels][chunk][tap][depth / pair][channels][pair], zero where nothing is.
 template <typename Operand, typename Sum>

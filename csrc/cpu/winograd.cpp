@@ -145,7 +145,7 @@ WinogradPlan make_winograd_plan(const Sweep& sweep, int input_parts, int output_
 std::shared_ptr<const Buffer> winograd_weights(const Filter& filter, const Use& use, const WinogradPlan& plan,
                                                const WinogradKernel<float>& transforms, const Loops<float>& loops,
                                                ParallelFor parallel_for) {
-  std::vector<int64_t> how{Winograd::kPlanes, plan.lanes, plan.input_parts, plan.output_parts, plan.depth};
+  Description how{Winograd::kPlanes, plan.lanes, plan.input_parts, plan.output_parts, plan.depth};
   describe(filter, use, plan.sweep, how);
   return kept(how, static_cast<size_t>(plan.packed_weights()) * sizeof(float), [&](const Buffer& buffer) {
     const Packer packer(filter, use, plan, transforms, loops, buffer.as<float>());
