@@ -98,8 +98,9 @@ class Route:
 
     @staticmethod
     def of(rows: Iterable[Iterable[int]], size: int) -> Route:
-        """The route with these rows; what it needs to move tensors is worked out once."""
-        return _route(tuple(map(tuple, rows)), size)
+        """The route with these rows, one where all are equal; what it needs to move tensors is worked out once."""
+        found = tuple(map(tuple, rows))
+        return _route(found[:1] if len(set(found)) == 1 else found, size)
 
     @property
     def count(self) -> int:
@@ -145,12 +146,15 @@ class Route:
         return value if self.is_identity else pytree.tree_map_only(Tensor, lambda x: self._gather(x, dim, fill), value)
 
     def _gather(self, x: Tensor, dim: int, fill: float) -> Tensor:
+        shape = list(x.shape)
+        shape[dim] = self.count
         if x.stride(dim) == 0 and x.shape[dim] > 0 and not self._fills:
-            shape = list(x.shape)
-            shape[dim] = self.count
             return x.narrow(dim, 0, 1).expand(shape)
-        if len(self.rows) == 1 and len(self._runs) == 1 and not self._fills:
-            return x.narrow(dim, self.rows[0][0], self.count)
+        if len(self.rows) == 1 and not self._fills:
+            if len(self._runs) == 1:
+                return x.narrow(dim, self.rows[0][0], self.count)
+            if len(self.used) == 1:
+                return x.narrow(dim, self.used[0], 1).expand(shape)
         moved = _empty_like(x, dim, self.count)
         if x.is_meta:
             return moved

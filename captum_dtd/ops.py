@@ -8,7 +8,7 @@ kernels (`captum_dtd.kernels` says which there are). The functions here call the
 Shapes and types: ``x`` (N, C, T, H, W), ``weight`` (C_out, C / groups, kT, kH, kW), ``bias`` (C_out,), ``relevance`` as the
 layer's output. ``x``, ``weight`` and ``bias`` have one type: float32, bfloat16, float16 or float64. Relevance, pixel bounds,
 every sum and the result are float32, or float64 for float64. Strides are free; the result is laid out channels_last_3d
-where ``x`` is, else contiguous. A 2D layer is a 3D one with T = 1; a linear layer a 1x1x1 convolution of one position.
+where the frames of ``x`` are, else contiguous. A 2D layer is a 3D one with T = 1; a linear layer a 1x1x1 convolution of one position.
 Nothing here is differentiable.
 """
 
@@ -613,17 +613,19 @@ def _pooled(n: int, kernel: int, stride: int, padding: int, dilation: int, ceil_
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """What results are laid out in: channels_last_3d where each example of x is (and is not contiguous as well), else contiguous.
+    """What results are laid out in: channels_last_3d where each frame of x is (and x is not contiguous as well), else contiguous.
 
-    Examples may be apart, as in a slice along time.
+    Frames may be apart, or one and the same, as in a slice along time or a frozen clip.
 
     Example:
-        >>> memory_format(torch.rand(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d)[:, :, 1:3])
-        torch.channels_last_3d
+        >>> x = torch.rand(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d)
+        >>> memory_format(x[:, :, 1:3]), memory_format(x[:, :, :1].expand(2, 3, 4, 5, 6))
+        (torch.channels_last_3d, torch.channels_last_3d)
     """
-    one = x[:1]
-    channels_last = x.ndim == 5 and one.is_contiguous(memory_format=torch.channels_last_3d) and not one.is_contiguous()
-    return torch.channels_last_3d if channels_last else torch.contiguous_format
+    if x.ndim != 5 or not x.numel() or x[:1].is_contiguous():
+        return torch.contiguous_format
+    is_channels_last = x[:1, :, :1].is_contiguous(memory_format=torch.channels_last_3d)
+    return torch.channels_last_3d if is_channels_last else torch.contiguous_format
 
 
 def _like_x(x: Tensor, dtype: torch.dtype, shape: Sequence[int] | None = None) -> Tensor:

@@ -8,8 +8,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -266,8 +266,8 @@ inline MaxPool3d check_max_pool3d(const Tensor& x, const Tensor& relevance, cons
   return pool;
 }
 
-// Whether each example of a tensor is dense with its dimensions in this order, the innermost first.
-inline bool is_dense(const Tensor& tensor, const std::array<int, 4>& order) {
+// Whether a part of a tensor is dense with these dimensions in this order, the innermost first.
+inline bool is_dense(const Tensor& tensor, std::initializer_list<int> order) {
   int64_t expected = 1;
   for (const int axis : order) {
     if (tensor.size(axis) != 1 && tensor.stride(axis) != expected) return false;
@@ -276,10 +276,10 @@ inline bool is_dense(const Tensor& tensor, const std::array<int, 4>& order) {
   return true;
 }
 
-// Whether each example is dense in channels_last_3d and not contiguous as well: then results are laid out so, else contiguous.
-// Examples may be apart, as in a slice along T.
+// Whether each frame is dense in channels_last_3d, and no example contiguous as well: then results are laid out so, else
+// contiguous. Frames may be apart, or one and the same, as in a slice along T or a frozen clip.
 inline bool is_channels_last(const Tensor& tensor) {
-  return tensor.numel() != 0 && !is_dense(tensor, {4, 3, 2, 1}) && is_dense(tensor, {1, 4, 3, 2});
+  return tensor.numel() != 0 && !is_dense(tensor, {4, 3, 2, 1}) && is_dense(tensor, {1, 4, 3});
 }
 
 // A result, not yet written, of a type and shape of its own on x's device and in x's layout.

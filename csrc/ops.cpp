@@ -3,11 +3,12 @@
 // used, so that one build serves all versions of both.
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
 #include <utility>
 
+#include "cpu/buffer.h"
 #include "cpu/conv3d.h"
 #include "cpu/features.h"
-#include "cpu/huge_pages.h"
 #include "cpu/max_pool3d.h"
 #include "module.h"
 
@@ -32,9 +33,18 @@ struct Cpu {
   static bool serves_auto(std::string_view kernel) { return kernel.substr(kernel.find('/') + 1) == "ieee"; }
 
   static Tensor result_like(const Tensor& x, ScalarType type, const Numbers& shape) {
-    Tensor result = empty_like_x(x, type, shape);
-    cpu::prefer_huge_pages(result.mutable_data_ptr(), static_cast<size_t>(result.numel() * result.element_size()));
-    return result;
+    constexpr int64_t kBigBytes = int64_t{1} << 20;
+    int64_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+    for (const int64_t size : shape) bytes *= size;
+    if (bytes < kBigBytes) return empty_like_x(x, type, shape);
+    Numbers strides(5);
+    int64_t stride = 1;
+    for (const int axis : is_channels_last(x) ? std::array{1, 4, 3, 2, 0} : std::array{4, 3, 2, 1, 0}) {
+      strides[axis] = stride;
+      stride *= shape[axis];
+    }
+    void* const data = cpu::take_block(static_cast<size_t>(bytes));
+    return torch::stable::from_blob(data, shape, strides, x.device(), type, cpu::give_back_block);
   }
 
   static void run(const Conv3dRelevance& problem, const std::string& kernel, const Tensor&) {

@@ -40,21 +40,27 @@ class Buffer {
   std::unique_ptr<void, Free> data_;
 };
 
-// A buffer for the duration of a call; the process keeps the last few that are not too big.
+// Big blocks for the duration of a call or of a result. The process keeps the last ones that were given back, up to a limit:
+// memory that is new to it costs more time than what is done with it.
+void* take_block(size_t bytes);
+void give_back_block(void* block);
+
 class Workspace {
  public:
-  explicit Workspace(size_t bytes);
-  ~Workspace();
+  explicit Workspace(size_t bytes) : data_(bytes > 0 ? take_block(bytes) : nullptr) {}
+  ~Workspace() {
+    if (data_ != nullptr) give_back_block(data_);
+  }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
   template <typename T>
   T* as() const {
-    return buffer_.as<T>();
+    return static_cast<T*>(data_);
   }
 
  private:
-  Buffer buffer_;
+  void* data_;
 };
 
 }  // namespace captum_dtd::cpu
