@@ -29,11 +29,18 @@ from captum_dtd.kernels import Precision
 
 KINDS = {
     "forward, collapsed z": (
-        *("captum_dtd::conv3d", "aten::conv3d", "aten::convolution", "aten::_convolution", "aten::mkldnn_convolution"),
+        *(
+            "captum_dtd::conv3d",
+            "captum_dtd::frozen_conv3d",
+            "aten::conv3d",
+            "aten::convolution",
+            "aten::_convolution",
+            "aten::mkldnn_convolution",
+        ),
         *("aten::slow_conv3d_forward", "aten::_slow_conv3d_forward", "aten::linear", "aten::addmm", "aten::mm"),
     ),
-    "z and adjoint": ("captum_dtd::z_plus_conv3d", "aten::convolution_backward"),
-    "pixel layer": ("captum_dtd::z_beta_conv3d",),
+    "z and adjoint": ("captum_dtd::z_plus_conv3d", "captum_dtd::frozen_z_plus_conv3d", "aten::convolution_backward"),
+    "pixel layer": ("captum_dtd::z_beta_conv3d", "captum_dtd::frozen_z_beta_conv3d"),
     "pooling": (
         *("captum_dtd::max_pool3d_relevance", "aten::max_pool3d", "aten::max_pool3d_with_indices", "aten::avg_pool3d"),
         *("aten::avg_pool3d_backward", "aten::mean", "aten::sum", "aten::adaptive_avg_pool3d"),
@@ -91,10 +98,37 @@ def flops_of(name: str, shapes: Sequence[Any], values: Sequence[Any]) -> int:
     if name == "captum_dtd::z_beta_conv3d":  # on twice the channels
         weight, relevance, divided = shapes[3], shapes[5], values[11]
         return int((4 if divided else 8) * math.prod(relevance) * math.prod(weight[1:]))
+    if name == "captum_dtd::frozen_conv3d":
+        weight, reads, times = shapes[1], values[3], values[4]
+        stride, padding, dilation = values[5:8]
+        size = [
+            (n + p + q - d * (k - 1) - 1) // s + 1
+            for n, p, q, k, s, d in zip(
+                shapes[0][3:], padding[2::2], padding[3::2], weight[3:], stride[1:], dilation[1:], strict=True
+            )
+        ]
+        return 2 * products(reads, shapes[0][0], times, weight[2]) * math.prod(size) * math.prod(weight) // weight[2]
+    if name in ("captum_dtd::frozen_z_plus_conv3d", "captum_dtd::frozen_z_beta_conv3d"):
+        at = 0 if name == "captum_dtd::frozen_z_plus_conv3d" else 2  # z-beta has bounds, and twice the channels
+        weight, relevance, reads, gives = shapes[1 + at], shapes[3 + at], values[4 + at], values[5 + at]
+        divided = values[13] if at == 0 else values[14]
+        tables = (gives,) if divided else (reads, gives)
+        taken = sum(products(table, relevance[0], relevance[2], weight[2]) for table in tables)
+        return (2 if at == 0 else 4) * taken * math.prod(relevance[3:]) * math.prod(weight) // weight[2]
     if name == "aten::addmm":
         (rows, inner), outputs = shapes[1], shapes[2][1]
         return int(2 * rows * inner * outputs)
     return 0
+
+
+def products(table: Sequence[int], n: int, times: int, taps: int) -> int:
+    """How many products of a frame and a tap a table asks for, over all examples: what several times share is taken once."""
+    rows = [table[at : at + times * taps] for at in range(0, len(table), times * taps)]
+    taken = [
+        len({(tap, time) for tap in range(taps) for time in row[tap::taps]} - {(tap, -1) for tap in range(taps)})
+        for row in rows
+    ]
+    return sum(taken) if len(rows) == n else n * sum(taken)
 
 
 def profiled(question: Question, precision: Precision) -> tuple[list[Part], float]:

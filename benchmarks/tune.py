@@ -32,7 +32,7 @@ PRECISIONS = get_args(Precision)
 ABOUT = {
     "what": "The fastest kernel by device, feature level, operation, precision and kind of shape; written by make tune.",
     "how": "Single clips, channels last, least geometric mean of the times over a kind's layers; within 10 % the more precise.",
-    "feature levels": "The best of amx_bf16, avx512_fp16, avx512_bf16, avx512, avx2, generic that a CPU has; sm_<major><minor> of a GPU.",
+    "feature levels": "The best of amx_bf16, avx512_fp16, avx512_bf16, avx512, avx2, generic; sm_<major><minor> of a GPU.",
     "kinds": {
         "pixels": "at most 4 input channels in a group",
         "linear": "kernel 1x1x1 at one position",

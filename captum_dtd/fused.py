@@ -199,7 +199,7 @@ def _convolve(
 ) -> Tensor:
     if reads is None:
         return ops.conv3d(x, weight, bias, **conv.geometry, kernel=kernel)
-    return ops.frozen_conv3d(x, weight, bias, reads, **conv.in_space, kernel=kernel)
+    return ops.frozen_conv3d(x, weight, reads, bias=bias, **conv.in_space, kernel=kernel)
 
 
 @dataclass(frozen=True)

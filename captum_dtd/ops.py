@@ -8,8 +8,8 @@ kernels (`captum_dtd.kernels` says which there are). The functions here call the
 Shapes and types: ``x`` (N, C, T, H, W), ``weight`` (C_out, C / groups, kT, kH, kW), ``bias`` (C_out,), ``relevance`` as the
 layer's output. ``x``, ``weight`` and ``bias`` have one type: float32, bfloat16, float16 or float64. Relevance, pixel bounds,
 every sum and the result are float32, or float64 for float64. Strides are free; the result is laid out channels_last_3d
-where the frames of ``x`` are, else contiguous. A 2D layer is a 3D one with T = 1; a linear layer a 1x1x1 convolution of one position.
-Nothing here is differentiable.
+where the frames of ``x`` are, else contiguous. A 2D layer is a 3D one with T = 1; a linear layer a 1x1x1 convolution of one
+position. Nothing here is differentiable.
 """
 
 from __future__ import annotations
@@ -325,9 +325,9 @@ def frozen_z_beta_conv3d(
 def frozen_conv3d(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     reads: Table,
     *,
+    bias: Tensor | None = None,
     stride: Pair = 1,
     padding: Pair | Literal["same"] = 0,
     dilation: Pair = 1,
@@ -338,9 +338,9 @@ def frozen_conv3d(
 
     Args:
         x: the input (N, C, times that differ, H, W).
-        weight: as in `frozen_z_plus_conv3d`, and so are ``reads`` and all further arguments.
-        bias: (C_out,), added to the result, or None.
+        weight: as in `frozen_z_plus_conv3d`, and so are all further arguments.
         reads: times of ``x``, as (1 or N, Q, kT).
+        bias: (C_out,), added to the result.
 
     Returns:
         (N, C_out, Q, H', W').
@@ -348,7 +348,7 @@ def frozen_conv3d(
     Example:
         >>> frames = torch.tensor([1.0, 5.0]).view(1, 1, 2, 1, 1)
         >>> reads = [[(-1, 0), (0, 0), (0, 1)]]
-        >>> frozen_conv3d(frames, torch.ones(1, 1, 2, 1, 1), None, reads).flatten()
+        >>> frozen_conv3d(frames, torch.ones(1, 1, 2, 1, 1), reads).flatten()
         tensor([1., 2., 6.])
     """
     geometry = _flat_geometry(stride, padding, dilation, weight)
@@ -427,8 +427,10 @@ def _pair(name: str, value: Pair) -> list[int]:
 
 
 def _flat(name: str, table: Table) -> list[int]:
-    sizes = {(len(row), len(times)) for row in table for times in row}
-    _check(len(sizes) == 1, f"{name} must have the same number of output times and taps in every row, got {table!r}")
+    sizes = {(len(row), len(times)) for row in table for times in row} | {
+        (len(row), 0) for row in table if not len(row)
+    }
+    _check(len(sizes) == 1, f"{name} must have the same number of output times and taps in every row, got {table}")
     return [time for row in table for times in row for time in times]
 
 

@@ -187,9 +187,10 @@ def frozen_conv3d(
     groups: int,
 ) -> Tensor:
     """The convolution of a frozen clip's layer, whose output times read times of ``x`` by a table; -1 reads zeros."""
-    read = _rows(reads, x.shape[0], times, weight.shape[2])
+    taps = weight.shape[2]
+    read = _rows(reads, x.shape[0], times, taps)
     outputs = [
-        conv3d(_windows(x, [row[q] for row in read]), weight, bias, stride, padding, dilation, groups)
+        conv3d(_windows(x, [row[q] for row in read], taps), weight, bias, stride, padding, dilation, groups)
         for q in range(times)
     ]
     return torch.cat(outputs, 2)
@@ -202,9 +203,9 @@ def _rows(table: Sequence[int], n: int, times: int, taps: int) -> list[list[list
     return rows if len(rows) == n else rows * n
 
 
-def _windows(x: Tensor, read: Sequence[Sequence[int]]) -> Tensor:
-    """For every example the times that one output reads, -1 as zeros."""
-    chosen = x.new_zeros((x.shape[0], x.shape[1], len(read[0]) if read else 1, *x.shape[3:]))
+def _windows(x: Tensor, read: Sequence[Sequence[int]], taps: int) -> Tensor:
+    """For every example the times that one output reads by so many taps, -1 as zeros."""
+    chosen = x.new_zeros((x.shape[0], x.shape[1], taps, *x.shape[3:]))
     for n, times in enumerate(read):
         for tap, time in enumerate(times):
             if time >= 0:
@@ -232,7 +233,7 @@ def _share_by_table(
     read, given = _rows(reads, n, outputs, taps), _rows(gives, n, outputs, taps)
     shared = relevance.new_zeros((n, channels, times, *size))
     for q in range(outputs):
-        windows = [(_windows(u, [row[q] for row in read]), part) for u, part in parts]
+        windows = [(_windows(u, [row[q] for row in read], taps), part) for u, part in parts]
         here = relevance[:, :, q : q + 1]
         geometry = (stride, padding, dilation, groups, stabilizer, divided)
         of_window = _share(windows, weight, bias, here, *geometry)

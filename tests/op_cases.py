@@ -63,6 +63,85 @@ class Conv:
             x, padding = F.pad(x, [padding[i] for i in (4, 5, 2, 3, 0, 1)]), 0
         return F.conv3d(x, weight, None, self.stride, padding, self.dilation, self.groups)
 
+    @property
+    def spread(self) -> Conv:
+        """The convolution over what `read` makes of x."""
+        return self
+
+    def read(self, x: Tensor) -> Tensor:
+        """What the windows read, and the oracle knows inputs by."""
+        return x
+
+    def collect(self, shared: Tensor) -> Tensor:
+        """The relevance of x, given that of what was read."""
+        return shared
+
+
+@dataclass(frozen=True)
+class Frozen(Conv):
+    """A convolution of a frozen clip's layer; stride, padding and dilation are those of H and W.
+
+    The oracle reads every output's window as frames of its own, laid end to end.
+    """
+
+    reads: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    gives: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    times: int = 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the relevance rules; forward there is nothing to give."""
+        tables = {"reads": self.reads, "gives": self.gives, "times": self.times}
+        return (
+            tables
+            | {name: self._of_space(name) for name in ("stride", "padding", "dilation")}
+            | {"groups": self.groups}
+        )
+
+    def _of_space(self, name: str) -> Any:
+        value = getattr(self, name)
+        return value[1:] if isinstance(value, tuple) else value
+
+    @property
+    def spread(self) -> Conv:
+        n, c, _, h, w = self.x
+        taps, outputs = self.weight[2], len(self.reads[0])
+        stride, padding, dilation = (self._of_space(name) for name in ("stride", "padding", "dilation"))
+        if padding == "same":
+            around = [d * (k - 1) for d, k in zip(tuples(dilation, 2), self.weight[3:], strict=True)]
+            padding = [side for total in around for side in (total // 2, total - total // 2)]
+        else:
+            padding = [side for side in tuples(padding, 2) for _ in range(2)]
+        stride, padding, dilation = (taps, *tuples(stride, 2)), (0, 0, *padding), (1, *tuples(dilation, 2))
+        return Conv(
+            self.name, (n, c, outputs * taps, h, w), self.out, self.kernel, stride, padding, dilation, self.groups
+        )
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.spread(self.read(x), weight)
+
+    def _table(self, rows: tuple[tuple[tuple[int, ...], ...], ...]) -> list[list[int]]:
+        """For every example and frame of a window."""
+        frames = [[time for taps in row for time in taps] for row in rows]
+        return frames * (self.x[0] if len(rows) == 1 else 1)
+
+    def read(self, x: Tensor) -> Tensor:
+        frames = x.new_zeros(*x.shape[:2], len(self.reads[0]) * self.weight[2], *x.shape[3:])
+        for n, row in enumerate(self._table(self.reads)):
+            for frame, time in enumerate(row):
+                if time >= 0:
+                    frames[n, :, frame] = x[n, :, time]
+        return frames
+
+    def collect(self, shared: Tensor) -> Tensor:
+        n, c, _, *size = shared.shape
+        found = shared.new_zeros(n, c, self.times, *size)
+        for example, (reads, gives) in enumerate(zip(self._table(self.reads), self._table(self.gives), strict=True)):
+            for frame, (source, to) in enumerate(zip(reads, gives, strict=True)):
+                if source >= 0 and to >= 0:
+                    found[example, :, to] += shared[example, :, frame]
+        return found
+
 
 CONVS = (
     Conv("3x3x3", (2, 3, 3, 5, 6), 4, padding=1),
@@ -110,6 +189,121 @@ CONVS = (
     Conv("67 wide", (1, 2, 1, 2, 67), 3, (1, 2, 3), padding=1),
     Conv("stem", (1, 3, 4, 9, 10), 6, (3, 7, 7), (1, 2, 2), (1, 3, 3)),
     Conv("stem of one frame", (2, 3, 2, 9, 11), 7, (1, 7, 7), (1, 2, 2), (0, 3, 3)),
+)
+
+
+ENDS = (((-1, 0, 0), (0, 0, 0), (0, 0, -1)),)
+"""One frame in a padded clip: the first output time, those in the middle, the last."""
+THREE = (((-1, 0, 1), (0, 1, 1), (1, 1, 1), (1, 1, 2), (1, 2, -1)),)
+"""Three frames that differ, as ENDS makes them."""
+SHIFTED = (((-1, 0), (0, 1), (1, -1)),)
+EACH = (((0, 0), (0, 1)), ((-1, 0), (1, 1)), ((1, 1), (1, 0)))
+SINGLES = (((0,), (0,)),)
+
+FROZEN = (
+    Frozen("frozen 3x3x3", (2, 3, 1, 3, 4), 4, padding=(0, 1, 1), reads=ENDS, gives=ENDS),
+    Frozen("frozen three", (1, 2, 3, 3, 3), 5, padding=(0, 1, 1), reads=THREE, gives=THREE, times=3),
+    Frozen("frozen, empty batch", (0, 3, 1, 4, 4), 4, reads=ENDS, gives=ENDS),
+    Frozen(
+        "frozen batch of 3", (3, 5, 2, 3, 3), 5, (2, 3, 3), padding=(0, 1, 1), reads=SHIFTED, gives=SHIFTED, times=2
+    ),
+    Frozen(
+        "frozen, one to several", (1, 2, 1, 4, 4), 3, reads=ENDS, gives=(((-1, 0, 1), (0, 1, 2), (1, 2, -1)),), times=3
+    ),
+    Frozen("frozen, each its own", (3, 7, 2, 3, 4), 9, (2, 3, 3), padding=(0, 1, 1), reads=EACH, gives=EACH, times=2),
+    Frozen(
+        "frozen, one reads nothing",
+        (2, 3, 1, 4, 4),
+        4,
+        (2, 3, 3),
+        reads=(((-1, -1), (0, 0)),),
+        gives=(((-1, 0), (0, 0)),),
+    ),
+    Frozen(
+        "frozen, given to nobody",
+        (2, 3, 2, 4, 4),
+        4,
+        (2, 3, 3),
+        reads=(((0, 1), (1, 0)),),
+        gives=(((-1, 0), (-1, 1)),),
+        times=2,
+    ),
+    Frozen(
+        "frozen, one reads for all",
+        (2, 3, 1, 4, 4),
+        4,
+        (1, 3, 3),
+        reads=SINGLES,
+        gives=(((0,), (1,)), ((1,), (0,))),
+        times=2,
+    ),
+    Frozen(
+        "frozen, stride 2", (2, 5, 2, 5, 6), 7, (2, 3, 3), (1, 2, 2), (0, 1, 1), reads=SHIFTED, gives=SHIFTED, times=2
+    ),
+    Frozen(
+        "frozen, dilated",
+        (1, 3, 2, 7, 9),
+        4,
+        (2, 3, 2),
+        1,
+        (0, 2, 1),
+        (1, 2, 3),
+        reads=(((0, 1), (1, 1)),),
+        gives=(((0, 1), (1, 1)),),
+        times=2,
+    ),
+    Frozen(
+        "frozen, 2 groups",
+        (1, 34, 1, 3, 2),
+        6,
+        (2, 3, 3),
+        (1, 2, 1),
+        (0, 1, 1),
+        groups=2,
+        reads=(((-1, 0), (0, 0)),),
+        gives=(((-1, 0), (0, 0)),),
+    ),
+    Frozen("frozen, depthwise", (2, 5, 1, 3, 3), 5, padding=(0, 1, 1), groups=5, reads=ENDS, gives=ENDS),
+    Frozen(
+        "frozen shortcut",
+        (2, 5, 2, 6, 5),
+        8,
+        1,
+        (1, 2, 2),
+        reads=(((0,), (1,), (0,)),),
+        gives=(((0,), (1,), (0,)),),
+        times=2,
+    ),
+    Frozen("frozen, temporal", (1, 7, 3, 2, 3), 5, (3, 1, 1), reads=THREE, gives=THREE, times=3),
+    Frozen(
+        "frozen, 40 channels to 50",
+        (1, 40, 1, 2, 2),
+        50,
+        (2, 3, 3),
+        padding=(0, 1, 1),
+        reads=(((-1, 0), (0, 0)),),
+        gives=(((-1, 0), (0, 0)),),
+    ),
+    Frozen("frozen pixels", (1, 3, 1, 2, 9), 17, padding=(0, 1, 1), reads=ENDS, gives=ENDS),
+    Frozen(
+        "frozen stem",
+        (1, 3, 1, 6, 7),
+        6,
+        (2, 7, 7),
+        (1, 2, 2),
+        (0, 3, 3),
+        reads=(((-1, 0), (0, 0)),),
+        gives=(((-1, 0), (0, 0)),),
+    ),
+    Frozen(
+        "frozen, same",
+        (1, 3, 1, 5, 6),
+        4,
+        (2, 4, 2),
+        padding="same",
+        reads=(((-1, 0), (0, 0)),),
+        gives=(((-1, 0), (0, 0)),),
+    ),
 )
 
 
@@ -232,6 +426,11 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor.contiguous()
 
 
+def kind(op: str) -> str:
+    """What an operation on frozen clips is on any clip."""
+    return op.removeprefix("frozen_")
+
+
 def explicit(op: str, arguments: dict[str, Any], kernel: str = "auto") -> dict[str, Any]:
     """Arguments of the Python functions as those of the torch operators: nothing left out, every number per dimension."""
     given = {"kernel": kernel, **arguments}
@@ -240,10 +439,21 @@ def explicit(op: str, arguments: dict[str, Any], kernel: str = "auto") -> dict[s
         defaults |= {"stride": given["kernel_size"], "ceil_mode": False, "winner_takes_all": False}
         given["kernel_size"] = list(tuples(given["kernel_size"], 3))
     else:
-        defaults |= {"bias": None, "groups": 1} | ({"non_negative": False} if op == "z_plus_conv3d" else {})
-        defaults |= {"divided": False} if op != "conv3d" else {}
-    if op != "conv3d":
+        defaults |= {"bias": None, "groups": 1} | ({"non_negative": False} if kind(op) == "z_plus_conv3d" else {})
+        defaults |= {"divided": False} if kind(op) != "conv3d" else {}
+    if kind(op) != "conv3d":
         defaults["stabilizer"] = 0.0
+    if op == "frozen_conv3d":
+        defaults["times"] = len(given["reads"][0])
+    for name in ("reads", "gives") if kind(op) != op else ():
+        if name in given:
+            given[name] = [time for row in given[name] for times in row for time in times]
+    if kind(op) != op:
+        given |= {
+            "stride": (1, *tuples(given.get("stride", 1), 2)),
+            "dilation": (1, *tuples(given.get("dilation", 1), 2)),
+        }
+        given["padding"] = (0, *tuples(given.get("padding", 0), 2))
     given = defaults | {name: value for name, value in given.items() if value is not None}
     for name in ("stride", "padding", "dilation"):
         given[name] = list(tuples(given[name], 3))
@@ -285,7 +495,7 @@ class Variant:
 
 
 STABLE = {"stabilizer": 0.25}
-VARIANTS = {
+VARIANTS: dict[str, tuple[Variant, ...]] = {
     "z_plus_conv3d": (
         Variant("non-negative", {"non_negative": True}),
         Variant("signed"),
@@ -308,7 +518,10 @@ VARIANTS = {
 }
 
 
-def box(kind: str, x: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+VARIANTS |= {f"frozen_{op}": VARIANTS[op] for op in ("z_plus_conv3d", "z_beta_conv3d", "conv3d")}
+
+
+def box(how: str, x: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
     """Shapes of low and high, which broadcast to x."""
     _, c, *size = x
     return {
@@ -316,7 +529,7 @@ def box(kind: str, x: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
         "channel": ((1, c, 1, 1, 1), (c, 1, 1, 1)),
         "pixel": ((c, *size), tuple(x)),
         "violated": ((1, 1, 1, 1, 1), (size[-1],)),
-    }[kind]
+    }[how]
 
 
 @lru_cache(maxsize=8)
@@ -331,7 +544,7 @@ def problem(
         return pool_problem(case, variant, rounded(x, dtype), dtype, short)
     if case.frozen:
         x = x[:1, :, :1].expand(case.x)
-    weight, V = jacobian(case, dtype, short)
+    weight, V = jacobian(case.spread, dtype, short)
     tensors = {"x": rounded(x, dtype), "weight": weight}
     if variant.bias:
         tensors["bias"] = rounded(draw(case, "bias", (case.out,), short), dtype)
@@ -344,15 +557,17 @@ def problem(
     bias = tensors.get("bias", torch.zeros(case.out, dtype=torch.float64))
     out = case(tensors["x"], weight).shape
     b = bias.repeat_interleave(math.prod(out[2:]))
-    if op == "conv3d":
-        expected = tensors["x"].flatten(1) @ V.T + b
-        scale = tensors["x"].flatten(1).abs() @ V.T.abs() + b.abs()
-        return Problem(op, tensors, case.options, expected.view(out), scale.view(out))
+    read = case.read(tensors["x"])
+    if kind(op) == "conv3d":
+        expected = read.flatten(1) @ V.T + b
+        scale = read.flatten(1).abs() @ V.T.abs() + b.abs()
+        options = {name: value for name, value in case.options.items() if name not in ("gives", "times")}
+        return Problem(op, tensors, options, expected.view(out), scale.view(out))
 
     # Z (N, outputs, inputs): what every input gave to every output.
-    u = tensors["x"].flatten(1).unsqueeze(1)
+    u = read.flatten(1).unsqueeze(1)
     if variant.box:
-        low, high = (tensors[name].expand(case.x).flatten(1).unsqueeze(1) for name in ("low", "high"))
+        low, high = (case.read(tensors[name].expand(case.x)).flatten(1).unsqueeze(1) for name in ("low", "high"))
         Z = u * V - low * pos(V) - high * neg(V)
     else:
         Z = pos(u) * pos(V) + neg(u) * neg(V)
@@ -365,7 +580,8 @@ def problem(
             R = rounded(R * (z + torch.where(z < 0, -variant.stabilizer, variant.stabilizer)), torch.float32)
         expected, scale = shared(Z, R, pos(b), variant.stabilizer)
     tensors["relevance"] = R.view(out)
-    return Problem(op, tensors, case.options | variant.options, expected.view(case.x), scale.view(case.x))
+    expected, scale = (case.collect(each.view(read.shape)) for each in (expected, scale))
+    return Problem(op, tensors, case.options | variant.options, expected, scale)
 
 
 def shared(Z: Tensor, R: Tensor, bias: Tensor | float, stabilizer: float) -> tuple[Tensor, Tensor]:
@@ -446,11 +662,11 @@ def tolerance(op: str, kernel: str, dtype: torch.dtype, short: bool, short_quoti
     allowed = SUMS[accumulator(dtype)]
     if not short:
         allowed += 2 * operand + left_out
-        if op != "conv3d":
+        if kind(op) != "conv3d":
             allowed += operand + quotient + left_out
     elif not short_quotients:
         allowed += quotient
-    if op == "conv3d":
+    if kind(op) == "conv3d":
         allowed += torch.finfo(dtype).eps / 2  # the result has the type of x
     return allowed
 

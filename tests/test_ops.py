@@ -17,16 +17,20 @@ from op_cases import (
     CONVS,
     DEVICES,
     DTYPES,
+    FROZEN,
     LAYOUTS,
     POOLS,
+    THREE,
     VARIANTS,
     Conv,
+    Frozen,
     Pool,
     Problem,
     Variant,
     accumulator,
     disagreement,
     explicit,
+    kind,
     problem,
     tolerance,
     windows,
@@ -38,12 +42,14 @@ from torch.library import opcheck
 
 from captum_dtd import kernels, native, ops
 
-CASES = {op: POOLS if op.startswith("max_pool") else CONVS for op in VARIANTS}
+CASES: dict[str, tuple[Any, ...]] = {
+    op: POOLS if op.startswith("max_pool") else FROZEN if op.startswith("frozen") else CONVS for op in VARIANTS
+}
 EVERY = [pytest.param(op, case, id=f"{op}-{case.name}") for op, cases in CASES.items() for case in cases]
 CONVOLUTIONS = [op for op, cases in CASES.items() if cases is CONVS]
-RULES = [op for op in VARIANTS if op != "conv3d"]
+RULES = [op for op in VARIANTS if kind(op) != "conv3d"]
 
-NAMES = {case.name: case for case in (*CONVS, *POOLS)}
+NAMES: dict[str, Any] = {case.name: case for case in (*CONVS, *FROZEN, *POOLS)}
 SAMPLE = {
     op: [NAMES[name] for name in names]
     for op, names in (
@@ -58,6 +64,10 @@ SAMPLE = {
                 "frozen clip",
                 "stem",
             ),
+        ).items(),
+        *dict.fromkeys(
+            (op for op, cases in CASES.items() if cases is FROZEN),
+            ("frozen 3x3x3", "frozen three", "frozen, each its own", "frozen, stride 2", "frozen stem"),
         ).items(),
         ("max_pool3d_relevance", ("2x2x2", "overlapping", "ceil, padded", "dilated, padded, stride 2, ceil")),
     )
@@ -145,7 +155,7 @@ def test_agrees_with_the_oracle(op: str, case: Conv | Pool, device: str) -> None
                 arguments = posed.on(device, dtype)
                 for kernel in kernels.available(op, device, dtype):
                     actual = call(op, arguments, kernel)
-                    assert actual.dtype == (dtype if op == "conv3d" else accumulator(dtype))
+                    assert actual.dtype == (dtype if kind(op) == "conv3d" else accumulator(dtype))
                     wrong = disagreement(actual, posed, tolerance(op, kernel, dtype, short))
                     if wrong:
                         operands = "short" if short else "full"
@@ -198,6 +208,22 @@ LARGE = {
     op: [Pool("overlapping", (1, 17, 5, 80, 31), 3, 2, 1), Pool("apart", (1, 17, 8, 40, 30), 2)]
     if cases is POOLS
     else [
+        Frozen("wide", (2, 40, 3, 21, 60), 70, padding=(0, 1, 1), reads=THREE, gives=THREE, times=3),
+        Frozen("deep and small", (5, 300, 3, 7, 7), 90, padding=(0, 1, 1), reads=THREE, gives=THREE, times=3),
+        Frozen(
+            "each its own, strided",
+            (2, 24, 2, 18, 31),
+            17,
+            3,
+            (1, 2, 1),
+            (0, 1, 1),
+            times=3,
+            reads=(((-1, 0, 0), (0, 0, 1)), ((0, 0, 1), (0, 1, -1))),
+            gives=(((-1, 0, 1), (0, 1, 2)), ((0, 1, 2), (1, 2, -1))),
+        ),
+    ]
+    if cases is FROZEN
+    else [
         Conv("many positions", (1, 24, 5, 18, 31), 17, 3, (1, 2, 1), 1),
         Conv("long rows of many channels", (1, 96, 1, 2, 150), 50, (1, 3, 3), (1, 1, 2), (0, 1, 1)),
         Conv("wide and linear", (5, 1100, 1, 1, 1), 130, 1),
@@ -218,6 +244,8 @@ def unanswered(op: str, case: Conv | Pool, variant: Variant, dtype: torch.dtype,
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, type)
 
     arguments: dict[str, Any] = {"x": normal(*case.x).relu()} | case.options | variant.options
+    if op == "frozen_conv3d":
+        arguments = {name: value for name, value in arguments.items() if name not in ("gives", "times")}
     if isinstance(case, Pool):
         out = case(arguments["x"].float())
     else:
@@ -228,7 +256,7 @@ def unanswered(op: str, case: Conv | Pool, variant: Variant, dtype: torch.dtype,
             arguments["low"] = -normal(1, type=accumulator(dtype)).abs()
             arguments["high"] = 5 + normal(1, case.x[1], 1, 1, 1, type=accumulator(dtype)).abs()
         out = case(arguments["x"].float(), arguments["weight"].float())
-    if op != "conv3d":
+    if kind(op) != "conv3d":
         arguments["relevance"] = normal(*out.shape, type=accumulator(dtype))
     return arguments
 
@@ -263,8 +291,8 @@ def test_large_results_agree_with_the_definition(op: str, device: str) -> None:
             for dtype in DTYPES if CASES[op] is POOLS else (torch.float32, torch.float64):
                 arguments = unanswered(op, case, variant, dtype, device)
                 wide = {k: v.cpu().double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-                signless = {name: wide[name].abs() for name in ("relevance",) if op != "conv3d"}
-                if op == "conv3d":
+                signless = {name: wide[name].abs() for name in ("relevance",) if kind(op) != "conv3d"}
+                if kind(op) == "conv3d":
                     signless = {name: wide[name].abs() for name in ("x", "weight", "bias") if name in wide}
                 posed = Problem(op, {}, {}, call(op, wide, "reference"), call(op, wide | signless, "reference"))
                 for kernel in kernels.available(op, device, dtype):
@@ -341,7 +369,8 @@ def test_calls_from_several_threads_at_once(device: str) -> None:
 @pytest.mark.parametrize("op", VARIANTS)
 def test_a_batch_is_its_clips(op: str, device: str) -> None:
     """To rounding: a kernel may choose its blocks by the size of the batch."""
-    case = NAMES["batch of 3, 33 channels" if CASES[op] is POOLS else "batch of 3"]
+    name = {"max_pool3d_relevance": "batch of 3, 33 channels"}.get(op, "batch of 3")
+    case = NAMES[f"frozen {name}" if CASES[op] is FROZEN else name]
     failures = []
     for variant in VARIANTS[op]:
         for kernel, dtype in every_kernel(op, device):
@@ -436,7 +465,9 @@ def tiny_case(op: str, x: float, dtype: torch.dtype, device: str, R: float = 1.0
     }
     if op == "max_pool3d_relevance":
         return arguments | {"kernel_size": 1}
-    if op == "z_beta_conv3d":
+    if kind(op) != op:
+        arguments |= {"reads": [[(0,)]], "gives": [[(0,)]], "times": 1}
+    if kind(op) == "z_beta_conv3d":
         arguments |= {
             "low": torch.zeros(1, dtype=wide, device=device),
             "high": torch.ones(1, dtype=wide, device=device),
@@ -466,10 +497,10 @@ def test_float16_range(op: str, x: float, device: str) -> None:
         arguments = tiny_case(op, x, dtype, device)
         if op != "max_pool3d_relevance":
             arguments["weight"] = torch.ones(1, 1, 1, 1, 3, dtype=dtype, device=device)
-            arguments["padding"] = (0, 0, 1)
+            arguments["padding"] = (0, 0, 1) if kind(op) == op else (0, 1)
         else:
             arguments |= {"kernel_size": (1, 1, 3), "stride": 1, "padding": (0, 0, 1)}
-        if op == "z_beta_conv3d":
+        if kind(op) == "z_beta_conv3d":
             arguments["high"] = arguments["high"] * 1e5
         total = call(op, arguments, kernel).double().sum().item()
         if not abs(total - 18) <= 18 * tolerance(op, kernel, dtype, False):
@@ -487,14 +518,14 @@ def test_nothing_comes_from_zeros(op: str, device: str) -> None:
             given = problem(op, case, variant, dtype, False).on(device, dtype)
             zeros = {name: torch.zeros_like(value) for name, value in given.items() if isinstance(value, Tensor)}
             silent: dict[str, dict[str, Any]] = {"R = 0": {"relevance": zeros["relevance"]}}
-            if op == "z_beta_conv3d":
+            if kind(op) == "z_beta_conv3d":
                 silent["x = low = high"] = {name: zeros[name] for name in ("x", "low", "high")}
             else:
                 silent["x = 0"] = {"x": zeros["x"]}
                 silent["x = R = 0"] = {"x": zeros["x"], "relevance": zeros["relevance"]}
             if "weight" in given:
                 silent["v = 0"] = {"weight": zeros["weight"]}
-            if op == "z_plus_conv3d":
+            if kind(op) == "z_plus_conv3d":
                 silent["x >= 0, v < 0"] = {"x": given["x"].abs(), "weight": -given["weight"].abs()}
             for why, changed in silent.items():
                 shared = call(op, given | changed, kernel)
@@ -510,10 +541,20 @@ def reached(case: Conv | Pool, place: int) -> Tensor:
     marked.view(-1)[place] = 1.0
     if isinstance(case, Pool):
         member = windows(case).double()
-    else:
-        member = matrix(partial(case, weight=torch.ones(case.weight, dtype=torch.float64)), marked[:1].shape)[0]
-    rows = marked.reshape(-1, member.shape[1])
-    return ((rows @ member.T @ member) + rows > 0).view(case.x)
+        rows = marked.reshape(-1, member.shape[1])
+        return ((rows @ member.T @ member) + rows > 0).view(case.x)
+    read = case.read(marked)
+    ones = torch.ones(case.weight, dtype=torch.float64)
+    member = matrix(partial(case.spread, weight=ones), read[:1].shape)[0]
+    rows = read.flatten(1)
+    return case.collect((rows @ member.T @ member + rows).view(read.shape)) > 0
+
+
+def only(case: Conv | Pool, place: int) -> Tensor:
+    """Where the result has one place of x."""
+    marked = torch.zeros(case.x)
+    marked.view(-1)[place] = 1.0
+    return (marked if isinstance(case, Pool) else case.collect(case.read(marked))) > 0
 
 
 @pytest.mark.parametrize("op", RULES)
@@ -532,7 +573,7 @@ def test_nan_stays_visible(op: str, device: str) -> None:
                 arguments["x"].view(-1)[place] = math.nan
                 expected = reached(case, place)
                 if variant.options.get("divided"):
-                    expected = torch.arange(expected.numel()).view(expected.shape) == place
+                    expected = only(case, place)
                 shared = call(op, arguments, kernel).cpu()
                 where = f"{op} {kernel} {dtype} [{case.name}] {variant.name}"
                 if not torch.equal(shared.isnan(), expected):
@@ -681,21 +722,21 @@ def test_compiles_into_one_graph(op: str, layout: str, device: str) -> None:
 
 @pytest.mark.parametrize("op", VARIANTS)
 def test_one_compiled_graph_serves_any_batch_and_length(op: str) -> None:
-    case, graphs = NAMES["2x2x2" if CASES[op] is POOLS else "3x3x3"], []
+    case, graphs = SAMPLE[op][0], []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
         graphs.append(graph)
         return graph
 
+    options = problem(op, case, VARIANTS[op][0], torch.float32, True).options
+    options = {name: value for name, value in options.items() if name in case.options}
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda given: call(op, given | case.options), fullgraph=True, backend=backend, dynamic=True
-    )
+    compiled = torch.compile(lambda given: call(op, given | options), fullgraph=True, backend=backend, dynamic=True)
     for n, t in ((7, 10), (8, 14), (9, 16)):  # unequal to all other sizes, which a tracer would take for the same
         resized = type(case)(**{**vars(case), "x": (n, case.x[1], t, *case.x[3:])})
         posed = problem(op, resized, VARIANTS[op][-1], torch.float32, True)
         given = {k: v for k, v in posed.on("cpu", torch.float32).items() if isinstance(v, Tensor)}
-        assert torch.equal(compiled(given), call(op, given | case.options)), (n, t)
+        assert torch.equal(compiled(given), call(op, given | options)), (n, t)
     assert len(graphs) == 1
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import DEVICES, explicit
+from op_cases import DEVICES, THREE, explicit
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,6 +21,8 @@ RULES = ("z_plus_conv3d", "z_beta_conv3d", "max_pool3d_relevance")
 POOLING = ("max_pool3d_relevance",)
 BOXED = ("z_beta_conv3d",)
 ALL = (*CONVOLUTIONS, *POOLING)
+FROZEN_RULES = ("frozen_z_plus_conv3d", "frozen_z_beta_conv3d")
+FROZEN = (*FROZEN_RULES, "frozen_conv3d")
 
 
 @pytest.fixture(params=DEVICES)
@@ -30,6 +32,21 @@ def device(request: pytest.FixtureRequest) -> str:
 
 def valid(op: str, device: str) -> dict[str, Any]:
     """Arguments that every operation takes, to be spoiled one at a time."""
+    if op in FROZEN:
+        given = {
+            "x": torch.rand(2, 6, 3, 5, 5, device=device),
+            "weight": torch.randn(4, 3, 3, 3, 3, device=device),
+            "bias": torch.randn(4, device=device),
+            "reads": THREE,
+            "stride": [2, 2],
+            "padding": [1, 0],
+            "groups": 2,
+        }
+        if op in FROZEN_RULES:
+            given |= {"relevance": torch.rand(2, 4, 5, 3, 2, device=device), "gives": THREE, "times": 3}
+        if op == "frozen_z_beta_conv3d":
+            given |= {"low": torch.full((6, 1, 1, 1), -1.0, device=device), "high": torch.ones(1, device=device)}
+        return given
     if op == "max_pool3d_relevance":
         return {
             "x": torch.rand(2, 6, 5, 5, 5, device=device),
@@ -179,6 +196,58 @@ REFUSALS = {
 }
 """Every refusal, by name."""
 
+OF_TWO = [[[0, 0, 0]] * 5] * 2
+FROZEN_REFUSALS = {
+    "x without a batch": Refusal(FROZEN, "x", of(6, 3, 5, 5), r"x must have 5 dimensions.*\(6, 3, 5, 5\)"),
+    "weight of another type": Refusal(FROZEN, "weight", to(torch.bfloat16), r"weight must be .*float32.*bfloat16"),
+    "bias too long": Refusal(FROZEN, "bias", of(6), r"bias must have 4 .*6"),
+    "stride zero": Refusal(FROZEN, "stride", value([0, 1]), r"stride must be at least 1.*\[1, 0, 1\]"),
+    "dilation beyond x": Refusal(FROZEN, "dilation", value([4, 1]), r"dilation \[1, 4, 1\].*\(2, 6, 3, 5, 5\)"),
+    "relevance of other times": Refusal(
+        FROZEN_RULES,
+        "relevance",
+        of(2, 4, 4, 3, 2),
+        r"reads must have 12 numbers, one for each output time and tap.*15",
+    ),
+    "relevance of another size": Refusal(
+        FROZEN_RULES,
+        "relevance",
+        of(2, 4, 5, 3, 3),
+        r"relevance must have the shape \(2, 4, 5, 3, 2\).*\(2, 4, 5, 3, 3\)",
+    ),
+    "relevance of a vector": Refusal(FROZEN_RULES, "relevance", of(8), r"relevance must have 5 dim.*\(8,\)"),
+    "stabilizer negative": Refusal(FROZEN_RULES, "stabilizer", value(-1e-6), r"stabilizer must be .*positive.*-1e-06"),
+    "high of another type": Refusal(
+        ("frozen_z_beta_conv3d",), "high", to(torch.float64), r"high must be .*float32.*float64"
+    ),
+    "reads with too few taps": Refusal(
+        FROZEN, "reads", value([[[0, 0]] * 5]), r"reads must have 15 numbers, one for each output time and tap.*got 10"
+    ),
+    "reads for three of two examples": Refusal(
+        FROZEN, "reads", value([[[0, 0, 0]] * 5] * 3), r"reads must have 15 numbers.*or 2 times as many, got 45"
+    ),
+    "reads beyond x": Refusal(
+        FROZEN, "reads", value([[[0, 1, 3]] * 5]), r"reads must be times from 0 to 2, or -1.*\[0, 1, 3"
+    ),
+    "reads before x": Refusal(
+        FROZEN, "reads", value([[[-2, 0, 0]] * 5]), r"reads must be times from 0 to 2, or -1.*\[-2, 0"
+    ),
+    "gives with too few times": Refusal(
+        FROZEN_RULES, "gives", value([[[0, 0, 0]] * 4]), r"gives must have 15 numbers.*got 12"
+    ),
+    "gives beyond the result": Refusal(
+        FROZEN_RULES, "gives", value([[[0, 1, 3]] * 5]), r"gives must be times from 0 to 2, or -1"
+    ),
+    "gives a time to two": Refusal(
+        FROZEN_RULES,
+        "gives",
+        value(OF_TWO),
+        r"gives must name a time of the result for one time of x only, got 0 for .* 0 and 1",
+    ),
+    "times zero": Refusal(FROZEN_RULES, "times", value(0), r"times must be at least 1, got 0"),
+}
+"""Those of operations on layers of frozen clips; what they check as the others do is only sampled."""
+
 OPERATOR_REFUSALS = {
     "two strides": Refusal(ALL, "stride", value([1, 1]), r"stride must have 3 numbers.*\[1, 1\]"),
     "one dilation": Refusal(ALL, "dilation", value([1]), r"dilation must have 3 numbers.*\[1\]"),
@@ -186,6 +255,13 @@ OPERATOR_REFUSALS = {
     "six paddings of a pooling": Refusal(
         POOLING, "padding", value([0] * 6), r"padding must have 3 numbers.*\[0, 0, 0, 0, 0, 0\]"
     ),
+    "padding along T": Refusal(
+        FROZEN,
+        "padding",
+        value([1, 1, 0, 0, 0, 0]),
+        r"reads takes the place of .* along T: they must be .* got 1, \(1, 1\) and 1",
+    ),
+    "stride along T": Refusal(FROZEN, "stride", value([2, 1, 1]), r"reads takes the place of .* got 2, \(0, 0\) and 1"),
     "two sizes of a window": Refusal(
         POOLING, "kernel_size", value([2, 2]), r"kernel_size must have 3 numbers.*\[2, 2\]"
     ),
@@ -226,7 +302,7 @@ def said(run: Callable[..., Tensor], op: str, kernel: str, arguments: dict[str, 
     return str(caught.value).splitlines()[0]
 
 
-@pytest.mark.parametrize("op", ALL)
+@pytest.mark.parametrize("op", [*ALL, *FROZEN])
 def test_the_arguments_are_valid_before_they_are_spoiled(op: str, device: str) -> None:
     for kernel in ("auto", *kernels.available(op, device, torch.float32)):
         assert function(op, kernel, valid(op, device)).dtype == torch.float32
@@ -234,7 +310,7 @@ def test_the_arguments_are_valid_before_they_are_spoiled(op: str, device: str) -
     assert faked(op, "auto", valid(op, device)).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("op", "refusal"), refusals(REFUSALS))
+@pytest.mark.parametrize(("op", "refusal"), refusals(REFUSALS) + refusals(FROZEN_REFUSALS))
 def test_refused(op: str, refusal: Refusal, device: str) -> None:
     arguments = spoiled(op, refusal, device)
     messages = {"fake": said(faked, op, "auto", arguments), "operator": said(operator, op, "auto", arguments)}
@@ -258,7 +334,7 @@ def test_refused_by_the_operator(op: str, refusal: Refusal, device: str) -> None
     assert real == fake
 
 
-@pytest.mark.parametrize("op", ALL)
+@pytest.mark.parametrize("op", [*ALL, *FROZEN])
 @pytest.mark.parametrize("kernel", ["avx1024/ieee", "", "AUTO", "avx512", "cuda"])
 def test_kernels_that_do_not_exist_are_refused(op: str, kernel: str, device: str) -> None:
     """Where it runs: a traced program may yet be run where there is such a kernel, so its fake is silent."""
@@ -309,6 +385,24 @@ def test_a_2d_weight_is_refused_with_padding_same_too(op: str) -> None:
             function(op, kernel, arguments)
 
 
+@pytest.mark.parametrize("op", FROZEN)
+def test_tables_and_geometry_that_the_functions_cannot_write_out(op: str) -> None:
+    given = valid(op, "cpu")
+    for changed, message in (
+        ({"padding": (1, 1, 1)}, r"padding must be one number or two \(H, W\).*\(1, 1, 1\)"),
+        ({"stride": (1, 2, 2)}, r"stride must be one number or two \(H, W\)"),
+        ({"dilation": (1, 1, 1)}, r"dilation must be one number or two \(H, W\)"),
+        ({"reads": [[[0, 0, 0], [0, 0]]]}, r"reads must have the same number of output times and taps in every row"),
+        ({"reads": []}, r"reads must have the same number of output times and taps in every row"),
+        (
+            {"reads": [[[0, 0, 0]], [[0, 0, 0]] * 2]},
+            r"reads must have the same number of output times and taps in every row",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            function(op, "auto", given | changed)
+
+
 def test_pooling_geometry_that_the_function_cannot_write_out() -> None:
     given = valid("max_pool3d_relevance", "cpu")
     for name in ("kernel_size", "stride", "padding", "dilation"):
@@ -317,9 +411,9 @@ def test_pooling_geometry_that_the_function_cannot_write_out() -> None:
 
 
 def test_a_refused_call_changes_nothing(device: str) -> None:
-    for op in ALL:
+    for op in (*ALL, *FROZEN):
         arguments = valid(op, device)
         before = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}
         with pytest.raises(RuntimeError):
-            operator(op, "auto", arguments | {"stride": [1, 0, 1]})
+            operator(op, "auto", arguments | {"stride": [1, 0] if op in FROZEN else [1, 0, 1]})
         assert all(torch.equal(arguments[name], value) for name, value in before.items())
