@@ -87,10 +87,13 @@ def tasks(given: argparse.Namespace, protocol: Protocol, peaks: dict[str, float]
     def of(workload: Workload) -> Task:
         return Task(str(workload), partial(_explained, workload, given, protocol, peaks))
 
-    yield from (of(workload) for workload in networks.WORKLOADS if wanted(str(workload)))
+    workloads = [workload for workload in networks.WORKLOADS if wanted(str(workload))]
+    aimed_at = [workload for workload in workloads if any(f" {workload} /" in kind for kind, _ in GOALS)]
+    yield from map(of, aimed_at)
     for name, make in operations.cases(given.precision, given.small, given.compile == "all"):
         if wanted(name):
             yield Task(name, partial(_operated, make, protocol))
+    yield from (of(workload) for workload in workloads if workload not in aimed_at)
     yield from (of(workload) for workload in networks.CURVES if wanted(str(workload)))
 
 

@@ -178,7 +178,7 @@ EVERYBODY = (*USUAL, "plain torch, compiled", "integrated gradients")
 
 WORKLOADS = (
     Workload(C3D_, 16, peers=EVERYBODY, memory=True),
-    Workload(R3D_18, 16, OUTER, USUAL),
+    Workload(R3D_18, 16, ("ieee", "float32", "bfloat16"), USUAL),
     Workload(C3D_, 32, peers=("zennit", "plain torch")),
     Workload(S3D, 16, ("ieee", "float32", "bfloat16"), USUAL),
     Workload(R2PLUS1D_18, 16, OUTER, USUAL),

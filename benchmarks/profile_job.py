@@ -4,17 +4,16 @@
     python benchmarks/profile_job.py "s3d, 16 frames" --precision ieee bfloat16
 
 Time is each operation's own, as torch.profiler counts it; what no operation took is Python's and the allocator's. A fused
-operation takes denominators z and adjoint at once; where frozen clips are collapsed, z is a convolution like those of the forward
-pass. The floor is what the arithmetic that was done takes at the rate of a matrix product.
+operation takes denominators z and adjoint at once; where each tap of a frozen layer is one operation, z is a convolution, as on
+the way forward. The floor is what the arithmetic that was done takes at the rate of a matrix product.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -23,12 +22,15 @@ import torch
 from explanations import ceiling, discriminator, ours, warm_up
 from networks import Question
 from timing import ceilings
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from captum_dtd import ops
 from captum_dtd.kernels import Precision
 
 KINDS = {
-    "forward, collapsed z": (
+    "forward": (
         *(
             "captum_dtd::conv3d",
             "captum_dtd::frozen_conv3d",
@@ -67,67 +69,59 @@ class Part:
     flops: int
 
 
-def parts(events: Iterable[Any], wall: float) -> list[Part]:
-    """Sum a profile's events by kind; ``wall`` is how many seconds all took."""
+def parts(events: Iterable[Any], wall: float, flops: Mapping[str, int]) -> list[Part]:
+    """Sum a profile's events by kind; ``wall`` is how many seconds all took, ``flops`` what was counted of each kind."""
     seconds: defaultdict[str, float] = defaultdict(float)
-    flops: defaultdict[str, int] = defaultdict(int)
     for event in events:
-        kind = _KIND_OF.get(event.name, "rest")
-        seconds[kind] += event.self_cpu_time_total / 1e6
-        flops[kind] += flops_of(event.name, event.input_shapes, event.concrete_inputs)
+        seconds[_KIND_OF.get(event.name, "rest")] += event.self_cpu_time_total / 1e6
     seconds["Python, allocator"] = max(0.0, wall - sum(seconds.values()))
     order = [*KINDS, "rest", "Python, allocator"]
-    return [Part(kind, seconds[kind], flops[kind]) for kind in order]
+    return [Part(kind, seconds[kind], flops.get(kind, 0)) for kind in order]
 
 
-def flops_of(name: str, shapes: Sequence[Any], values: Sequence[Any]) -> int:
-    """Of one operation, from the shapes it was given: convolutions, their adjoints, and linear layers."""
-    if name in ("captum_dtd::conv3d", "aten::convolution"):
-        x, weight = shapes[:2]
-        stride, padding, dilation = values[3:6]
-        before = padding if len(padding) == len(stride) else padding[::2]
-        after = padding if len(padding) == len(stride) else padding[1::2]
-        outputs = [
-            (n + p + q - d * (k - 1) - 1) // s + 1
-            for n, p, q, k, s, d in zip(x[2:], before, after, weight[2:], stride, dilation, strict=True)
-        ]
-        return int(2 * x[0] * math.prod(outputs) * math.prod(weight))
-    if name == "captum_dtd::z_plus_conv3d":
-        weight, relevance, divided = shapes[1], shapes[3], values[10]
-        return int((2 if divided else 4) * math.prod(relevance) * math.prod(weight[1:]))
-    if name == "captum_dtd::z_beta_conv3d":  # on twice the channels
-        weight, relevance, divided = shapes[3], shapes[5], values[11]
-        return int((4 if divided else 8) * math.prod(relevance) * math.prod(weight[1:]))
-    if name == "captum_dtd::frozen_conv3d":
-        weight, reads, times = shapes[1], values[3], values[4]
-        stride, padding, dilation = values[5:8]
-        size = [
-            (n + p + q - d * (k - 1) - 1) // s + 1
-            for n, p, q, k, s, d in zip(
-                shapes[0][3:], padding[2::2], padding[3::2], weight[3:], stride[1:], dilation[1:], strict=True
-            )
-        ]
-        return 2 * products(reads, shapes[0][0], times, weight[2]) * math.prod(size) * math.prod(weight) // weight[2]
-    if name in ("captum_dtd::frozen_z_plus_conv3d", "captum_dtd::frozen_z_beta_conv3d"):
-        at = 0 if name == "captum_dtd::frozen_z_plus_conv3d" else 2  # z-beta has bounds, and twice the channels
-        weight, relevance, reads, gives = shapes[1 + at], shapes[3 + at], values[4 + at], values[5 + at]
-        divided = values[13] if at == 0 else values[14]
-        tables = (gives,) if divided else (reads, gives)
-        taken = sum(products(table, relevance[0], relevance[2], weight[2]) for table in tables)
-        return (2 if at == 0 else 4) * taken * math.prod(relevance[3:]) * math.prod(weight) // weight[2]
+class Counted(TorchDispatchMode):
+    """Counts the floating-point operations of what runs within, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops: defaultdict[str, int] = defaultdict(int)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        schema = func._schema
+        if schema.name in _KIND_OF:
+            given = dict(zip((argument.name for argument in schema.arguments), args, strict=False))
+            self.flops[_KIND_OF[schema.name]] += flops_of(schema.name, given, result)
+        return result
+
+
+def flops_of(name: str, given: Mapping[str, Any], result: Any) -> int:
+    """Of one operation and its arguments by name: convolutions, their adjoints, and linear layers."""
     if name == "aten::addmm":
-        (rows, inner), outputs = shapes[1], shapes[2][1]
-        return int(2 * rows * inner * outputs)
-    return 0
+        return int(2 * given["mat1"].numel() * result.shape[1])
+    if name in ("captum_dtd::conv3d", "aten::convolution"):
+        return int(2 * result.numel() * given["weight"][0].numel())
+    operation = name.removeprefix("captum_dtd::")
+    if operation not in ops.SCHEMAS or operation == "max_pool3d_relevance":
+        return 0
+    weight = given["weight"]
+    of_a_tap = weight[:, :, 0].numel()
+    if operation == "frozen_conv3d":
+        return int(2 * products(given["reads"], result, weight) * of_a_tap * result[0, 0, 0].numel())
+    relevance = given["relevance"]
+    if operation.startswith("frozen"):
+        tables = [given["gives"]] if given["divided"] else [given["reads"], given["gives"]]
+        taken = sum(products(table, relevance, weight) for table in tables) * of_a_tap * relevance[0, 0, 0].numel()
+    else:
+        taken = (1 if given["divided"] else 2) * relevance.numel() * weight[0].numel()
+    return int((4 if operation.endswith("z_beta_conv3d") else 2) * taken)  # z-beta is on twice the channels
 
 
-def products(table: Sequence[int], n: int, times: int, taps: int) -> int:
+def products(table: Sequence[int], output: Tensor, weight: Tensor) -> int:
     """How many products of a frame and a tap a table asks for, over all examples: what several times share is taken once."""
+    n, times, taps = output.shape[0], output.shape[2], weight.shape[2]
     rows = [table[at : at + times * taps] for at in range(0, len(table), times * taps)]
-    taken = [
-        len({(tap, time) for tap in range(taps) for time in row[tap::taps]} - {(tap, -1) for tap in range(taps)})
-        for row in rows
-    ]
+    taken = [len({(at % taps, time) for at, time in enumerate(row) if time >= 0}) for row in rows]
     return sum(taken) if len(rows) == n else n * sum(taken)
 
 
@@ -138,11 +132,13 @@ def profiled(question: Question, precision: Precision) -> tuple[list[Part], floa
     begun = time.perf_counter()
     method.attribute(question.clips, question.target)
     alone = time.perf_counter() - begun
+    with Counted() as counted:
+        method.attribute(question.clips, question.target)
     begun = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         method.attribute(question.clips, question.target)
         wall = time.perf_counter() - begun
-    return parts(profiler.events() or (), wall), alone
+    return parts(profiler.events() or (), wall, counted.flops), alone
 
 
 def table(found: Sequence[Part], alone: float, rate: float, whole: int) -> Iterator[str]:

@@ -11,7 +11,8 @@ read it, forward as backward::
     z[out]     = sum over j of  A_j(u[class that out reads by tap j])
     R_in[slot] = u[slot] * sum over j of  adjoint(A_j)(sum of R / z over the outputs that read the slot by tap j)
 
-Where that saves nothing, because nearly all times differ, the convolution runs as it is.
+One operation does it where there is a kernel (`captum_dtd.ops.frozen_z_plus_conv3d`), for any other rule or device each tap is
+one. Where nothing is saved, because nearly all times differ, the convolution runs as it is.
 """
 
 from __future__ import annotations
@@ -281,7 +282,7 @@ class FrozenNetwork:
         return value_of
 
     def _convolve(self, node: fx.Node, values: Values) -> Tensor:
-        """A convolution at the first time of every class: tap by tap where that is less, else at all times."""
+        """A convolution at the first time of every class: of equal times once where that is less, else at all times."""
         along = _Convolution(node, self.in_time)
         if along.products >= _WORTH_IT * along.multiplications:
             whole = Route.of([along.read.classes], along.read.distinct).gather(values[along.source], 2)
@@ -424,7 +425,7 @@ class FrozenNetwork:
     def _share_convolution(
         self, step: Step, values: Values, box: Box, arriving: list[Tensor], slots: dict[fx.Node, Slots]
     ) -> list[Tensor]:
-        """Relevance of a convolution's input, in its slots: tap by tap where that is less, else at all times."""
+        """Relevance of a convolution's input, in its slots: of equal times once where that is less, else at all times."""
         along = _Convolution(step.node, self.in_time)
         at, kept = slots[step.node], slots[along.source]
         reads = [[along.window.reads(time, along.read.length) for time in row] for row in at.times]
@@ -433,20 +434,34 @@ class FrozenNetwork:
         if at.is_single and pulled + along.products >= _WORTH_IT * 2 * along.multiplications:
             return self._share_at_all_times(step, values, box, arriving, slots)
 
+        if not pulled:  # strides step over the wanted times
+            nothing = _empty_like(values[along.source], 2, kept.count).to(arriving[0].dtype).zero_()
+            return [nothing for _ in arriving]
+        limits = box.around(step, dict.__getitem__)
+        kernel = self.network.kernel_of(step, along.layer(values, step.positions))
+        if isinstance(step.rule, (ZPlus, ZBeta)) and fused.frozen(kernel, values[along.source]):
+            return self._share_by_table(step, values, limits, arriving, along, at, kept, kernel)
+        return self._share_by_taps(step, values, limits, arriving, along, at, kept, taps)
+
+    def _share_by_taps(
+        self,
+        step: Step,
+        values: Values,
+        limits: Limits | None,
+        arriving: list[Tensor],
+        along: _Convolution,
+        at: Slots,
+        kept: Slots,
+        taps: list[Route],
+    ) -> list[Tensor]:
+        """Each tap as a layer of its own; ``taps`` are the slots of the input that outputs read by them."""
         layer, rule = step.layer, step.rule
         assert isinstance(layer, Weighted) and isinstance(rule, Rule)
-        limits = box.around(step, dict.__getitem__)
         dtype = arriving[0].dtype
-        if pulled:
-            by_table = self._share_by_table(step, values, limits, arriving, along, at, kept)
-            if by_table is not None:
-                return by_table
         with_bias = Call(step.node, step.positions, values.__getitem__).to(dtype)
         to_made = Route.of([along.made.numbers(row) for row in at.times], along.made.distinct)
         own = Route.of([along.read.numbers(row) for row in kept.times], along.read.distinct)
         shared = [_SumsInTime(_empty_like(values[along.source], 2, kept.count).to(dtype)) for _ in arriving]
-        if not pulled:
-            return [one.total() for one in shared]  # strides step over the wanted times
         for group in self.network.reference_rule(step).groups:
 
             def tap_call(take: Take, tap: int) -> _TapCall:
@@ -477,14 +492,12 @@ class FrozenNetwork:
         along: _Convolution,
         at: Slots,
         kept: Slots,
-    ) -> list[Tensor] | None:
-        """The same in one operation for all taps, where there is a kernel; of several targets z is computed once."""
+        kernel: str,
+    ) -> list[Tensor]:
+        """All taps in one operation; of several targets z is computed once."""
         layer, rule = step.layer, step.rule
+        assert isinstance(layer, Weighted) and isinstance(rule, (ZPlus, ZBeta))
         call = along.layer(values, step.positions)
-        kernel = self.network.kernel_of(step, call)
-        if not isinstance(rule, (ZPlus, ZBeta)) or not fused.frozen(kernel, values[along.source]):
-            return None
-        assert isinstance(layer, Weighted)
         reads, gives = along.reads(at.times), along.gives(at.times, kept)
         non_negative = self.network.is_non_negative(step)
         rest = (rule, limits, non_negative, kernel, (reads, gives, kept.count))

@@ -73,6 +73,8 @@ def test_loaded_modules_have_registered_every_operation_of_their_device() -> Non
         pytest.skip(f"this installation has no compiled kernels to register: {'; '.join(native.missing.values())}")
     for device in native.loaded:
         for op in SCHEMAS:
+            if op.startswith("frozen") and device == "cuda":
+                continue  # served by the definition there
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"captum_dtd::{op}", device.upper()), (device, op)
 
 

@@ -635,6 +635,20 @@ def test_the_promise_of_no_negative_element_is_taken(device: str) -> None:
         assert wrong is None, f"{kernel} {dtype}: {wrong}"
 
 
+def test_results_keep_their_memory_for_as_long_as_anything_looks_at_them(device: str) -> None:
+    """Big ones are made where those were that are gone: not where one is that a view, or another thread, still has."""
+    weight = torch.ones(4, 4, 1, 1, 1, device=device)
+
+    def made(value: float) -> Tensor:
+        return ops.conv3d(torch.full((1, 4, 4, 160, 160), value, device=device), weight)[:, 1:, ::2]
+
+    with ThreadPoolExecutor(4) as pool:
+        kept = list(pool.map(made, map(float, range(24))))
+        for _ in range(3):
+            kept[::3] = pool.map(made, map(float, range(0, 24, 3)))
+            assert all(bool((result == 4.0 * value).all()) for value, result in enumerate(kept))
+
+
 def test_a_batch_too_large_for_one_workspace(device: str) -> None:
     """Quotients of 3 examples take 192 MiB: a kernel may walk them in pieces. Every weight is one, and so is every share."""
     x = torch.rand(3, 1, 1, 512, 512).to(device) + 0.5

@@ -241,6 +241,50 @@ def test_an_example_that_is_mostly_noise_is_computed_by_definition_and_no_other(
         assert not torch.equal(found[example], definition[example])
 
 
+@pytest.mark.parametrize("of_each", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_layers_of_frozen_clips_are_held_to_the_same(kernel: str, of_each: bool) -> None:
+    """Black beside bright and dim: products that several times share, and sums of several, are as exact as others."""
+    reads = [[[-1, 0, 1], [0, 1, 1], [1, 1, 1], [1, 1, 2], [1, 2, -1]]]
+    reads += [[[-1, 1, 1], [1, 1, 0], [0, 0, 0], [0, 0, 2], [2, 2, -1]]] if of_each else []
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 24, 3, 17, 19, generator=generator)
+    x[..., 5:12, :] = 0
+    x[0, :, :, 9, 3] = 1e-6
+    weight = torch.randn(40, 24, 3, 3, 3, generator=generator)
+    relevance = torch.rand(2, 40, 5, 17, 19, generator=generator)
+    options: dict[str, Any] = {"padding": 1, "kernel": kernel}
+    v = weight.clamp(min=0)
+
+    black = torch.zeros(2, 24, 1, 17, 19)
+    rows = reads if of_each else reads * 2
+    frames = torch.stack(
+        [
+            torch.cat([one, none], 1)[:, row].flatten(1, 2)
+            for one, none, row in zip(x, black, torch.tensor(rows), strict=True)
+        ]
+    ).double()
+
+    def convolved(frames: Tensor) -> Tensor:
+        return F.conv3d(frames, v.double(), stride=(3, 1, 1), padding=(0, 1, 1))
+
+    z = convolved(frames)
+    found = ops.frozen_conv3d(x, v, reads, **options)
+    assert off(found, z) < OF_ALL and off_each(found, z) < OF_EACH
+    frames.requires_grad_()
+    s = torch.where(z == 0, 0.0, relevance.double() / torch.where(z == 0, 1.0, z))
+    (pulled,) = torch.autograd.grad(convolved(frames), frames, s)
+    shared = (frames * pulled).detach().unflatten(2, (5, 3))
+    expected = torch.zeros(2, 24, 3, 17, 19, dtype=torch.float64)
+    for n, row in enumerate(rows):
+        for q, times in enumerate(row):
+            for tap, time in enumerate(times):
+                if time >= 0:
+                    expected[n, :, time] += shared[n, :, q, tap]
+    found = ops.frozen_z_plus_conv3d(x, weight, relevance, reads, reads, 3, non_negative=True, **options)
+    assert off(found, expected) < OF_ALL and off_each(found, expected) < OF_EACH
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_what_is_not_finite_goes_no_further_than_by_definition(kernel: str, value: float) -> None:
