@@ -14,7 +14,6 @@ position. Nothing here is differentiable.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -22,7 +21,16 @@ import torch
 from torch import Tensor
 
 from captum_dtd import native, reference
-from captum_dtd.reference import accumulator
+from captum_dtd.checks import (
+    check,
+    check_bounds,
+    check_conv3d,
+    check_max_pool3d,
+    check_table,
+    check_tables,
+    output_shape,
+    times_of,
+)
 
 __all__ = [
     "SCHEMAS",
@@ -356,17 +364,6 @@ def frozen_conv3d(
     return _call("frozen_conv3d", x, weight, bias, _flat("reads", reads), times, *geometry, groups, kernel)
 
 
-def output_shape(
-    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, ...]:
-    """Shape of a convolution's output; a dimension that no window fits into is not positive."""
-    sizes = [
-        (n + padding[2 * a] + padding[2 * a + 1] - dilation[a] * (k - 1) - 1) // stride[a] + 1
-        for a, (n, k) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True))
-    ]
-    return (x.shape[0], weight.shape[0], *sizes)
-
-
 def _call(name: str, *arguments: Any) -> Tensor:
     """The operator; kernel "reference" (always the last argument) asks for its definition, on any device."""
     x, kernel = arguments[0], arguments[-1]
@@ -391,10 +388,10 @@ def _geometry(
     stride: Triple, padding: Triple | Literal["same"], dilation: Triple, weight: Tensor
 ) -> tuple[list[int], list[int], list[int]]:
     stride, dilation = _triple("stride", stride), _triple("dilation", dilation)
-    _check(weight.dim() == 5, f"weight must have 5 dimensions, got shape {tuple(weight.shape)}")
+    check(weight.dim() == 5, f"weight must have 5 dimensions, got shape {tuple(weight.shape)}")
     if isinstance(padding, str):
-        _check(padding == "same", f"padding must be numbers or 'same', got {padding!r}")
-        _check(stride == [1, 1, 1], f"padding='same' needs stride 1, got {stride}")
+        check(padding == "same", f"padding must be numbers or 'same', got {padding!r}")
+        check(stride == [1, 1, 1], f"padding='same' needs stride 1, got {stride}")
         around = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
         return stride, [side for total in around for side in (total // 2, total - total // 2)], dilation
     if isinstance(padding, int) or len(padding) == 3:
@@ -408,7 +405,7 @@ def _flat_geometry(
     stride: Pair, padding: Pair | Literal["same"], dilation: Pair, weight: Tensor
 ) -> tuple[list[int], list[int], list[int]]:
     """That of a convolution which by itself does nothing along T."""
-    _check(weight.dim() == 5, f"weight must have 5 dimensions, got shape {tuple(weight.shape)}")
+    check(weight.dim() == 5, f"weight must have 5 dimensions, got shape {tuple(weight.shape)}")
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     if not isinstance(padding, (int, str)) and len(padding) == 4:
         sides: Sequence[int] | Literal["same"] = [0, 0, *padding]
@@ -430,188 +427,8 @@ def _flat(name: str, table: Table) -> list[int]:
     sizes = {(len(row), len(times)) for row in table for times in row} | {
         (len(row), 0) for row in table if not len(row)
     }
-    _check(len(sizes) == 1, f"{name} must have the same number of output times and taps in every row, got {table}")
+    check(len(sizes) == 1, f"{name} must have the same number of output times and taps in every row, got {table}")
     return [time for row in table for times in row for time in times]
-
-
-# What follows is one place for refusals: the definitions and fake kernels check here, compiled kernels in csrc/checks.h,
-# and one table of tests holds both to the same answers.
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise RuntimeError(message)
-
-
-def _check_tensor(name: str, tensor: Tensor, dims: int, dtype: torch.dtype, device: torch.device) -> None:
-    shape = tuple(tensor.shape)
-    _check(tensor.dim() == dims, f"{name} must have {dims} dimensions, got shape {shape}")
-    _check(tensor.dtype == dtype, f"{name} must be {dtype}, got {tensor.dtype} of shape {shape}")
-    _check(tensor.device == device, f"{name} must be on {device} as x is, got {tensor.device}")
-
-
-def _check_numbers(name: str, values: Sequence[int], count: int, least: int) -> None:
-    _check(len(values) == count, f"{name} must have {count} numbers, got {list(values)}")
-    _check(all(value >= least for value in values), f"{name} must be at least {least}, got {list(values)}")
-    most = 2**31 - 1
-    _check(all(value <= most for value in values), f"{name} must be at most {most}, got {list(values)}")
-
-
-def _check_padded(x: Tensor, padded: Sequence[int], padding: Sequence[int]) -> None:
-    """With this, no product of sizes that a kernel forms leaves 64 bits."""
-    _check(
-        x.shape[1] * math.prod(padded) <= 2**40,
-        f"padding {list(padding)} makes an example of x of shape {tuple(x.shape)} larger than 2**40 elements",
-    )
-
-
-def _check_x(x: Tensor) -> None:
-    _check(x.dim() == 5, f"x must have 5 dimensions (N, C, T, H, W), got shape {tuple(x.shape)}")
-    _check(x.dtype in _DTYPES, f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
-
-
-def _check_conv3d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    relevance: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    stabilizer: float,
-    times: int | None = None,
-) -> None:
-    _check_x(x)
-    _check_tensor("weight", weight, 5, x.dtype, x.device)
-    _check_numbers("weight's kernel", weight.shape[2:], 3, 1)
-    _check_numbers("stride", stride, 3, 1)
-    _check_numbers("padding", padding, 6, 0)
-    _check_numbers("dilation", dilation, 3, 1)
-    _check(weight.shape[1] >= 1, f"weight must have at least one input channel, got shape {tuple(weight.shape)}")
-    _check(groups >= 1, f"groups must be at least 1, got {groups}")
-    _check(
-        x.shape[1] == weight.shape[1] * groups and weight.shape[0] % groups == 0,
-        f"weight of shape {tuple(weight.shape)} does not fit x of shape {tuple(x.shape)} with groups={groups}",
-    )
-    if bias is not None:
-        _check_tensor("bias", bias, 1, x.dtype, x.device)
-        _check(
-            bias.shape[0] == weight.shape[0],
-            f"bias must have {weight.shape[0]} elements as weight has output channels, got {bias.shape[0]}",
-        )
-    _check(stabilizer >= 0, f"stabilizer must be zero or positive, got {stabilizer}")
-    _check_padded(x, [n + padding[2 * a] + padding[2 * a + 1] for a, n in enumerate(x.shape[2:])], padding)
-    expected = output_shape(x, weight, stride, padding, dilation)
-    if times is not None:
-        _check(
-            (stride[0], padding[0], padding[1], dilation[0]) == (1, 0, 0, 1),
-            "reads takes the place of stride, padding and dilation along T: they must be 1, 0 and 1, got "
-            f"{stride[0]}, ({padding[0]}, {padding[1]}) and {dilation[0]}",
-        )
-        expected = (*expected[:2], times, *expected[3:])
-    _check(
-        all(size > 0 for size in expected[2:]),
-        f"weight's kernel {tuple(weight.shape[2:])} with dilation {list(dilation)} does not fit into x of shape "
-        f"{tuple(x.shape)} with padding {list(padding)}",
-    )
-    if relevance is not None:
-        _check_tensor("relevance", relevance, 5, accumulator(x.dtype), x.device)
-        _check(
-            tuple(relevance.shape) == expected,
-            f"relevance must have the shape {expected} of the convolution's output, got {tuple(relevance.shape)}",
-        )
-
-
-def _times_of(relevance: Tensor) -> int:
-    """How many times an output has; `_check_conv3d` refuses what has other dimensions."""
-    return relevance.shape[2] if relevance.dim() == 5 else 1
-
-
-def _check_table(argument: str, table: Sequence[int], n: int, times: int, taps: int, size: int) -> None:
-    """Times from -1 to less than ``size``, for every output time and tap, in one row for all examples or a row for each."""
-    row = times * taps
-    _check(
-        len(table) in (row, n * row),
-        f"{argument} must have {row} numbers, one for each output time and tap, or {n} times as many, got {len(table)}",
-    )
-    _check(
-        all(-1 <= time < size for time in table),
-        f"{argument} must be times from 0 to {size - 1}, or -1 for none, got {list(table)}",
-    )
-
-
-def _check_tables(
-    x: Tensor, weight: Tensor, relevance: Tensor, reads: Sequence[int], gives: Sequence[int], times: int
-) -> None:
-    _check(times >= 1, f"times must be at least 1, got {times}")
-    n, outputs, taps = x.shape[0], relevance.shape[2], weight.shape[2]
-    _check_table("reads", reads, n, outputs, taps, x.shape[2])
-    _check_table("gives", gives, n, outputs, taps, times)
-    row = outputs * taps
-    for example in range(max(len(reads), len(gives)) // row):
-        read, given = (table[example * row :][:row] if len(table) > row else table for table in (reads, gives))
-        stored: dict[int, int] = {}
-        for source, to in zip(read, given, strict=True):
-            if source < 0 or to < 0:
-                continue
-            known = stored.setdefault(to, source)
-            _check(
-                known == source,
-                f"gives must name a time of the result for one time of x only, got {to} for the times {known} and {source}",
-            )
-
-
-def _check_bounds(x: Tensor, low: Tensor, high: Tensor, relevance: Tensor) -> None:
-    for name, bound in (("low", low), ("high", high)):
-        _check_tensor(name, bound, bound.dim(), relevance.dtype, x.device)
-        fits = bound.dim() <= 5 and all(
-            b in (1, n) for b, n in zip(reversed(bound.shape), reversed(x.shape), strict=False)
-        )
-        _check(fits, f"{name} of shape {tuple(bound.shape)} does not broadcast to x of shape {tuple(x.shape)}")
-
-
-def _check_max_pool3d(
-    x: Tensor,
-    relevance: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    stabilizer: float,
-) -> None:
-    _check_x(x)
-    _check_numbers("kernel_size", kernel_size, 3, 1)
-    _check_numbers("stride", stride, 3, 1)
-    _check_numbers("padding", padding, 3, 0)
-    _check_numbers("dilation", dilation, 3, 1)
-    _check(
-        all(p <= k // 2 for p, k in zip(padding, kernel_size, strict=True)),
-        f"padding must be at most half of kernel_size {list(kernel_size)}, got {list(padding)}",
-    )
-    _check(stabilizer >= 0, f"stabilizer must be zero or positive, got {stabilizer}")
-    _check_padded(x, [n + 2 * p for n, p in zip(x.shape[2:], padding, strict=True)], padding)
-    _check_tensor("relevance", relevance, 5, accumulator(x.dtype), x.device)
-    expected = (*x.shape[:2], *map(_pooled, x.shape[2:], kernel_size, stride, padding, dilation, [ceil_mode] * 3))
-    _check(
-        all(size > 0 for size in expected[2:]),
-        f"kernel_size {list(kernel_size)} with dilation {list(dilation)} does not fit into x of shape {tuple(x.shape)} "
-        f"with padding {list(padding)}",
-    )
-    _check(
-        tuple(relevance.shape) == expected,
-        f"relevance must have the shape {expected} of the pooling's output, got {tuple(relevance.shape)}",
-    )
-
-
-def _pooled(n: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
-    """Number of windows; with ``ceil_mode`` the last must begin inside the input or its front padding, as torch has it."""
-    free = n + 2 * padding - dilation * (kernel - 1) - 1
-    count = (free + (stride - 1 if ceil_mode else 0)) // stride + 1
-    return count - 1 if ceil_mode and (count - 1) * stride >= n + padding else count
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -638,7 +455,7 @@ def _like_x(x: Tensor, dtype: torch.dtype, shape: Sequence[int] | None = None) -
 
 
 def _only_definition(kernel: str) -> None:
-    _check(
+    check(
         kernel in ("auto", "reference"),
         f"kernel {kernel!r} does not exist here: there is 'reference'"
         + "".join(f"; the compiled {device} kernels are not loaded ({why})" for device, why in native.missing.items()),
@@ -647,7 +464,7 @@ def _only_definition(kernel: str) -> None:
 
 def _fake_z_plus(x: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any) -> Tensor:
     stride, padding, dilation, groups, _, stabilizer, _, _ = options
-    _check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
+    check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
     return _like_x(x, relevance.dtype)
 
 
@@ -655,27 +472,27 @@ def _fake_z_beta(
     x: Tensor, low: Tensor, high: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any
 ) -> Tensor:
     stride, padding, dilation, groups, stabilizer, _, _ = options
-    _check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
-    _check_bounds(x, low, high, relevance)
+    check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
+    check_bounds(x, low, high, relevance)
     return _like_x(x, relevance.dtype)
 
 
 def _fake_max_pool3d(x: Tensor, relevance: Tensor, *options: Any) -> Tensor:
     kernel_size, stride, padding, dilation, ceil_mode, _, stabilizer, _ = options
-    _check_max_pool3d(x, relevance, kernel_size, stride, padding, dilation, ceil_mode, stabilizer)
+    check_max_pool3d(x, relevance, kernel_size, stride, padding, dilation, ceil_mode, stabilizer)
     return _like_x(x, relevance.dtype)
 
 
 def _fake_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     stride, padding, dilation, groups, _ = options
-    _check_conv3d(x, weight, bias, None, stride, padding, dilation, groups, 0.0)
+    check_conv3d(x, weight, bias, None, stride, padding, dilation, groups, 0.0)
     return _like_x(x, x.dtype, output_shape(x, weight, stride, padding, dilation))
 
 
 def _fake_frozen_z_plus(x: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any) -> Tensor:
     reads, gives, times, stride, padding, dilation, groups, _, stabilizer, _, _ = options
-    _check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, _times_of(relevance))
-    _check_tables(x, weight, relevance, reads, gives, times)
+    check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, times_of(relevance))
+    check_tables(x, weight, relevance, reads, gives, times)
     return _like_x(x, relevance.dtype, (*x.shape[:2], times, *x.shape[3:]))
 
 
@@ -683,16 +500,16 @@ def _fake_frozen_z_beta(
     x: Tensor, low: Tensor, high: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any
 ) -> Tensor:
     reads, gives, times, stride, padding, dilation, groups, stabilizer, _, _ = options
-    _check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, _times_of(relevance))
-    _check_bounds(x, low, high, relevance)
-    _check_tables(x, weight, relevance, reads, gives, times)
+    check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, times_of(relevance))
+    check_bounds(x, low, high, relevance)
+    check_tables(x, weight, relevance, reads, gives, times)
     return _like_x(x, relevance.dtype, (*x.shape[:2], times, *x.shape[3:]))
 
 
 def _fake_frozen_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     reads, times, stride, padding, dilation, groups, _ = options
-    _check_conv3d(x, weight, bias, None, stride, padding, dilation, groups, 0.0, times)
-    _check_table("reads", reads, x.shape[0], times, weight.shape[2], x.shape[2])
+    check_conv3d(x, weight, bias, None, stride, padding, dilation, groups, 0.0, times)
+    check_table("reads", reads, x.shape[0], times, weight.shape[2], x.shape[2])
     n, channels, _, *size = output_shape(x, weight, stride, padding, dilation)
     return _like_x(x, x.dtype, (n, channels, times, *size))
 

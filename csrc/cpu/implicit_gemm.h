@@ -142,15 +142,14 @@ class SweepRunner {
   // One call of the kernel for some of a block's positions.
   struct Call {
     Bundle shape;
-    int64_t first;  // of its first row's positions, and how far apart those of its rows are
-    int64_t row;
-    int64_t slab_at;  // in elements
-    int64_t sums_at;  // in positions, where sums outlast their call
+    int64_t first, row;  // its first position, and how many it is to that of its next row
+    int64_t slab_at;     // in elements
+    int64_t sums_at;     // in positions, where sums outlast their call
     Taps taps;
   };
 
   // Bundles and pieces of nearly equal size.
-  std::vector<Call> calls(const Region& here) const {
+  std::vector<Call> calls_of(const Region& here) const {
     const int64_t row = line_length(here), rows = here.positions() / row;
     const Bundle most = bundle(here, row);
     const int64_t together = most.rows > 1 ? here.count[1] : 1;  // rows that bundles are made of
@@ -175,13 +174,13 @@ class SweepRunner {
     return found;
   }
 
-  // Positions between the sums of two times, where a table says what is read along T.
+  // Those of all sums that outlast their calls.
   static int64_t positions_of(const std::vector<Call>& calls) { return calls.back().sums_at + calls.back().shape.positions(); }
 
   // Chunk by chunk, so that a chunk's weights stay in the cache for all positions.
   void run_block(const Region& here, int64_t block, const Scratch& mine) const {
     const int64_t channels = plan_.tiling.channels;
-    const std::vector<Call> calls = this->calls(here);
+    const std::vector<Call> calls = calls_of(here);
     const bool by_taps = weights_are_far(calls);
     const Operand* weights = block_weights(here, block);
     for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
@@ -219,8 +218,8 @@ class SweepRunner {
     }
   }
 
-  // Whether a chunk's weights are better taken from far only once, tap by tap for all positions: few positions, whose sums stay
-  // near.
+  // Whether a chunk's weights had better come from afar only once, tap by tap for all positions: where these are few, and their
+  // sums stay near. What is summed in which order is the same.
   bool weights_are_far(const std::vector<Call>& calls) const {
     constexpr int64_t kNearBytes = 16 << 10;
     const int64_t sums_bytes = positions_of(calls) * plan_.tiling.channels * static_cast<int64_t>(sizeof(Sum));
@@ -233,7 +232,7 @@ class SweepRunner {
     Region plane = here;  // one time after the other
     plane.count[0] = 1;
     const int64_t channels = plan_.tiling.channels;
-    const std::vector<Call> calls = this->calls(plane);
+    const std::vector<Call> calls = calls_of(plane);
     const Operand* weights = block_weights(here, block);
     Sum* const part = mine.sums.as<Sum>() + sums_per_block() - kernel_.max_positions * channels;
     for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
