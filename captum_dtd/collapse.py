@@ -124,6 +124,13 @@ class Route:
         return all(row == tuple(range(self.size)) for row in self.rows)
 
     @cached_property
+    def _keeps_places(self) -> bool:
+        """Whether every index reads its own, or nothing."""
+        return self.count == self.size and all(
+            index in (-1, place) for row in self.rows for place, index in enumerate(row)
+        )
+
+    @cached_property
     def _fills(self) -> bool:
         """Whether some index reads nothing."""
         return any(index < 0 for row in self.rows for index in row)
@@ -168,8 +175,11 @@ class Route:
         return moved
 
     def scatter(self, relevance: Any, dim: int) -> Any:
-        """The adjoint of `gather`: adds what stands at every index to where it was read from."""
-        if self.is_identity:
+        """The adjoint of `gather`: adds what stands at every index to where it was read from.
+
+        Relevance at an index that reads nothing is zero, and so may stay.
+        """
+        if self._keeps_places:
             return relevance
         return pytree.tree_map_only(Tensor, lambda x: self._scatter(x, dim), relevance)
 

@@ -44,12 +44,14 @@ class LinearLayer {
   void forward(const View& x, const View& out) const {
     const std::vector<Sum> u = gather({x, element_, Lift::None, {}, {}}, 0);
     each_stretch([&](int64_t group, int64_t first, int64_t rows, int64_t) {
-      for (int64_t p = 0; p < positions_; ++p) {
-        const Spot to = spot(p, group * c_out_ + first, rows);
-        std::vector<Sum> z(bias_ + to.channel, bias_ + to.channel + rows);
-        loops_.dot(element_, weights(to.channel), rows, c_in_, Sign::Both, &u[input(p, group)], z.data());
-        store(loops_, z.data(), rows, out, element_, to);
-      }
+      for (int64_t row = first; row < first + rows; row += kRows)
+        for (int64_t p = 0; p < positions_; ++p) {
+          const Spot to = spot(p, group * c_out_ + row, std::min(kRows, first + rows - row));
+          Sum z[kRows];
+          std::copy_n(bias_ + to.channel, to.channels, z);
+          loops_.dot(element_, weights(to.channel), to.channels, c_in_, Sign::Both, &u[input(p, group)], z);
+          store(loops_, z, to.channels, out, element_, to);
+        }
     });
   }
 
