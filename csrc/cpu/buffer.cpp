@@ -12,13 +12,13 @@ constexpr size_t kKeptBytes = size_t{192} << 20;  // over all blocks that wait
 
 class Blocks {
  public:
-  // The smallest that waits and is not far too big, or a new one.
+  // The smallest that waits and is not far too big, of equals the last, which may still be in the cache; or a new one.
   void* take(size_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       auto best = waiting_.end();
       for (auto block = waiting_.begin(); block != waiting_.end(); ++block)
-        if (block->bytes() >= bytes && block->bytes() / 2 <= bytes && (best == waiting_.end() || block->bytes() < best->bytes()))
+        if (block->bytes() >= bytes && block->bytes() / 2 <= bytes && (best == waiting_.end() || block->bytes() <= best->bytes()))
           best = block;
       if (best != waiting_.end()) {
         waiting_bytes_ -= best->bytes();
