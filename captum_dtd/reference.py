@@ -53,8 +53,7 @@ def z_plus_conv3d(
 
     ``non_negative`` promises that x has no negative element: x- is then not looked at. Where ``divided``, ``relevance`` is s.
     """
-    x = x.to(relevance.dtype)
-    parts = [(x, "v+")] if non_negative else [(x.clamp(min=0), "v+"), (x.clamp(max=0), "v-")]
+    parts = _signs(x.to(relevance.dtype), non_negative)
     return _share(parts, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, divided)
 
 
@@ -73,8 +72,7 @@ def z_beta_conv3d(
     divided: bool,
 ) -> Tensor:
     """z-beta on a convolution: z+ of the distances to the box, ``x - low`` with v+ and ``x - high`` with v-."""
-    x = x.to(relevance.dtype)
-    parts = [(x - low, "v+"), (x - high, "v-")]
+    parts = _distances(x.to(relevance.dtype), low, high)
     return _share(parts, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, divided)
 
 
@@ -95,8 +93,7 @@ def frozen_z_plus_conv3d(
     divided: bool,
 ) -> Tensor:
     """z+ on a convolution whose output times read and give to times by a table: every output time as a clip of its own."""
-    x = x.to(relevance.dtype)
-    parts = [(x, "v+")] if non_negative else [(x.clamp(min=0), "v+"), (x.clamp(max=0), "v-")]
+    parts = _signs(x.to(relevance.dtype), non_negative)
     geometry = (stride, padding, dilation, groups, stabilizer, divided)
     return _share_by_table(parts, weight, bias, relevance, reads, gives, times, *geometry)
 
@@ -119,8 +116,7 @@ def frozen_z_beta_conv3d(
     divided: bool,
 ) -> Tensor:
     """z-beta on such a convolution: z+ of the distances to the box."""
-    x = x.to(relevance.dtype)
-    parts = [(x - low, "v+"), (x - high, "v-")]
+    parts = _distances(x.to(relevance.dtype), low, high)
     geometry = (stride, padding, dilation, groups, stabilizer, divided)
     return _share_by_table(parts, weight, bias, relevance, reads, gives, times, *geometry)
 
@@ -194,6 +190,16 @@ def frozen_conv3d(
         for q in range(times)
     ]
     return torch.cat(outputs, 2)
+
+
+def _signs(x: Tensor, non_negative: bool) -> list[tuple[Tensor, str]]:
+    """What of an input goes with which weights in z+."""
+    return [(x, "v+")] if non_negative else [(x.clamp(min=0), "v+"), (x.clamp(max=0), "v-")]
+
+
+def _distances(x: Tensor, low: Tensor, high: Tensor) -> list[tuple[Tensor, str]]:
+    """The same in z-beta."""
+    return [(x - low, "v+"), (x - high, "v-")]
 
 
 def _rows(table: Sequence[int], n: int, times: int, taps: int) -> list[list[list[int]]]:

@@ -46,11 +46,8 @@ struct Operators {
   static Tensor z_plus_conv3d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& relevance,
                               const Numbers& stride, const Numbers& padding, const Numbers& dilation, int64_t groups,
                               bool non_negative, double stabilizer, bool divided, const std::string& kernel) {
-    Conv3dRelevance problem{};
-    problem.conv = check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer);
-    problem.lift = non_negative ? Lift::None : Lift::Signed;
-    problem.stabilizer = stabilizer;
-    problem.divided = divided;
+    const Conv3d conv = check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer);
+    Conv3dRelevance problem = z_plus(conv, non_negative, stabilizer, divided);
     return share(problem, x, weight, bias, relevance, kernel);
   }
 
@@ -58,15 +55,8 @@ struct Operators {
                               const std::optional<Tensor>& bias, const Tensor& relevance, const Numbers& stride,
                               const Numbers& padding, const Numbers& dilation, int64_t groups, double stabilizer, bool divided,
                               const std::string& kernel) {
-    Conv3dRelevance problem{};
-    problem.conv = check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer);
-    check_bound("low", low, x);
-    check_bound("high", high, x);
-    problem.lift = Lift::Box;
-    problem.low = view(low, true);
-    problem.high = view(high, true);
-    problem.stabilizer = stabilizer;
-    problem.divided = divided;
+    const Conv3d conv = check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer);
+    Conv3dRelevance problem = z_beta(conv, x, low, high, stabilizer, divided);
     return share(problem, x, weight, bias, relevance, kernel);
   }
 
@@ -102,11 +92,9 @@ struct Operators {
                                      const Tensor& relevance, const Numbers& reads, const Numbers& gives, int64_t times,
                                      const Numbers& stride, const Numbers& padding, const Numbers& dilation, int64_t groups,
                                      bool non_negative, double stabilizer, bool divided, const std::string& kernel) {
-    Conv3dRelevance problem{};
-    problem.conv = check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, times_of(relevance));
-    problem.lift = non_negative ? Lift::None : Lift::Signed;
-    problem.stabilizer = stabilizer;
-    problem.divided = divided;
+    const Conv3d conv =
+        check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, times_of(relevance));
+    Conv3dRelevance problem = z_plus(conv, non_negative, stabilizer, divided);
     set_tables(problem, x, reads, gives, times);
     return share(problem, x, weight, bias, relevance, kernel);
   }
@@ -116,15 +104,9 @@ struct Operators {
                                      const Numbers& gives, int64_t times, const Numbers& stride, const Numbers& padding,
                                      const Numbers& dilation, int64_t groups, double stabilizer, bool divided,
                                      const std::string& kernel) {
-    Conv3dRelevance problem{};
-    problem.conv = check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, times_of(relevance));
-    check_bound("low", low, x);
-    check_bound("high", high, x);
-    problem.lift = Lift::Box;
-    problem.low = view(low, true);
-    problem.high = view(high, true);
-    problem.stabilizer = stabilizer;
-    problem.divided = divided;
+    const Conv3d conv =
+        check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, times_of(relevance));
+    Conv3dRelevance problem = z_beta(conv, x, low, high, stabilizer, divided);
     set_tables(problem, x, reads, gives, times);
     return share(problem, x, weight, bias, relevance, kernel);
   }
@@ -156,6 +138,26 @@ struct Operators {
   }
 
  private:
+  static Conv3dRelevance z_plus(const Conv3d& conv, bool non_negative, double stabilizer, bool divided) {
+    Conv3dRelevance problem{};
+    problem.conv = conv;
+    problem.lift = non_negative ? Lift::None : Lift::Signed;
+    problem.stabilizer = stabilizer;
+    problem.divided = divided;
+    return problem;
+  }
+
+  static Conv3dRelevance z_beta(const Conv3d& conv, const Tensor& x, const Tensor& low, const Tensor& high, double stabilizer,
+                                bool divided) {
+    check_bound("low", low, x);
+    check_bound("high", high, x);
+    Conv3dRelevance problem = z_plus(conv, false, stabilizer, divided);
+    problem.lift = Lift::Box;
+    problem.low = view(low, true);
+    problem.high = view(high, true);
+    return problem;
+  }
+
   // Of an output; check_conv3d refuses what has other dimensions.
   static int64_t times_of(const Tensor& relevance) { return relevance.dim() == 5 ? relevance.size(2) : 1; }
 

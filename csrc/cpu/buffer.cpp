@@ -1,5 +1,6 @@
 #include "buffer.h"
 
+#include <iterator>
 #include <list>
 #include <mutex>
 #include <unordered_map>
