@@ -31,7 +31,7 @@ from captum_dtd import fused
 from captum_dtd.bounds import Bound
 from captum_dtd.graph import plain_modes
 from captum_dtd.layers import Call, Limits, Weighted
-from captum_dtd.ops import memory_format
+from captum_dtd.ops import Table, memory_format
 from captum_dtd.propagate import Activations, Box, Network, Step, ValueOf, Values
 from captum_dtd.reference import accumulator
 from captum_dtd.rules import Group, Rule, ZBeta, ZPlus
@@ -301,7 +301,7 @@ class FrozenNetwork:
 
         whole_layer = along.layer(values, (0,))
         kernel = self.network.forward_kernel(whole_layer)
-        if fused.frozen(kernel, values[along.source]):
+        if fused.serves_frozen(kernel, values[along.source]):
             return fused.forward(whole_layer, kernel, along.reads((along.made.first,)))
 
         def one(take: Take, tap: int) -> Tensor:
@@ -438,19 +438,21 @@ class FrozenNetwork:
         """Relevance of a convolution's input, in its slots: of equal times once where that is less, else at all times."""
         along = _Convolution(step.node, self.in_time)
         at, kept = slots[step.node], slots[along.source]
-        reads = [[along.window.reads(time, along.read.length) for time in row] for row in at.times]
-        taps = [kept.route([[read[tap] for read in row] for row in reads]) for tap in range(along.window.taps)]
+        gives = along.gives(at.times, kept)
+        taps = [
+            Route.of([[given[tap] for given in row] for row in gives], kept.count) for tap in range(along.window.taps)
+        ]
         pulled = sum(len(tap.used) for tap in taps)
         if at.is_single and pulled + along.products >= _WORTH_IT * 2 * along.multiplications:
             return self._share_at_all_times(step, values, box, arriving, slots)
 
         if not pulled:  # strides step over the wanted times
-            nothing = _empty_like(values[along.source], 2, kept.count).to(arriving[0].dtype).zero_()
-            return [nothing for _ in arriving]
+            return [_empty_like(values[along.source], 2, kept.count).to(one.dtype).zero_() for one in arriving]
         limits = box.around(step, dict.__getitem__)
         kernel = self.network.kernel_of(step, along.layer(values, step.positions))
-        if isinstance(step.rule, (ZPlus, ZBeta)) and fused.frozen(kernel, values[along.source]):
-            return self._share_by_table(step, values, limits, arriving, along, at, kept, kernel)
+        if isinstance(step.rule, (ZPlus, ZBeta)) and fused.serves_frozen(kernel, values[along.source]):
+            tables = along.reads(at.times), gives, kept.count
+            return self._share_by_table(step, along.layer(values, step.positions), limits, arriving, tables, kernel)
         return self._share_by_taps(step, values, limits, arriving, along, at, kept, taps)
 
     def _share_by_taps(
@@ -496,26 +498,23 @@ class FrozenNetwork:
     def _share_by_table(
         self,
         step: Step,
-        values: Values,
+        call: Call,
         limits: Limits | None,
         arriving: list[Tensor],
-        along: _Convolution,
-        at: Slots,
-        kept: Slots,
+        tables: tuple[Table, Table, int],
         kernel: str,
     ) -> list[Tensor]:
         """All taps in one operation; of several targets z is computed once."""
         layer, rule = step.layer, step.rule
         assert isinstance(layer, Weighted) and isinstance(rule, (ZPlus, ZBeta))
-        call = along.layer(values, step.positions)
-        reads, gives = along.reads(at.times), along.gives(at.times, kept)
         non_negative = self.network.is_non_negative(step)
-        rest = (rule, limits, non_negative, kernel, (reads, gives, kept.count))
+        rest = (rule, limits, non_negative, kernel, tables)
         if len(arriving) == 1:
             return [fused.redistribute_frozen(call, arriving[0], *rest)]
         (group,) = self.network.reference_rule(step).groups
-        z = fused.denominator(call, rule, limits, non_negative, kernel, reads)
-        quotients = [layer.quotient(call.to(one.dtype), one, z, group, rule.stabilizer) for one in arriving]
+        z = fused.denominator(call, rule, limits, non_negative, kernel, tables[0])
+        with_bias = call.to(z.dtype)
+        quotients = [layer.quotient(with_bias, one, z, group, rule.stabilizer) for one in arriving]
         return [fused.redistribute_frozen(call, s, *rest, divided=True) for s in quotients]
 
     def _share_at_all_times(

@@ -129,7 +129,7 @@ def denominator(
 ) -> Tensor:
     """The denominator z of z+ or z-beta, before the bias, by the kernel that `kernel_for` named.
 
-    With ``reads`` the call is `frozen`.
+    With ``reads`` it is that of a frozen clip's layer, which reads times of its input by this table (`ops.frozen_conv3d`).
     """
     (signal,) = call.signals
     conv = _Convolution.of(call)
@@ -150,15 +150,15 @@ def denominator(
 def forward(call: Call, kernel: str, reads: Table | None = None) -> Tensor:
     """The output of a convolution or linear layer, by the kernel that `forward_kernel_for` named.
 
-    With ``reads`` the call is `frozen`.
+    With ``reads`` it is that of a frozen clip's layer, which reads times of its input by this table (`ops.frozen_conv3d`).
     """
     (x,) = call.signals
     conv = _Convolution.of(call)
     return _from_3d(_convolve(_to_3d(x, conv.dims), conv, conv.weight, conv.bias, reads, kernel), x, conv.dims)
 
 
-def frozen(kernel: str, x: Tensor) -> bool:
-    """Whether a kernel serves layers of frozen clips, which read times by a table: stored times of x, for each output's taps."""
+def serves_frozen(kernel: str, x: Tensor) -> bool:
+    """Whether a kernel serves layers of frozen clips, which read times of x by a table."""
     return kernel != "reference" and kernel in kernels.available(f"{kernels.FROZEN}conv3d", x.device.type, x.dtype)
 
 
