@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -128,8 +129,10 @@ def test_compiled_kernels_are_tested(device_type: str) -> None:
     for op in ops.SCHEMAS:
         for dtype in DTYPES:
             names = kernels.available(op, device_type, dtype)
-            # float64 would gain nothing from CUDA's tensor cores: its convolutions are left to the definition.
-            compiled = device_type == "cpu" or dtype != torch.float64 or op == "max_pool3d_relevance"
+            # float64 would gain nothing from CUDA's tensor cores: its convolutions are left to the definition, as are the
+            # tables of frozen clips' layers.
+            by_definition = (dtype == torch.float64 and op != "max_pool3d_relevance") or op.startswith(kernels.FROZEN)
+            compiled = device_type == "cpu" or not by_definition
             assert (len(names) > 1) == compiled and names[-1] == "reference", f"{op} {dtype}: {names}"
             assert {name.split("/")[-1] for name in names[:-1]} <= set(kernels.ARITHMETICS)
 
@@ -347,6 +350,22 @@ def test_a_weight_is_read_at_every_call(op: str, device: str) -> None:
         call(op, half, kernel)
         actual, expected = call(op, brain, kernel).float(), call(op, wide, kernel)
         assert torch.allclose(actual, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()), kernel
+
+
+def test_small_changes_of_a_big_weight_are_seen(device: str) -> None:
+    """One number, a sign, two numbers that change places or signs, however far they are apart."""
+    x = torch.rand(1, 96, 1, 3, 3, device=device)
+    weight = torch.randn(96, 96, 1, 3, 3, generator=torch.Generator().manual_seed(0)).to(device)
+    for kernel in kernels.available("conv3d", device, torch.float32):
+        before = ops.conv3d(x, weight, padding=(0, 1, 1), kernel=kernel)
+        for first, apart in itertools.product((0, 1000), (0, 1, *(2**n for n in range(2, 17)))):
+            places = torch.tensor([first, first + apart])
+            pair = weight.view(-1)[places]
+            for changed in (-pair, pair * 1.5, pair.flip(0)) if apart else (-pair, pair * 1.5):
+                other = weight.clone()
+                other.view(-1)[places] = changed
+                after = ops.conv3d(x, other, padding=(0, 1, 1), kernel=kernel)
+                assert not torch.equal(before, after), f"{kernel}: {first}, {apart} further"
 
 
 def test_calls_from_several_threads_at_once(device: str) -> None:
