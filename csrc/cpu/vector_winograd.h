@@ -72,57 +72,87 @@ void transform_filter(const float* taps, int64_t tap_stride, int64_t channels, f
   }
 }
 
-// B' d: polynomials whose roots are all points but one, at six inputs.
-inline void input_transform(const Register<float> (&d)[Winograd::kPatch], Register<float> (&v)[Winograd::kPatch]) {
+// B' d: polynomials whose roots are all points but one, at the inputs; where points are left out, times what the filter's numbers
+// lack, the distances to these.
+template <int kOutputs>
+inline void input_transform(const Register<float>* d, Register<float>* v) {
   constexpr float near = Winograd::kNear, far = Winograd::kFar, near2 = near * near, far2 = far * far;
-  v[0] = near2 * far2 * d[0] + (d[4] - (near2 + far2) * d[2]);
-  v[5] = near2 * far2 * d[1] + (d[5] - (near2 + far2) * d[3]);
-  const Register<float> near_even = d[4] - far2 * d[2], near_odd = d[3] - far2 * d[1];
-  const Register<float> far_even = d[4] - near2 * d[2], far_odd = d[3] - near2 * d[1];
-  v[1] = near_even + near * near_odd;
-  v[2] = near_even - near * near_odd;
-  v[3] = far_even + far * far_odd;
-  v[4] = far_even - far * far_odd;
+  const Register<float> even = d[2] - near2 * d[0], odd = d[3] - near2 * d[1];
+  if constexpr (kOutputs == 2) {
+    v[0] = -far2 * even;
+    v[1] = (near2 - far2) * (d[2] + near * d[1]);
+    v[2] = (near2 - far2) * (d[2] - near * d[1]);
+    v[5] = odd;
+  } else if constexpr (kOutputs == 3) {
+    const Register<float> near_even = d[3] - far * d[2], near_odd = near * (d[2] - far * d[1]);
+    v[0] = far * (odd - far * even);
+    v[1] = (far + near) * (near_even + near_odd);
+    v[2] = (far - near) * (near_even - near_odd);
+    v[3] = 2 * far * odd;
+    v[5] = (d[4] - near2 * d[2]) - far * odd;
+  } else {
+    const Register<float> near_even = d[4] - far2 * d[2], near_odd = near * (d[3] - far2 * d[1]);
+    const Register<float> far_even = d[4] - near2 * d[2], far_odd = far * odd;
+    v[0] = near2 * far2 * d[0] + (d[4] - (near2 + far2) * d[2]);
+    v[1] = near_even + near_odd;
+    v[2] = near_even - near_odd;
+    v[3] = far_even + far_odd;
+    v[4] = far_even - far_odd;
+    v[5] = near2 * far2 * d[1] + (d[5] - (near2 + far2) * d[3]);
+  }
 }
 
-// A' m: the values at four outputs of what has the values m at the points.
-inline void output_transform(const Register<float> (&m)[Winograd::kPatch], Register<float> (&y)[Winograd::kTile]) {
+// A' m: the values at the outputs of what has the values m at the points.
+template <int kOutputs>
+inline void output_transform(const Register<float>* m, Register<float>* y) {
   constexpr float near = Winograd::kNear, far = Winograd::kFar, near2 = near * near, far2 = far * far;
   const Register<float> near_sum = m[1] + m[2], near_rest = m[1] - m[2];
-  const Register<float> far_sum = m[3] + m[4], far_rest = m[3] - m[4];
-  y[0] = m[0] + (near_sum + far_sum);
-  y[1] = near * near_rest + far * far_rest;
-  y[2] = near2 * near_sum + far2 * far_sum;
-  y[3] = near2 * near * near_rest + far2 * far * far_rest + m[5];
+  if constexpr (kOutputs == 2) {
+    y[0] = m[0] + near_sum;
+    y[1] = near * near_rest + m[5];
+  } else if constexpr (kOutputs == 3) {
+    y[0] = m[0] + (near_sum + m[3]);
+    y[1] = near * near_rest + far * m[3];
+    y[2] = near2 * near_sum + far2 * m[3] + m[5];
+  } else {
+    const Register<float> far_sum = m[3] + m[4], far_rest = m[3] - m[4];
+    y[0] = m[0] + (near_sum + far_sum);
+    y[1] = near * near_rest + far * far_rest;
+    y[2] = near2 * near_sum + far2 * far_sum;
+    y[3] = near2 * near * near_rest + far2 * far * far_rest + m[5];
+  }
 }
 
+template <int kHeight, int kWidth>
 void transform_input(const float* patch, int64_t row_stride, int64_t column_stride, int64_t channels, float* to,
-                     int64_t plane_stride) {
-  constexpr int kSize = Winograd::kPatch;
+                     const int64_t* planes) {
+  constexpr int kSize = Winograd::kPatch, kRows = kHeight + Winograd::kTaps - 1, kColumns = kWidth + Winograd::kTaps - 1;
   for (int64_t channel = 0; channel < channels; channel += kLanes<float>) {
-    Register<float> rows[kSize][kSize];
+    Register<float> rows[kRows][kSize];
     Bits largest{};
 #pragma GCC unroll 6
-    for (int row = 0; row < kSize; ++row) {
-      Register<float> d[kSize];
+    for (int row = 0; row < kRows; ++row) {
+      Register<float> d[kColumns];
 #pragma GCC unroll 6
-      for (int column = 0; column < kSize; ++column) {
+      for (int column = 0; column < kColumns; ++column) {
         d[column] = load_vector(patch + row * row_stride + column * column_stride + channel);
         const Bits magnitude = magnitude_of(d[column]);
         largest = magnitude > largest ? magnitude : largest;
       }
-      input_transform(d, rows[row]);
+      input_transform<kWidth>(d, rows[row]);
     }
 #pragma GCC unroll 6
     for (int column = 0; column < kSize; ++column) {
-      Register<float> d[kSize], v[kSize];
+      if (!Winograd::takes(column, kWidth)) continue;
+      Register<float> d[kRows], v[kSize];
 #pragma GCC unroll 6
-      for (int row = 0; row < kSize; ++row) d[row] = rows[row][column];
-      input_transform(d, v);
+      for (int row = 0; row < kRows; ++row) d[row] = rows[row][column];
+      input_transform<kHeight>(d, v);
 #pragma GCC unroll 6
-      for (int row = 0; row < kSize; ++row) store_vector(v[row], to + (row * kSize + column) * plane_stride + channel);
+      for (int row = 0; row < kSize; ++row)
+        if (Winograd::takes(row, kHeight)) store_vector(v[row], to + planes[row * kSize + column] + channel);
     }
-    store_vector(bits_as<Register<float>>(largest), to + kSize * kSize * plane_stride + channel);
+    store_vector(bits_as<Register<float>>(largest), to + planes[kSize * kSize] + channel);
   }
 }
 
@@ -134,50 +164,60 @@ inline bool any(const Bits& bits) {
   return all != 0;
 }
 
-uint32_t transform_output(const float* products, int64_t plane_stride, int64_t channels, const float* start, float* to,
+template <int kHeight, int kWidth>
+uint32_t transform_output(const float* products, const int64_t* planes, int64_t channels, const float* start, float* to,
                           int64_t row_stride) {
-  constexpr int kSize = Winograd::kPatch, kTile = Winograd::kTile;
+  constexpr int kSize = Winograd::kPatch;
   uint32_t found = 0;
   for (int64_t channel = 0; channel < channels; channel += kLanes<float>) {
-    Register<float> rows[kSize][kTile];
+    Register<float> rows[kSize][kWidth];
 #pragma GCC unroll 6
     for (int row = 0; row < kSize; ++row) {
+      if (!Winograd::takes(row, kHeight)) continue;
       Register<float> m[kSize];
 #pragma GCC unroll 6
       for (int column = 0; column < kSize; ++column)
-        m[column] = load_vector(products + (row * kSize + column) * plane_stride + channel);
-      output_transform(m, rows[row]);
+        if (Winograd::takes(column, kWidth)) m[column] = load_vector(products + planes[row * kSize + column] + channel);
+      output_transform<kWidth>(m, rows[row]);
     }
 
-    const Register<float> bound = load_vector(products + kSize * kSize * plane_stride + channel);
+    const Register<float> bound = load_vector(products + planes[kSize * kSize] + channel);
     const Bits least = magnitude_of(bound * static_cast<float>(Winograd::kTooSmall));
     const Register<float> first = start != nullptr ? load_vector(start + channel) : Register<float>{};
-    Register<float> y[kTile][kTile];  // by columns
+    Register<float> y[kWidth][kHeight];
     Bits wrong{};
 #pragma GCC unroll 4
-    for (int column = 0; column < kTile; ++column) {
+    for (int column = 0; column < kWidth; ++column) {
       Register<float> m[kSize];
 #pragma GCC unroll 6
-      for (int row = 0; row < kSize; ++row) m[row] = rows[row][column];
-      output_transform(m, y[column]);
+      for (int row = 0; row < kSize; ++row)
+        if (Winograd::takes(row, kHeight)) m[row] = rows[row][column];
+      output_transform<kHeight>(m, y[column]);
 #pragma GCC unroll 4
-      for (int row = 0; row < kTile; ++row) {
+      for (int row = 0; row < kHeight; ++row) {
         const Bits magnitude = magnitude_of(y[column][row]);
         wrong |= (magnitude < least) | (magnitude >= 0x7f800000);
         store_vector(y[column][row] + first, to + row * row_stride + column * channels + channel);
       }
     }
     if (!any(wrong)) continue;
-    for (int column = 0; column < kTile; ++column)
-      for (int row = 0; row < kTile; ++row) {
+    for (int column = 0; column < kWidth; ++column)
+      for (int row = 0; row < kHeight; ++row) {
         const Bits magnitude = magnitude_of(y[column][row]);
-        if (any((magnitude < least) | (magnitude >= 0x7f800000))) found |= 1u << (kTile * row + column);
+        if (any((magnitude < least) | (magnitude >= 0x7f800000))) found |= 1u << (Winograd::kTile * row + column);
       }
   }
   return found;
 }
 
-constexpr WinogradKernel<float> kWinograd{kLanes<float>, transform_filter, transform_input, transform_output};
+constexpr WinogradKernel<float> kWinograd{kLanes<float>,
+                                          transform_filter,
+                                          {{transform_input<2, 2>, transform_input<2, 3>, transform_input<2, 4>},
+                                           {transform_input<3, 2>, transform_input<3, 3>, transform_input<3, 4>},
+                                           {transform_input<4, 2>, transform_input<4, 3>, transform_input<4, 4>}},
+                                          {{transform_output<2, 2>, transform_output<2, 3>, transform_output<2, 4>},
+                                           {transform_output<3, 2>, transform_output<3, 3>, transform_output<3, 4>},
+                                           {transform_output<4, 2>, transform_output<4, 3>, transform_output<4, 4>}}};
 
 }  // namespace
 }  // namespace captum_dtd::cpu

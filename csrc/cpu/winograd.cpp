@@ -13,10 +13,16 @@ constexpr int64_t kPatchBytes = 16 << 20;  // of transformed patches, of which a
 constexpr int64_t kSumsBytes = 4 << 20;    // of the blocks of channels that are worked on together
 
 constexpr int64_t kFewestChannels = 16;  // in depth: fewer leave the transforms too little to save
-constexpr double kStreamed = 16;         // tiles that could be multiplied while their weights come from memory
+constexpr double kStreamed = 20;         // tiles that could be multiplied while their weights come from memory
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t tiles(int64_t size) { return ceil_div(size, Winograd::kTile); }
+
+// Outputs of the last tile, at least as many as there are to compute.
+int last_tile(int64_t size) { return std::max(static_cast<int>(size - (tiles(size) - 1) * Winograd::kTile), Winograd::kFewest); }
+
+// Products along H or W.
+int64_t points(int64_t size) { return (tiles(size) - 1) * Winograd::kPatch + last_tile(size) + Winograd::kTaps - 1; }
 
 // So many parts of nearly one size that none is larger than `most`.
 int64_t even_part(int64_t size, int64_t most) { return ceil_div(size, ceil_div(size, std::clamp<int64_t>(most, 1, size))); }
@@ -102,7 +108,9 @@ bool winograd_pays(const Sweep& sweep, int input_parts, int output_parts, int la
   const int64_t frames = sweep.n * sweep.grid[0];
   const double direct = static_cast<double>(Winograd::kTaps * Winograd::kTaps * sweep.grid[1] * sweep.grid[2] * frames);
   const double transformed =
-      Winograd::kPlanes * (static_cast<double>(tiles(sweep.grid[1]) * tiles(sweep.grid[2]) * frames) + kStreamed);
+      static_cast<double>((points(sweep.grid[1]) * points(sweep.grid[2]) + tiles(sweep.grid[1]) * tiles(sweep.grid[2])) *
+                          frames) +
+      Winograd::kPlanes * kStreamed;
   return transformed < direct;
 }
 
@@ -120,7 +128,10 @@ WinogradPlan make_winograd_plan(const Sweep& sweep, int input_parts, int output_
   if (plan.pitch * static_cast<int64_t>(sizeof(float)) % 512 == 0) plan.pitch += vector;  // or patches share lines of the cache
 
   plan.grid[0] = sweep.grid[0];
-  for (int a = 1; a < 3; ++a) plan.grid[a] = tiles(sweep.grid[a]);
+  for (int a = 1; a < 3; ++a) {
+    plan.grid[a] = tiles(sweep.grid[a]);
+    plan.last[a] = last_tile(sweep.grid[a]);
+  }
   plan.block[2] = plan.grid[2];
 
   // All times, then rows, then examples, as long as what is transformed stays near.
@@ -140,6 +151,14 @@ WinogradPlan make_winograd_plan(const Sweep& sweep, int input_parts, int output_
   const int64_t sums_bytes = Winograd::kPlanes * plan.tiles() * lanes * static_cast<int64_t>(sizeof(float));
   plan.blocks_together = std::clamp<int64_t>(kSumsBytes / sums_bytes, 1, plan.channel_blocks);
   return plan;
+}
+
+TiledRegion::TiledRegion(const WinogradPlan& plan, const Region& region) : Region(region) {
+  const bool ends = first[1] + count[1] == plan.grid[1];
+  for (int plane = 0; plane < Winograd::kPlanes; ++plane) {
+    rows[plane] = count[1] - (ends && !Winograd::takes(plane, plan.last[1], Winograd::kTile) ? 1 : 0);
+    columns[plane] = count[2] - (Winograd::takes(plane, Winograd::kTile, plan.last[2]) ? 0 : 1);
+  }
 }
 
 std::shared_ptr<const Buffer> winograd_weights(const Filter& filter, const Use& use, const WinogradPlan& plan,

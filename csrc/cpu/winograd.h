@@ -2,6 +2,7 @@
 //
 // A slab is rows of tiles at neighbouring times. Its patches are transformed once; then, for each block of output channels,
 // the register tile sums each of the transformed numbers over taps of T and channels, and the sums are transformed back.
+// Numbers lie by planes, each of which has those of one point; a smaller tile at the end of a row or column is in fewer of them.
 #pragma once
 
 #include <algorithm>
@@ -27,6 +28,7 @@ struct WinogradPlan : Blocks {
   int lanes;  // channels of the register tile
 
   int64_t grid[3];
+  int last[3];                             // outputs of the last tile along H and W
   int64_t block_channels, channel_blocks;  // output channels of one block, and blocks in a group
   int64_t blocks_together;                 // blocks of channels that a transformed number is read for while it is near
   int64_t depth, pitch;                    // channels of all parts, and elements from patch to patch
@@ -52,6 +54,25 @@ std::shared_ptr<const Buffer> winograd_weights(const Filter& filter, const Use& 
                                                const WinogradKernel<float>& transforms, const Loops<float>& loops,
                                                ParallelFor parallel_for);
 
+// A region's tiles: how many rows and columns of them have a number in each plane.
+struct TiledRegion : Region {
+  int64_t rows[Winograd::kPlanes], columns[Winograd::kPlanes];
+
+  TiledRegion(const WinogradPlan& plan, const Region& region);
+
+  int64_t tiles_of_frame(int64_t plane) const { return rows[plane] * columns[plane]; }
+
+  // A slab has all examples of a frame, then those of the next: [frame][n][tile][depth], and sums alike [time][n][tile][lane].
+  int64_t tiles_of_time(int64_t plane) const { return count_n * tiles_of_frame(plane); }
+
+  // Where the numbers of a row's first tile lie, in planes so many elements apart.
+  void find_row(int64_t frame, int64_t of_n, int64_t row, int64_t stride, int64_t pitch,
+                int64_t (&planes)[Winograd::kPlanes]) const {
+    for (int64_t plane = 0; plane < Winograd::kPlanes; ++plane)
+      planes[plane] = plane * stride + (((frame * count_n + of_n) * rows[plane] + row) * columns[plane]) * pitch;
+  }
+};
+
 // Works off the items of a sweep, as SweepRunner does. What cannot be trusted is written all the same, and noted as an item of
 // a Plan of single positions.
 template <typename Epilogue>
@@ -69,7 +90,7 @@ class WinogradRunner {
         start_(start),
         epilogue_(epilogue),
         rows_pitch_(Winograd::kTile * plan.grid[2] * plan.lanes),
-        patch_columns_(Winograd::kTile * plan.grid[2] + Winograd::kTaps - 1),
+        patch_columns_(Winograd::kTile * (plan.grid[2] - 1) + plan.last[2] + Winograd::kTaps - 1),
         input_plane_(odd_lines(plan.patches() * plan.pitch)),
         output_plane_(odd_lines(plan.blocks_together * plan.tiles() * plan.lanes)),
         part_(plan.block_n * plan.block[1] * plan.block[2] * plan.lanes) {}
@@ -85,11 +106,11 @@ class WinogradRunner {
     mine.blocks.reserve(static_cast<size_t>(kEpilogueBlocks * rows_pitch_) * sizeof(float));
     std::vector<int64_t> distrusted;
     std::vector<Stretch> stretches;
-    Region here{};
+    TiledRegion here(plan_, Region{});
     for (int64_t item = begin; item < end;) {
       const int64_t channels = item % plan_.channel_blocks;
       if (item == begin || channels == 0) {
-        here = region(plan_, plan_.sweep.n, plan_.sweep.groups, plan_.grid, item / plan_.channel_blocks);
+        here = TiledRegion(plan_, region(plan_, plan_.sweep.n, plan_.sweep.groups, plan_.grid, item / plan_.channel_blocks));
         transform_patches(here, mine);
         stretches = stretches_of(here);
       }
@@ -113,11 +134,7 @@ class WinogradRunner {
     return ((elements + kLine - 1) / kLine | 1) * kLine;
   }
 
-  static int64_t tiles_of_frame(const Region& here) { return here.count[1] * here.count[2]; }
   int64_t output_block(const Region& here) const { return here.positions() * plan_.lanes; }
-
-  // A slab has all examples of a frame, then those of the next: [frame][n][tile][depth], and sums alike [time][n][tile][lane].
-  int64_t tiles_of_time(const Region& here) const { return here.count_n * tiles_of_frame(here); }
 
   // Of the input, those whose sum is a frame of the slab.
   std::vector<int64_t> times_of(const Region& here, int64_t frame) const {
@@ -126,24 +143,36 @@ class WinogradRunner {
     return t >= 0 && t < plan_.sweep.in[0] ? std::vector<int64_t>{t} : std::vector<int64_t>{};
   }
 
-  void transform_patches(const Region& here, const Scratch& mine) const {
+  static int size(int64_t tile, int64_t tiles, int last) { return tile + 1 < tiles ? Winograd::kTile : last; }
+  int tile_height(int64_t row) const { return size(row, plan_.grid[1], plan_.last[1]); }
+  int tile_width(int64_t column) const { return size(column, plan_.grid[2], plan_.last[2]); }
+
+  // The kernel for a tile of this size.
+  template <typename Transform>
+  static Transform of_size(const Transform (&kernels)[Winograd::kSizes][Winograd::kSizes], int height, int width) {
+    return kernels[height - Winograd::kFewest][width - Winograd::kFewest];
+  }
+
+  void transform_patches(const TiledRegion& here, const Scratch& mine) const {
+    int64_t planes[Winograd::kPlanes];
     for (int64_t frame = 0; frame < plan_.frames_of(here.count[0]); ++frame) {
       const std::vector<int64_t> times = times_of(here, frame);
       if (times.empty()) continue;  // taps that reach there are left out
       for (int64_t n = 0; n < here.count_n; ++n)
         for (int64_t row = 0; row < here.count[1]; ++row) {
-          load_patches(here, here.n + n, times, here.first[1] + row, mine);
-          const int64_t first = frame * tiles_of_time(here) + n * tiles_of_frame(here) + row * plan_.grid[2];
+          const int height = tile_height(here.first[1] + row);
+          load_patches(here, here.n + n, times, here.first[1] + row, height + Winograd::kTaps - 1, mine);
+          here.find_row(frame, n, row, input_plane_, plan_.pitch, planes);
           for (int64_t tile = 0; tile < plan_.grid[2]; ++tile)
-            transforms_.transform_input(mine.patch.as<float>() + Winograd::kTile * tile * plan_.pitch,
-                                        patch_columns_ * plan_.pitch, plan_.pitch, plan_.pitch,
-                                        mine.slab.as<float>() + (first + tile) * plan_.pitch, input_plane_);
+            of_size(transforms_.transform_input, height, tile_width(tile))(
+                mine.patch.as<float>() + Winograd::kTile * tile * plan_.pitch, patch_columns_ * plan_.pitch, plan_.pitch,
+                plan_.pitch, mine.slab.as<float>() + tile * plan_.pitch, planes);
         }
     }
   }
 
-  // The six rows of input that a row of tiles reads, all parts of a position's channels next to each other.
-  void load_patches(const Region& here, int64_t n, const std::vector<int64_t>& times, int64_t tile_row,
+  // The rows of input that a row of tiles reads, all parts of a position's channels next to each other.
+  void load_patches(const Region& here, int64_t n, const std::vector<int64_t>& times, int64_t tile_row, int rows,
                     const Scratch& mine) const {
     const Sweep& sweep = plan_.sweep;
     float* const patch = mine.patch.as<float>();
@@ -151,7 +180,7 @@ class WinogradRunner {
     float* const more = bound + patch_columns_ * plan_.pitch;
     const int64_t w = sweep.base[2], first = std::max<int64_t>(-w, 0);
     const int64_t last = std::max(std::min(sweep.in[2] - w, patch_columns_), first);
-    for (int64_t row = 0; row < Winograd::kPatch; ++row) {
+    for (int row = 0; row < rows; ++row) {
       const int64_t h = tile_row * Winograd::kTile + sweep.base[1] + row;
       float* const to = patch + row * patch_columns_ * plan_.pitch;
       const bool inside = h >= 0 && h < sweep.in[1] && first < last;
@@ -180,65 +209,60 @@ class WinogradRunner {
   // What the register tile adds up in one go: at some neighbouring times, the taps of T from the first on.
   struct Stretch {
     int64_t first_tap;
-    std::vector<int64_t> offsets;  // in the slab, of each tap
+    std::vector<int64_t> frames;  // of the slab, that each tap reads
     int64_t times;
     std::vector<TimeSum::Output> outputs;  // of the first of these times, in the slab's sums
   };
 
   std::vector<Stretch> stretches_of(const Region& here) const {
-    return plan_.sweep.in_time != nullptr ? stretches_by_table(here) : stretches_by_stride(here);
+    return plan_.sweep.in_time != nullptr ? stretches_by_table() : stretches_by_stride(here);
   }
 
   // Times that the same taps reach.
   std::vector<Stretch> stretches_by_stride(const Region& here) const {
     std::vector<Stretch> found;
-    const int64_t frame = tiles_of_time(here) * plan_.pitch;
     for (int64_t time = 0; time < here.count[0]; ++time) {
       int64_t begin = 0, end = plan_.sweep.taps[0];
       keep_reaching(plan_.sweep, 0, here.first[0] + time, begin, end);
-      if (!found.empty() && found.back().first_tap == begin && static_cast<int64_t>(found.back().offsets.size()) == end - begin) {
+      if (!found.empty() && found.back().first_tap == begin && static_cast<int64_t>(found.back().frames.size()) == end - begin) {
         ++found.back().times;
         continue;
       }
       Stretch stretch{begin, {}, 1, {{time, true}}};
-      for (int64_t tap = begin; tap < end; ++tap) stretch.offsets.push_back((time + tap * plan_.sweep.step[0]) * frame);
+      for (int64_t tap = begin; tap < end; ++tap) stretch.frames.push_back(time + tap * plan_.sweep.step[0]);
       found.push_back(std::move(stretch));
     }
     return found;
   }
 
-  std::vector<Stretch> stretches_by_table(const Region& here) const {
+  std::vector<Stretch> stretches_by_table() const {
     std::vector<Stretch> found;
-    const int64_t frame = tiles_of_time(here) * plan_.pitch;
-    for (const TimeSum& sum : plan_.sweep.in_time->sums) {
-      Stretch stretch{sum.first_tap, {}, 1, sum.outputs};
-      for (int64_t read : sum.frames) stretch.offsets.push_back(read * frame);
-      found.push_back(std::move(stretch));
-    }
+    for (const TimeSum& sum : plan_.sweep.in_time->sums) found.push_back({sum.first_tap, sum.frames, 1, sum.outputs});
     return found;
   }
 
   // Plane by plane, so that what was transformed stays in the cache for all of these blocks.
-  void sum_products(const Region& here, const std::vector<Stretch>& stretches, int64_t channels, int64_t together,
+  void sum_products(const TiledRegion& here, const std::vector<Stretch>& stretches, int64_t channels, int64_t together,
                     const Scratch& mine) const {
     float* const part = mine.sums.as<float>() + Winograd::kPlanes * output_plane_;
     for (int64_t plane = 0; plane < Winograd::kPlanes; ++plane)
       for (int64_t i = 0; i < together; ++i) {
         const int64_t packed = (here.group * plan_.channel_blocks + channels + i) * Winograd::kPlanes + plane;
         for (const Stretch& stretch : stretches)
-          sum_plane(here, stretch, weights_ + packed * plan_.packed_plane(), mine.slab.as<float>() + plane * input_plane_,
+          sum_plane(here.tiles_of_time(plane), stretch, weights_ + packed * plan_.packed_plane(),
+                    mine.slab.as<float>() + plane * input_plane_,
                     mine.sums.as<float>() + plane * output_plane_ + i * output_block(here), part);
       }
   }
 
-  void sum_plane(const Region& here, const Stretch& stretch, const float* weights, const float* slab, float* sums,
+  void sum_plane(int64_t tiles_of_time, const Stretch& stretch, const float* weights, const float* slab, float* sums,
                  float* part) const {
-    const int64_t time = tiles_of_time(here) * plan_.lanes;
+    const int64_t time = tiles_of_time * plan_.lanes;
     if (stretch.outputs.size() == 1) {
       const TimeSum::Output& output = stretch.outputs[0];
-      return multiply(here, stretch, weights, slab, sums + output.time * time, !output.begins);
+      return multiply(tiles_of_time, stretch, weights, slab, sums + output.time * time, !output.begins);
     }
-    multiply(here, stretch, weights, slab, part, false);
+    multiply(tiles_of_time, stretch, weights, slab, part, false);
     for (const TimeSum::Output& output : stretch.outputs) {
       if (output.begins)
         std::copy_n(part, time, sums + output.time * time);
@@ -247,19 +271,21 @@ class WinogradRunner {
     }
   }
 
-  void multiply(const Region& here, const Stretch& stretch, const float* weights, const float* slab, float* to,
+  void multiply(int64_t tiles_of_time, const Stretch& stretch, const float* weights, const float* slab, float* to,
                 bool accumulate) const {
-    const int64_t count = stretch.times * tiles_of_time(here);
+    std::vector<int64_t> offsets;
+    for (const int64_t frame : stretch.frames) offsets.push_back(frame * tiles_of_time * plan_.pitch);
+    const int64_t count = stretch.times * tiles_of_time;
     const int64_t pieces = (count + kernel_.max_positions - 1) / kernel_.max_positions;
     for (int64_t piece = 0; piece < pieces; ++piece) {
       const int64_t first = count * piece / pieces, last = count * (piece + 1) / pieces;
-      kernel_.run(static_cast<int>(last - first), slab + first * plan_.pitch, plan_.pitch, stretch.offsets.data(),
-                  static_cast<int64_t>(stretch.offsets.size()), plan_.depth,
-                  weights + stretch.first_tap * plan_.depth * plan_.lanes, to + first * plan_.lanes, accumulate);
+      kernel_.run(static_cast<int>(last - first), slab + first * plan_.pitch, plan_.pitch, offsets.data(),
+                  static_cast<int64_t>(offsets.size()), plan_.depth, weights + stretch.first_tap * plan_.depth * plan_.lanes,
+                  to + first * plan_.lanes, accumulate);
     }
   }
 
-  void finish(const Region& here, int64_t channels, const float* sums, const Scratch& mine,
+  void finish(const TiledRegion& here, int64_t channels, const float* sums, const Scratch& mine,
               std::vector<int64_t>& distrusted) const {
     const Sweep& sweep = plan_.sweep;
     const int64_t first_channel = here.group * sweep.c_out + channels * plan_.block_channels;
@@ -267,17 +293,19 @@ class WinogradRunner {
     std::vector<float> start(static_cast<size_t>(plan_.lanes), 0.0f);
     if (start_ != nullptr) std::copy_n(start_ + first_channel, valid, start.begin());
     float* const outputs = mine.outputs.as<float>();
+    int64_t planes[Winograd::kPlanes];
 
     for (int64_t n = 0; n < here.count_n; ++n)
       for (int64_t time = 0; time < here.count[0]; ++time)
         for (int64_t row = 0; row < here.count[1]; ++row) {
           const int64_t h = (here.first[1] + row) * Winograd::kTile, t = here.first[0] + time;
           const int64_t height = std::min<int64_t>(Winograd::kTile, sweep.grid[1] - h);
-          const int64_t first = time * tiles_of_time(here) + n * tiles_of_frame(here) + row * plan_.grid[2];
+          here.find_row(time, n, row, output_plane_, plan_.lanes, planes);
           for (int64_t tile = 0; tile < plan_.grid[2]; ++tile) {
-            const uint32_t found = transforms_.transform_output(sums + (first + tile) * plan_.lanes, output_plane_, plan_.lanes,
-                                                                start_ != nullptr ? start.data() : nullptr,
-                                                                outputs + tile * Winograd::kTile * plan_.lanes, rows_pitch_);
+            const auto transform = of_size(transforms_.transform_output, tile_height(here.first[1] + row), tile_width(tile));
+            const uint32_t found =
+                transform(sums + tile * plan_.lanes, planes, plan_.lanes, start_ != nullptr ? start.data() : nullptr,
+                          outputs + tile * Winograd::kTile * plan_.lanes, rows_pitch_);
             for (int bit = 0; found >> bit != 0; ++bit) {
               const int64_t r = bit / Winograd::kTile, w = tile * Winograd::kTile + bit % Winograd::kTile;
               if ((found >> bit & 1) == 0 || r >= height || w >= sweep.grid[2]) continue;
