@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../time_sums.h"
@@ -252,7 +253,10 @@ class Definition {
     for (int64_t item : items) ++counts[item / of_example];
     for (int64_t item : items)
       if (counts[item / of_example] <= of_example / kManyDistrusted) few.push_back(item);
-    std::sort(few.begin(), few.end());  // neighbours share what they read
+    std::sort(few.begin(), few.end(), [&](int64_t a, int64_t b) {  // neighbours share weights, which are more than what they read
+      const int64_t blocks = single.channel_blocks;
+      return std::pair(a % blocks, a / blocks) < std::pair(b % blocks, b / blocks);
+    });
     if (!few.empty())
       run(single, [&](const Runner& runner) {
         parallel(parallel_for_, static_cast<int64_t>(few.size()), [&](int64_t begin, int64_t end) {

@@ -192,7 +192,7 @@ class SweepRunner {
       const auto multiply = [&](const Call& call, int64_t tap, int64_t tap_count, bool accumulate) {
         kernel_.run(static_cast<int>(call.shape.positions()), slab + call.slab_at, plan_.stride[2] * plan_.position_pitch,
                     plan_.offsets.data() + tap, tap_count, plan_.kernel_depth, weights + tap * plan_.kernel_depth * channels,
-                    sums_of(call), accumulate);
+                    sums_of(call), accumulate, ahead(weights + tap * plan_.kernel_depth * channels));
       };
       if (by_taps) {
         for (int64_t t = 0; t < plan_.taps[0]; ++t)
@@ -216,6 +216,12 @@ class SweepRunner {
       }
       weights += plan_.tap_volume() * plan_.chunk * channels;
     }
+  }
+
+  // What comes nearer while weights are multiplied: those a little further on.
+  Ahead<Operand> ahead(const Operand* weights) const {
+    constexpr int64_t kSteps = 192;  // of depth
+    return {weights + kSteps * plan_.tiling.channels, plan_.tiling.channels};
   }
 
   // Whether a chunk's weights had better come from afar only once, tap by tap for all positions: where these are few, and their
@@ -263,7 +269,7 @@ class SweepRunner {
           const int64_t at = sum.first_tap * plan_.taps[1] * plan_.kernel_taps + tap;
           kernel_.run(static_cast<int>(positions), slab + call.slab_at, plan_.stride[2] * plan_.position_pitch,
                       offsets.data() + tap, tap_count, plan_.kernel_depth, weights + at * plan_.kernel_depth * channels, to,
-                      accumulate);
+                      accumulate, ahead(weights + at * plan_.kernel_depth * channels));
           accumulate = true;
         });
       };

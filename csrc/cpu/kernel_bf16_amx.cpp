@@ -128,7 +128,7 @@ void multiply(int first, const bfloat16* a, int64_t position_stride, const int64
 // Steps as few as the depth allows; equal ones where they can be, for they share a configuration. Else they are full, and
 // what they leave is a step of its own after all others.
 void run(int positions, const bfloat16* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth,
-         const bfloat16* b, float* sum, bool accumulate) {
+         const bfloat16* b, float* sum, bool accumulate, Ahead<bfloat16>) {
   const Halves halves = halves_of(positions);
   const auto multiply_halves = halves.second > 0 ? multiply<true> : multiply<false>;
   const int64_t fewest = (depth + kTileDepth - 1) / kTileDepth;

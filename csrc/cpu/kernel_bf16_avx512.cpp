@@ -73,7 +73,7 @@ RunTile tile_of(int positions, std::integer_sequence<int, indices...>) {
 }
 
 void run(int positions, const bfloat16* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth,
-         const bfloat16* b, float* sum, bool accumulate) {
+         const bfloat16* b, float* sum, bool accumulate, Ahead<bfloat16>) {
   tile_of(positions, std::make_integer_sequence<int, kPositions>{})(a, position_stride, offsets, taps, depth, b, sum, accumulate);
 }
 

@@ -42,7 +42,7 @@ void run_tile(const bfloat16* a, int64_t position_stride, const int64_t* offsets
 }
 
 void run(int positions, const bfloat16* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth,
-         const bfloat16* b, float* sum, bool accumulate) {
+         const bfloat16* b, float* sum, bool accumulate, Ahead<bfloat16>) {
   constexpr decltype(&run_tile<1>) tiles[kPositions] = {run_tile<1>, run_tile<2>, run_tile<3>, run_tile<4>};
   tiles[positions - 1](a, position_stride, offsets, taps, depth, b, sum, accumulate);
 }

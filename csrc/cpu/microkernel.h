@@ -10,6 +10,14 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+// Weights that are multiplied later and meanwhile come to the second-level cache, so many elements at each step of depth. They
+// are only read if they exist: the address may lie beyond the last.
+template <typename Operand>
+struct Ahead {
+  const Operand* from;
+  int64_t each_step;
+};
+
 // `Operand` is what is multiplied (float, double, bfloat16), `Sum` what is added up in (float, or double).
 //
 //   sum[p][o] = (accumulate ? sum[p][o] : 0)
@@ -24,7 +32,7 @@ struct MicroKernel {
   int channels;        // of one block
   int depth_multiple;  // the slab's channel count is padded with zeros to a multiple of this
   void (*run)(int positions, const Operand* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth,
-              const Operand* b, Sum* sum, bool accumulate);
+              const Operand* b, Sum* sum, bool accumulate, Ahead<Operand> ahead);
   int busy_positions = 1;  // a call with fewer takes as long, as each product then waits for the one before it
 };
 

@@ -47,11 +47,10 @@ inline void store_vector(const Register<T>& vector, T* to) {
 
 constexpr int kVectors = 2;  // of weights; with one register for the input, the rest holds sums
 constexpr int kMaxPositions = (kRegisters - kVectors - 1) / kVectors;
-constexpr int kAhead = 192;  // steps of depth: weights come to the second-level cache while the last ones are multiplied
 
 template <typename T, int kPositions>
 void tile(const T* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth, const T* b, T* sum,
-          bool accumulate) {
+          bool accumulate, Ahead<T> ahead) {
   constexpr int kHalf = (kPositions + 1) / 2;
   constexpr int kStep = kLanes<T>;
 
@@ -71,7 +70,9 @@ void tile(const T* a, int64_t position_stride, const int64_t* offsets, int64_t t
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) weights[v] = load_vector(b + v * kStep);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(b + (kAhead * kVectors + v) * kStep, 0, 2);
+      for (int v = 0; v < kVectors; ++v)
+        if (v * kStep < ahead.each_step) __builtin_prefetch(ahead.from + v * kStep, 0, 2);
+      ahead.from += ahead.each_step;
       b += kVectors * kStep;
 #pragma GCC unroll 16
       for (int p = 0; p < kPositions; ++p) {
@@ -91,11 +92,11 @@ void tile(const T* a, int64_t position_stride, const int64_t* offsets, int64_t t
 // The tile of exactly as many positions as asked for.
 template <typename T, int kPositions = kMaxPositions>
 void run_tile(int positions, const T* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth, const T* b,
-              T* sum, bool accumulate) {
+              T* sum, bool accumulate, Ahead<T> ahead) {
   if (positions == kPositions) {
-    tile<T, kPositions>(a, position_stride, offsets, taps, depth, b, sum, accumulate);
+    tile<T, kPositions>(a, position_stride, offsets, taps, depth, b, sum, accumulate, ahead);
   } else if constexpr (kPositions > 1) {
-    run_tile<T, kPositions - 1>(positions, a, position_stride, offsets, taps, depth, b, sum, accumulate);
+    run_tile<T, kPositions - 1>(positions, a, position_stride, offsets, taps, depth, b, sum, accumulate, ahead);
   }
 }
 

@@ -248,21 +248,47 @@ class WinogradRunner {
     for (int64_t plane = 0; plane < Winograd::kPlanes; ++plane)
       for (int64_t i = 0; i < together; ++i) {
         const int64_t packed = (here.group * plan_.channel_blocks + channels + i) * Winograd::kPlanes + plane;
+        const int64_t next = packed + (i + 1 < together ? Winograd::kPlanes : 1 - i * Winograd::kPlanes);
+        Approach approach = approach_of(here.tiles_of_time(plane), stretches, weights_ + next * plan_.packed_plane());
         for (const Stretch& stretch : stretches)
           sum_plane(here.tiles_of_time(plane), stretch, weights_ + packed * plan_.packed_plane(),
                     mine.slab.as<float>() + plane * input_plane_,
-                    mine.sums.as<float>() + plane * output_plane_ + i * output_block(here), part);
+                    mine.sums.as<float>() + plane * output_plane_ + i * output_block(here), part, approach);
       }
   }
 
-  void sum_plane(int64_t tiles_of_time, const Stretch& stretch, const float* weights, const float* slab, float* sums,
-                 float* part) const {
+  // The weights that are needed next, which come nearer at an even pace while others are multiplied.
+  struct Approach {
+    const float* from;
+    const float* end;
+    int64_t each_step;
+
+    Ahead<float> over(int64_t steps) {
+      const Ahead<float> ahead{from, from < end ? each_step : 0};
+      from += steps * ahead.each_step;
+      return ahead;
+    }
+  };
+
+  Approach approach_of(int64_t tiles_of_time, const std::vector<Stretch>& stretches, const float* weights) const {
+    constexpr int64_t kLine = 16;
+    int64_t steps = 0;
+    for (const Stretch& stretch : stretches)
+      steps += pieces_of(stretch.times * tiles_of_time) * static_cast<int64_t>(stretch.frames.size()) * plan_.depth;
+    const int64_t lines = plan_.packed_plane() / kLine;
+    return {weights, weights + plan_.packed_plane(), steps > 0 ? (lines + steps - 1) / steps * kLine : 0};
+  }
+
+  int64_t pieces_of(int64_t count) const { return (count + kernel_.max_positions - 1) / kernel_.max_positions; }
+
+  void sum_plane(int64_t tiles_of_time, const Stretch& stretch, const float* weights, const float* slab, float* sums, float* part,
+                 Approach& approach) const {
     const int64_t time = tiles_of_time * plan_.lanes;
     if (stretch.outputs.size() == 1) {
       const TimeSum::Output& output = stretch.outputs[0];
-      return multiply(tiles_of_time, stretch, weights, slab, sums + output.time * time, !output.begins);
+      return multiply(tiles_of_time, stretch, weights, slab, sums + output.time * time, !output.begins, approach);
     }
-    multiply(tiles_of_time, stretch, weights, slab, part, false);
+    multiply(tiles_of_time, stretch, weights, slab, part, false, approach);
     for (const TimeSum::Output& output : stretch.outputs) {
       if (output.begins)
         std::copy_n(part, time, sums + output.time * time);
@@ -272,16 +298,15 @@ class WinogradRunner {
   }
 
   void multiply(int64_t tiles_of_time, const Stretch& stretch, const float* weights, const float* slab, float* to,
-                bool accumulate) const {
+                bool accumulate, Approach& approach) const {
     std::vector<int64_t> offsets;
     for (const int64_t frame : stretch.frames) offsets.push_back(frame * tiles_of_time * plan_.pitch);
-    const int64_t count = stretch.times * tiles_of_time;
-    const int64_t pieces = (count + kernel_.max_positions - 1) / kernel_.max_positions;
+    const int64_t count = stretch.times * tiles_of_time, pieces = pieces_of(count);
     for (int64_t piece = 0; piece < pieces; ++piece) {
       const int64_t first = count * piece / pieces, last = count * (piece + 1) / pieces;
       kernel_.run(static_cast<int>(last - first), slab + first * plan_.pitch, plan_.pitch, offsets.data(),
                   static_cast<int64_t>(offsets.size()), plan_.depth, weights + stretch.first_tap * plan_.depth * plan_.lanes,
-                  to + first * plan_.lanes, accumulate);
+                  to + first * plan_.lanes, accumulate, approach.over(static_cast<int64_t>(offsets.size()) * plan_.depth));
     }
   }
 
