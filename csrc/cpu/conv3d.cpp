@@ -37,10 +37,10 @@ struct Divide {
   Sum stabilizer;
 
   void operator()(const Spot& spot, const Sums<Sum>& sums) const {
-    const int64_t pitch = spot.columns();
-    load(loops, relevance, element_of<Sum>(), spot, sums.room, pitch);
-    loops.divide(spot.rows(), spot.columns(), sums.data, sums.pitch, stabilizer, sums.room, pitch, sums.room, pitch);
-    store(loops, sums.room, pitch, shares, element_of<Sum>(), spot);
+    const Block<const Sum> given = loaded(loops, relevance, element_of<Sum>(), spot, sums.room);
+    const Block<Sum> to = block_of(shares, element_of<Sum>(), spot, sums.room);
+    loops.divide(spot.rows(), spot.columns(), sums.data, sums.pitch, stabilizer, given.data, given.pitch, to.data, to.pitch);
+    if (to.data == sums.room) store(loops, sums.room, to.pitch, shares, element_of<Sum>(), spot);
   }
 };
 
@@ -62,14 +62,20 @@ struct Share {
     spot.step = sweep.out_step[2];
 
     const int64_t pitch = spot.columns(), size = spot.rows() * pitch;
-    Sum *u = sums.room, *bound = u + size, *shared = bound + size;
+    Sum *room = sums.room, *bound = room + size, *shared = bound + size;
     Spot of_input = spot;
     if (stored != nullptr) of_input.t = stored[spot.t];
+    const Block<Sum> to = block_of(out, element_of<Sum>(), spot, shared);
     for (int part = 0; part < parts(source.lift); ++part) {
-      load_lifted(loops, source, part, of_input, u, bound, pitch);
-      loops.multiply(spot.rows(), spot.columns(), sums.data + part * sums.of_part, sums.pitch, u, pitch, part > 0, shared, pitch);
+      Block<const Sum> u{room, pitch};
+      if (source.lift == Lift::None)
+        u = loaded(loops, source.x, source.element, of_input, room);
+      else
+        load_lifted(loops, source, part, of_input, room, bound, pitch);
+      loops.multiply(spot.rows(), spot.columns(), sums.data + part * sums.of_part, sums.pitch, u.data, u.pitch, part > 0, to.data,
+                     to.pitch);
     }
-    store(loops, shared, pitch, out, element_of<Sum>(), spot);
+    if (to.data == shared) store(loops, shared, pitch, out, element_of<Sum>(), spot);
   }
 };
 

@@ -59,6 +59,29 @@ void store(const Loops<Sum>& loops, const Sum* from, int64_t pitch, const View& 
   loops.store(element, from, pitch, spot.rows(), spot.columns(), to.data, to.row_stride, to.column_stride);
 }
 
+// Columns next to each other, rows `pitch` apart.
+template <typename Sum>
+struct Block {
+  Sum* data;
+  int64_t pitch;
+};
+
+// The spot's own memory where it is a block of such numbers, else `room`.
+template <typename Sum>
+Block<Sum> block_of(const View& view, Element element, const Spot& spot, Sum* room) {
+  const Place at = place(view, element, spot);
+  if (element == element_of<Sum>() && at.column_stride == 1) return {reinterpret_cast<Sum*>(at.data), at.row_stride};
+  return {room, spot.columns()};
+}
+
+// The same, filled with what the spot has.
+template <typename Sum>
+Block<const Sum> loaded(const Loops<Sum>& loops, const View& view, Element element, const Spot& spot, Sum* room) {
+  const Block<Sum> block = block_of(view, element, spot, room);
+  if (block.data == room) load(loops, view, element, spot, room, block.pitch);
+  return {block.data, block.pitch};
+}
+
 // One part of the lifted input; `bound` is room for as many numbers.
 template <typename Sum>
 void load_lifted(const Loops<Sum>& loops, const Source& source, int part, const Spot& spot, Sum* to, Sum* bound, int64_t pitch) {
