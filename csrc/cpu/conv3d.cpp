@@ -17,6 +17,7 @@
 #include "plan.h"
 #include "planar_kernel.h"
 #include "slab.h"
+#include "streaming.h"
 #include "weights.h"
 #include "winograd.h"
 #include "winograd_kernel.h"
@@ -40,7 +41,7 @@ struct Divide {
     const Block<const Sum> given = loaded(loops, relevance, element_of<Sum>(), spot, sums.room);
     const Block<Sum> to = block_of(shares, element_of<Sum>(), spot, sums.room);
     loops.divide(spot.rows(), spot.columns(), sums.data, sums.pitch, stabilizer, given.data, given.pitch, to.data, to.pitch);
-    if (to.data == sums.room) store(loops, sums.room, to.pitch, shares, element_of<Sum>(), spot);
+    if (to.data == sums.room) store(loops, sums.room, to.pitch, shares, element_of<Sum>(), spot, false);
   }
 };
 
@@ -53,6 +54,7 @@ struct Share {
   const Source& source;
   View out;
   const int64_t* stored;
+  bool stream;
 
   void operator()(const Spot& of_grid, const Sums<Sum>& sums) const {
     Spot spot = of_grid;
@@ -65,17 +67,19 @@ struct Share {
     Sum *room = sums.room, *bound = room + size, *shared = bound + size;
     Spot of_input = spot;
     if (stored != nullptr) of_input.t = stored[spot.t];
-    const Block<Sum> to = block_of(out, element_of<Sum>(), spot, shared);
-    for (int part = 0; part < parts(source.lift); ++part) {
+    const int last = parts(source.lift) - 1;
+    Block<Sum> to = block_of(out, element_of<Sum>(), spot, shared);
+    if (stream && last > 0) to = {shared, pitch};  // parts are added up before they are written
+    for (int part = 0; part <= last; ++part) {
       Block<const Sum> u{room, pitch};
       if (source.lift == Lift::None)
         u = loaded(loops, source.x, source.element, of_input, room);
       else
         load_lifted(loops, source, part, of_input, room, bound, pitch);
       loops.multiply(spot.rows(), spot.columns(), sums.data + part * sums.of_part, sums.pitch, u.data, u.pitch, part > 0, to.data,
-                     to.pitch);
+                     to.pitch, stream && to.data != shared);
     }
-    if (to.data == shared) store(loops, shared, pitch, out, element_of<Sum>(), spot);
+    if (to.data == shared) store(loops, shared, pitch, out, element_of<Sum>(), spot, stream);
   }
 };
 
@@ -85,8 +89,11 @@ struct Keep {
   const Loops<Sum>& loops;
   View out;
   Element element;
+  bool stream;
 
-  void operator()(const Spot& spot, const Sums<Sum>& sums) const { store(loops, sums.data, sums.pitch, out, element, spot); }
+  void operator()(const Spot& spot, const Sums<Sum>& sums) const {
+    store(loops, sums.data, sums.pitch, out, element, spot, stream);
+  }
 };
 
 // --------------------------------------------------------------------------------------------------- kernels
@@ -334,7 +341,7 @@ void share_nothing(const Conv3d& conv, const Loops<Sum>& loops, const Source& so
                    ParallelFor parallel_for) {
   Sweep everywhere{};
   std::fill_n(everywhere.out_step, 3, 1);
-  const Share<Sum> share{loops, everywhere, source, out, stored};
+  const Share<Sum> share{loops, everywhere, source, out, stored, false};
   const int64_t row = conv.in[2] * conv.c_in;
   parallel(parallel_for, conv.n * conv.in[0] * conv.in[1], [&](int64_t begin, int64_t end) {
     const std::vector<Sum> zeros(static_cast<size_t>(row), Sum(0));
@@ -344,6 +351,11 @@ void share_nothing(const Conv3d& conv, const Loops<Sum>& loops, const Source& so
       share(Spot{n, 0, t, h, 0, conv.in[2], conv.c_in, 1, false}, Sums<Sum>{zeros.data(), conv.c_in, 0, room.data()});
     }
   });
+}
+
+// Whether a result had better be written past the caches.
+bool is_big(int64_t channels, const int64_t (&size)[3], Element element) {
+  return channels * size[0] * size[1] * size[2] * element_bytes(element) >= kStreamedBytes;
 }
 
 View skip_examples(View view, Element element, int64_t n) {
@@ -411,6 +423,7 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
   const int64_t* out = problem.conv.out;
   const int64_t positions = out[0] * out[1] * out[2], c_out = problem.conv.c_out;
   const int64_t example_bytes = std::max<int64_t>(positions * c_out * static_cast<int64_t>(sizeof(Sum)), 1);
+  const bool stream = is_big(problem.conv.n * problem.conv.c_in, problem.conv.in, sum);
   const bool of_each = problem.reads.of_each_example || problem.gives.of_each_example;
   const int64_t together = of_each ? 1
                            : problem.divided
@@ -442,7 +455,7 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
     for (const Sweep& phase : phases) {
       if (has_no_taps(phase)) continue;
       const Sweep sweep = has_tables ? by_table(phase, conv, times.gives) : phase;
-      const Share<Sum> share{loops, sweep, x, skip_examples(problem.out, sum, n), stored};
+      const Share<Sum> share{loops, sweep, x, skip_examples(problem.out, sum, n), stored, stream};
       const Task pull{sweep, arithmetic.adjoint, 1, parts(problem.lift), shares, weights, {true, true}, arithmetic.transformed};
       run_sweep(pull, engine, static_cast<const Sum*>(nullptr), share, parallel_for);
     }
@@ -462,9 +475,10 @@ void forward(const Conv3dForward& problem, const Engine<Operand, Sum>& engine, c
   const Filter weights = filter(loops, problem.conv, problem.element, problem.weight, parallel_for);
   Conv3d conv = problem.conv;
   if (problem.reads.of_each_example) conv.n = 1;
+  const bool stream = is_big(problem.conv.n * problem.conv.c_out, problem.conv.out, problem.element);
   for (int64_t n = 0; n < problem.conv.n; n += conv.n) {
     const Source x{skip_examples(problem.x, problem.element, n), problem.element, Lift::None, {}, {}};
-    const Keep<Sum> keep{loops, skip_examples(problem.out, problem.element, n), problem.element};
+    const Keep<Sum> keep{loops, skip_examples(problem.out, problem.element, n), problem.element, stream};
     const InTime times = has_table ? in_time(conv, problem.reads, {}, n) : InTime{};
     const Sweep sweep = has_table ? by_table(forward_sweep(conv), conv, times.reads) : forward_sweep(conv);
     const Task task{sweep, arithmetic.forward, 1, 1, x, weights, {false, false}, arithmetic.transformed};

@@ -12,6 +12,7 @@
 #include "plan.h"
 #include "planar_kernel.h"
 #include "slab.h"
+#include "streaming.h"
 
 namespace captum_dtd::cpu {
 
@@ -71,6 +72,7 @@ class SweepRunner {
         run_block(here, block, mine);
       }
     }
+    settle_streams();
   }
 
  private:

@@ -50,7 +50,7 @@ class LinearLayer {
           Sum z[kRows];
           std::copy_n(bias_ + to.channel, to.channels, z);
           loops_.dot(element_, weights(to.channel), to.channels, c_in_, Sign::Both, &u[input(p, group)], z);
-          store(loops_, z, to.channels, out, element_, to);
+          store(loops_, z, to.channels, out, element_, to, false);
         }
     });
   }
@@ -130,9 +130,9 @@ class LinearLayer {
         const Sum* some = &pulled[part][(stretch * positions_ + p) * conv_.c_in];
         for (int64_t c = 0; c < conv_.c_in; ++c) sum[c] += some[c];
       }
-      loops_.multiply(1, conv_.c_in, sum.data(), 0, &u[part][p * conv_.c_in], 0, part > 0, shared.data(), 0);
+      loops_.multiply(1, conv_.c_in, sum.data(), 0, &u[part][p * conv_.c_in], 0, part > 0, shared.data(), 0, false);
     }
-    store(loops_, shared.data(), conv_.c_in, out, element_of<Sum>(), spot(p, 0, conv_.c_in));
+    store(loops_, shared.data(), conv_.c_in, out, element_of<Sum>(), spot(p, 0, conv_.c_in), false);
   }
 
   const Conv3d& conv_;

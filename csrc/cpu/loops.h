@@ -30,7 +30,7 @@ struct Loops {
   void (*load)(Element type, const void* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, Sum* to,
                int64_t pitch);
   void (*store)(Element type, const Sum* from, int64_t pitch, int64_t rows, int64_t columns, void* to, int64_t row_stride,
-                int64_t column_stride);
+                int64_t column_stride, bool stream);
 
   // to = u_part of x (and of low or high, whichever bounds this part), in place where to is x.
   void (*lift)(Lift lift, int part, int64_t rows, int64_t columns, const Sum* x, const Sum* bound, Sum* to, int64_t pitch);
@@ -44,7 +44,7 @@ struct Loops {
 
   // to = u * sums, or with `add` to += u * sums.
   void (*multiply)(int64_t rows, int64_t columns, const Sum* sums, int64_t sums_pitch, const Sum* u, int64_t pitch, bool add,
-                   Sum* to, int64_t to_pitch);
+                   Sum* to, int64_t to_pitch, bool stream);
 
   // 128 bits that tell what these bytes are, at the speed of memory; the same on one machine only.
   void (*digest)(const void* data, int64_t bytes, uint64_t (&to)[2]);

@@ -13,6 +13,7 @@
 #include "buffer.h"
 #include "loops.h"
 #include "pool_loops.h"
+#include "streaming.h"
 
 namespace captum_dtd::cpu {
 namespace {
@@ -154,7 +155,7 @@ class Rows {
 
   void store() const {
     each_copy([&](void* there, int64_t positions, Sum* here) {
-      memory_->store(element_, here, lanes_, positions, lanes_, there, view_.stride[4], view_.stride[1]);
+      memory_->store(element_, here, lanes_, positions, lanes_, there, view_.stride[4], view_.stride[1], false);
     });
   }
 
@@ -198,6 +199,8 @@ class Pooling {
     const bool overlap = t_.overlap || h_.overlap;
     lanes_ = side_by_side ? pool.c : std::min(pool.c, kLanes);
     blocks_ = (pool.c + lanes_ - 1) / lanes_;
+    const int64_t bytes = pool.n * pool.c * t_.positions * h_.positions * w_.positions * static_cast<int64_t>(sizeof(Sum));
+    stream_ = bytes >= kStreamedBytes && Rows<Sum>(problem.out, kElement<Sum>, w_.positions, run_.memory).dense(lanes_);
     // As many windows as fill a tile, first along H and then along T.
     const int64_t row_bytes = w_.positions * lanes_ * sizeof(Sum) * pool.stride[0];
     const int64_t rows = std::max<int64_t>(1, (overlap ? kOverlappingTileBytes : kTileBytes) / row_bytes);
@@ -212,6 +215,7 @@ class Pooling {
   void run(int64_t begin, int64_t end) const {
     Scratch scratch(*this);
     for (int64_t tile = begin; tile < end; ++tile) run_tile(scratch, tile);
+    settle_streams();
   }
 
  private:
@@ -308,7 +312,7 @@ class Pooling {
       run_.pool->award(row_, lanes, rows, scratch.winners.data(), scratch.sums.data(), scratch.first_taps.data(),
                        scratch.out.row(t, h));
     else
-      run_.pool->gather(row_.positions * lanes, rows, scratch.sums.data(), scratch.x.row(t, h), scratch.out.row(t, h));
+      run_.pool->gather(row_.positions * lanes, rows, scratch.sums.data(), scratch.x.row(t, h), scratch.out.row(t, h), stream_);
   }
 
   // Taps are numbered in the order T, H, W.
@@ -318,6 +322,7 @@ class Pooling {
   Instructions<Sum> run_;
   Axis t_, h_, w_;
   PoolRow row_;
+  bool stream_;                                  // the result past the caches
   int64_t lanes_, blocks_;                       // of channels
   int64_t tile_t_, tile_h_, tiles_t_, tiles_h_;  // of windows
 };

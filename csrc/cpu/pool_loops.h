@@ -33,7 +33,7 @@ struct PoolLoops {
   void (*share)(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* x, const Sum* relevance, Sum stabilizer,
                 Sum* columns, Sum* sums, Sum* shares);
   // out = u * sum of the shares, given all rows of windows that contain this row of x.
-  void (*gather)(int64_t count, int64_t rows, const Sum* const* shares, const Sum* x, Sum* out);
+  void (*gather)(int64_t count, int64_t rows, const Sum* const* shares, const Sum* x, Sum* out, bool stream);
 
   // Winner takes all: the number, among a window's taps, of its maximum. A row's taps are numbered from its first_tap on; the
   // rows are in the order of these numbers. `columns` and `column_winners` have room for a row of positions.

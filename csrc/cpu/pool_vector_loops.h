@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "pool_loops.h"
+#include "streaming.h"
 
 namespace captum_dtd::cpu {
 namespace {
@@ -114,12 +115,15 @@ void share(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* x,
 }
 
 template <typename Sum>
-void gather(int64_t count, int64_t rows, const Sum* const* shares, const Sum* x, Sum* out) {
-  each_vector<Sum>(count, [=](int64_t i, int64_t some) {
+void gather(int64_t count, int64_t rows, const Sum* const* shares, const Sum* x, Sum* out, bool stream) {
+  const auto gathered = [=](int64_t i, int64_t some) {
     Vector<Sum> sum = {};
     for (int64_t r = 0; r < rows; ++r) sum += load(shares[r] + i, some);
-    store(positive<Sum>(load(x + i, some)) * sum, out + i, some);
-  });
+    return positive<Sum>(load(x + i, some)) * sum;
+  };
+  if (stream && count % kVectorLanes<Sum> == 0 && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0)
+    return each_vector<Sum>(count, [=](int64_t i, int64_t some) { stream_vector(gathered(i, some), out + i); });
+  each_vector<Sum>(count, [=](int64_t i, int64_t some) { store(gathered(i, some), out + i, some); });
 }
 
 template <typename Sum>

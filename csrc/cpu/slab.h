@@ -54,9 +54,10 @@ void load(const Loops<Sum>& loops, const View& view, Element element, const Spot
 }
 
 template <typename Sum>
-void store(const Loops<Sum>& loops, const Sum* from, int64_t pitch, const View& view, Element element, const Spot& spot) {
+void store(const Loops<Sum>& loops, const Sum* from, int64_t pitch, const View& view, Element element, const Spot& spot,
+           bool stream) {
   const Place to = place(view, element, spot);
-  loops.store(element, from, pitch, spot.rows(), spot.columns(), to.data, to.row_stride, to.column_stride);
+  loops.store(element, from, pitch, spot.rows(), spot.columns(), to.data, to.row_stride, to.column_stride, stream);
 }
 
 // Columns next to each other, rows `pitch` apart.
@@ -209,7 +210,7 @@ class SlabPacker {
       loops_.add(spot.rows() * spot.columns(), more_, lifted_);
     }
     if constexpr (std::is_same_v<Operand, Sum>) {
-      loops_.store(element_of<Sum>(), lifted_, spot.columns(), spot.rows(), spot.columns(), to, pitch, 1);
+      loops_.store(element_of<Sum>(), lifted_, spot.columns(), spot.rows(), spot.columns(), to, pitch, 1, false);
     } else {
       loops_.round(run.product.operand, spot.rows(), spot.columns(), lifted_, spot.columns(), to, pitch);
     }

@@ -15,6 +15,7 @@
 #include "loops.h"
 #include "microkernel.h"
 #include "planar_kernel.h"
+#include "streaming.h"
 
 namespace captum_dtd::cpu {
 namespace {
@@ -334,9 +335,24 @@ void load(Element type, const void* from, int64_t row_stride, int64_t column_str
   typed<Sum>(type, from, [&](auto* data) { copy<Sum>(data, row_stride, column_stride, rows, columns, to, pitch, 1); });
 }
 
+// Streams body(row, column), a vector, to all of a block; false, and nothing done, where the block is not made of whole vectors.
+template <typename Sum, typename Body>
+inline bool streamed(int64_t rows, int64_t columns, Sum* to, int64_t pitch, Body body) {
+  constexpr int64_t kStep = kLanes<Sum>;
+  if (columns % kStep != 0 || (rows > 1 && pitch % kStep != 0) || reinterpret_cast<uintptr_t>(to) % kVectorBytes != 0)
+    return false;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = 0; column < columns; column += kStep) stream_vector(body(row, column), to + row * pitch + column);
+  return true;
+}
+
 template <typename Sum>
 void store(Element type, const Sum* from, int64_t pitch, int64_t rows, int64_t columns, void* to, int64_t row_stride,
-           int64_t column_stride) {
+           int64_t column_stride, bool stream) {
+  if (stream && type == element_of<Sum>() && column_stride == 1 &&
+      streamed(rows, columns, static_cast<Sum*>(to), row_stride,
+               [=](int64_t row, int64_t column) { return load_vector(from + row * pitch + column); }))
+    return;
   typed<Sum>(type, to, [&](auto* data) { copy<Sum>(from, pitch, 1, rows, columns, data, row_stride, column_stride); });
 }
 
@@ -405,7 +421,11 @@ void divide(int64_t rows, int64_t columns, const Sum* sums, int64_t sums_pitch, 
 
 template <typename Sum>
 void multiply(int64_t rows, int64_t columns, const Sum* sums, int64_t sums_pitch, const Sum* u, int64_t pitch, bool add, Sum* to,
-              int64_t to_pitch) {
+              int64_t to_pitch, bool stream) {
+  if (stream && !add && streamed(rows, columns, to, to_pitch, [=](int64_t row, int64_t column) {
+        return load_vector(u + row * pitch + column) * load_vector(sums + row * sums_pitch + column);
+      }))
+    return;
   if (add) {
     each(rows, columns, [=](int64_t r, int64_t c) { to[r * to_pitch + c] += u[r * pitch + c] * sums[r * sums_pitch + c]; });
   } else {

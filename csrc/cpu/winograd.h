@@ -16,6 +16,7 @@
 #include "loops.h"
 #include "microkernel.h"
 #include "slab.h"
+#include "streaming.h"
 #include "weights.h"
 #include "winograd_kernel.h"
 
@@ -120,6 +121,7 @@ class WinogradRunner {
         finish(here, channels + i, mine.sums.as<float>() + i * output_block(here), mine, distrusted);
       item += together;
     }
+    settle_streams();
     const std::lock_guard<std::mutex> lock(mutex_);
     distrusted_.insert(distrusted_.end(), distrusted.begin(), distrusted.end());
   }
