@@ -338,10 +338,10 @@ void run_sweep(const Task& task, const Engine<Operand, Sum>& engine, const Sum* 
 // write every second position or fewer.
 template <typename Sum>
 void share_nothing(const Conv3d& conv, const Loops<Sum>& loops, const Source& source, const View& out, const int64_t* stored,
-                   ParallelFor parallel_for) {
+                   bool stream, ParallelFor parallel_for) {
   Sweep everywhere{};
   std::fill_n(everywhere.out_step, 3, 1);
-  const Share<Sum> share{loops, everywhere, source, out, stored, false};
+  const Share<Sum> share{loops, everywhere, source, out, stored, stream};
   const int64_t row = conv.in[2] * conv.c_in;
   parallel(parallel_for, conv.n * conv.in[0] * conv.in[1], [&](int64_t begin, int64_t end) {
     const std::vector<Sum> zeros(static_cast<size_t>(row), Sum(0));
@@ -350,6 +350,7 @@ void share_nothing(const Conv3d& conv, const Loops<Sum>& loops, const Source& so
       const int64_t h = i % conv.in[1], t = i / conv.in[1] % conv.in[0], n = i / conv.in[1] / conv.in[0];
       share(Spot{n, 0, t, h, 0, conv.in[2], conv.c_in, 1, false}, Sums<Sum>{zeros.data(), conv.c_in, 0, room.data()});
     }
+    settle_streams();
   });
 }
 
@@ -451,7 +452,7 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
     const std::vector<Sweep> phases = adjoint_sweeps(conv);
     const auto has_no_taps = [](const Sweep& sweep) { return sweep.taps[0] * sweep.taps[1] * sweep.taps[2] == 0; };
     if (std::any_of(phases.begin(), phases.end(), has_no_taps))
-      share_nothing(conv, loops, x, skip_examples(problem.out, sum, n), stored, parallel_for);
+      share_nothing(conv, loops, x, skip_examples(problem.out, sum, n), stored, stream, parallel_for);
     for (const Sweep& phase : phases) {
       if (has_no_taps(phase)) continue;
       const Sweep sweep = has_tables ? by_table(phase, conv, times.gives) : phase;
