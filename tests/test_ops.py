@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_cases import (
     CHANNELS_LAST,
     CONVS,
@@ -666,6 +667,42 @@ def test_results_keep_their_memory_for_as_long_as_anything_looks_at_them(device:
         for _ in range(3):
             kept[::3] = pool.map(made, map(float, range(0, 24, 3)))
             assert all(bool((result == 4.0 * value).all()) for value, result in enumerate(kept))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("op", ["conv3d", "z_plus_conv3d", "z_beta_conv3d", "max_pool3d_relevance"])
+def test_many_megabytes_are_what_a_few_are(op: str, stride: int, layout: str, device: str) -> None:
+    """Results too big for caches may be written past them, whole vectors at once: on several threads, by rows that do not begin
+    where vectors do, by tiles that leave positions out. Each example by itself stays small."""
+    memory_format = torch.channels_last_3d if layout == "channels_last" else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+    for channels, width in ((16, 112), (19, 95)):
+        options: dict[str, Any] = {"stride": stride, "padding": 1}
+        x = torch.randn(2, channels, 5, 119, width, generator=generator).to(device, memory_format=memory_format)
+        if op == "max_pool3d_relevance":
+            arguments: dict[str, Any] = {"x": x, "kernel_size": 3} | options
+        else:
+            arguments = {
+                "x": x,
+                "weight": torch.randn(channels, channels, 3, 3, 3, generator=generator).to(device),
+            } | options
+            arguments |= {"low": x - 1, "high": x + 2} if op == "z_beta_conv3d" else {}
+        if op != "conv3d":
+            out = F.max_pool3d(x, 3, stride, 1).shape
+            arguments["relevance"] = torch.randn(out, generator=generator).to(device, memory_format=memory_format)
+        for kernel in kernels.available(op, device, torch.float32):
+            if device == "cpu" and not kernel.endswith(("/ieee", "/winograd")):
+                continue  # others end in the same loops
+            torch.set_num_threads(2)
+            whole = call(op, arguments, kernel)
+            torch.set_num_threads(1)
+            for n, example in enumerate(whole):
+                alone = {k: v[n : n + 1] if k in ("x", "low", "high", "relevance") else v for k, v in arguments.items()}
+                few = call(op, alone, kernel)[0]
+                assert torch.allclose(example, few, rtol=1e-4, atol=1e-5 * few.abs().max().item()), (
+                    f"{kernel}, example {n}"
+                )
 
 
 def test_a_batch_too_large_for_one_workspace(device: str) -> None:
