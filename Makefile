@@ -70,7 +70,7 @@ GPU_WHEELS = --no-deps --only-binary=:all: --python-version 3.12 --implementatio
 	--platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64
 gpu-wheels: $(VENV)/.ready
 	rm -rf wheels
-	$(VENV)/bin/python -m pip download --quiet $(GPU_WHEELS) -d wheels captum av zennit
+	$(VENV)/bin/python -m pip download --quiet $(GPU_WHEELS) -d wheels captum av zennit "torchvision==0.26.*"
 
 # On a machine with a GPU, torch, nvcc, ninja and pytest: every test, then the benchmarks. No environment is made.
 GPU_PYTHON ?= python3
@@ -78,7 +78,8 @@ gpu-check:
 	$(GPU_PYTHON) benchmarks/gpu_check.py
 
 gpu-bench:
-	PYTHONPATH=build/gpu-site:. $(GPU_PYTHON) benchmarks/gpu_bench.py
+	PYTHONPATH=build/gpu-site:. $(GPU_PYTHON) benchmarks/gpu_jobs.py --limit 180
+	PYTHONPATH=build/gpu-site:. $(GPU_PYTHON) benchmarks/gpu_bench.py --limit 240
 
 $(VENV)/.ready: pyproject.toml setup.py $(KERNELS)
 	@test -n "$(PYTHON)" || { echo "Python 3.10 or newer is needed; name it with make PYTHON=/path/to/python"; exit 1; }

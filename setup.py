@@ -49,6 +49,7 @@ CPU_SOURCES = (
     "csrc/cpu/max_pool3d.cpp",
     "csrc/cpu/max_pool3d_generic.cpp",
     "csrc/cpu/plan.cpp",
+    "csrc/cpu/streaming.cpp",
     "csrc/cpu/weights.cpp",
     "csrc/cpu/winograd.cpp",
 )

@@ -56,7 +56,7 @@ def _zennit(question: Question) -> Explain:
     from zennit.types import Activation, AvgPool, Convolution, Linear
 
     model = copy.deepcopy(question.model)
-    low, high = (torch.tensor(bound).view(1, -1, 1, 1, 1) for bound in (question.low, question.high))
+    low, high = (question.clips.new_tensor(bound).view(1, -1, 1, 1, 1) for bound in (question.low, question.high))
     z_plus = ZPlus(stabilizer=1e-15, zero_params=["bias"])
     rules = [(Activation, Pass()), (Convolution, z_plus), (Linear, z_plus), (AvgPool, Norm(stabilizer=1e-15))]
     composite = SpecialFirstLayerMapComposite(
@@ -125,7 +125,7 @@ def _integrated_gradients(question: Question) -> Explain:
     return _gradient_method(
         "IntegratedGradients",
         question,
-        baselines=torch.tensor(question.low).view(1, -1, 1, 1, 1).expand_as(question.clips),
+        baselines=question.clips.new_tensor(question.low).view(1, -1, 1, 1, 1).expand_as(question.clips),
         n_steps=50,
         internal_batch_size=len(question.clips),
     )

@@ -73,8 +73,8 @@ class PlainWalk:
         traced = fx.GraphModule(model, _Tracer().trace(model))
         _fold_batch_norms(traced)
         _average_before_the_head(traced)
-        dtype = next(model.parameters()).dtype
-        bounds = tuple(torch.tensor(bound, dtype=dtype).view(1, -1, 1, 1, 1) for bound in (low, high))
+        weight = next(model.parameters())
+        bounds = tuple(weight.new_tensor(bound).view(1, -1, 1, 1, 1) for bound in (low, high))
         nodes = [node for node in traced.graph.nodes if node.op not in ("placeholder", "output")]
         (self._input,) = (node.name for node in traced.graph.nodes if node.op == "placeholder")
         layers = {node: _layer(traced, node, bounds) for node in nodes}

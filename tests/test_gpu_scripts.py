@@ -36,6 +36,25 @@ def test_gpu_bench_measures_every_kind_of_case(tmp_path: Path) -> None:
     assert {row["kind"] for row in record["summary"]} == {"pooling", "convolution"}
 
 
+def test_gpu_jobs_rates_everybody_who_can_be_asked(tmp_path: Path) -> None:
+    options = ("--device", "cpu", "--smoke", "--no-compile", "--only", "C3D, 16")
+    done = run(tmp_path, str(SCRIPTS / "gpu_jobs.py"), *options)
+    assert done.returncode == 0, done.stderr
+    (written,) = tmp_path.glob("gpu_jobs_*.json")
+    record = json.loads(written.read_text())
+    (case,) = record["cases"]
+    assert {"captum_dtd ieee", "captum_dtd bfloat16", "plain torch"} <= set(case["contenders"])
+    for name, found in case["contenders"].items():
+        assert found["verdict"] == "agrees", name
+        fastest = max(one["clips_per_second"] for one in found["rates"])
+        assert found["best_clips_per_second"] == fastest
+        assert found["minutes_for_data_set"] == pytest.approx(150_000 / fastest / 60, rel=1e-2)
+        for one in found["rates"]:  # of a clip: a job of ours, or 1 + T of a peer's explanations
+            assert one["clips_per_second"] == pytest.approx(one["clips"] / one["median_ms"] * 1e3, rel=1e-2)
+            assert one["extrapolated"] == (not name.startswith("captum_dtd"))
+    assert len(case["comparisons"]) == 4 * sum(not name.startswith("captum_dtd") for name in case["contenders"])
+
+
 def test_gpu_check_forbids_skips_for_lack_of_cuda(tmp_path: Path) -> None:
     (tmp_path / "test_skips.py").write_text(
         "import pytest\n"

@@ -52,6 +52,12 @@ CASES = [
     Case("groups", (2, 48, 3, 11, 17), (34, 24, 3, 3, 3), groups=2),
     Case("several slabs", (1, 64, 9, 21, 60), (24, 64, 3, 3, 3)),
     Case("several blocks of channels", (2, 72, 3, 14, 14), (150, 72, 3, 3, 3)),
+    Case("last tiles of three", (1, 32, 4, 15, 11), (20, 32, 3, 3, 3)),
+    Case("last tiles of two and three", (2, 32, 3, 10, 7), (20, 32, 3, 3, 3)),
+    Case("one tile, of three", (10, 32, 4, 3, 3), (16, 32, 3, 3, 3)),
+    Case("one tile, of two", (12, 32, 4, 2, 2), (16, 32, 3, 3, 3)),
+    Case("one row", (4, 32, 4, 1, 30), (16, 32, 3, 3, 3)),
+    Case("one column of tiles", (4, 32, 4, 30, 3), (16, 32, 3, 3, 3)),
 ]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last_3d}
 

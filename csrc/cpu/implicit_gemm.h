@@ -191,26 +191,32 @@ class SweepRunner {
       const auto sums_of = [&](const Call& call) {
         return mine.sums.as<Sum>() + (plan_.chunks > 1 ? call.sums_at * channels : 0);
       };
-      const auto multiply = [&](const Call& call, int64_t tap, int64_t tap_count, bool accumulate) {
+      const auto multiply = [&](const Call& call, int64_t tap, int64_t tap_count, bool accumulate, Ahead<Operand> ahead) {
         kernel_.run(static_cast<int>(call.shape.positions()), slab + call.slab_at, plan_.stride[2] * plan_.position_pitch,
                     plan_.offsets.data() + tap, tap_count, plan_.kernel_depth, weights + tap * plan_.kernel_depth * channels,
-                    sums_of(call), accumulate, ahead(weights + tap * plan_.kernel_depth * channels));
+                    sums_of(call), accumulate, ahead);
       };
       if (by_taps) {
         for (int64_t t = 0; t < plan_.taps[0]; ++t)
-          for (int64_t h = 0; h < plan_.taps[1]; ++h)
+          for (int64_t h = 0; h < plan_.taps[1]; ++h) {
+            const int64_t tap = (t * plan_.taps[1] + h) * plan_.kernel_taps, steps = plan_.kernel_taps * plan_.kernel_depth;
+            const auto reached = std::count_if(calls.begin(), calls.end(), [&](const Call& call) { return call.taps.has(t, h); });
+            Approach<Operand> approach(weights + tap * plan_.kernel_depth * channels + steps * channels, steps * channels,
+                                       reached * steps, channels);
             for (const Call& call : calls) {
               const bool is_first = t == call.taps.t_begin && h == call.taps.h_begin;
               if (call.taps.has(t, h))
-                multiply(call, (t * plan_.taps[1] + h) * plan_.kernel_taps, plan_.kernel_taps,
-                         !is_first || begin_sums(here, block, chunk, sums_of(call), call.shape.positions(), call.taps));
+                multiply(call, tap, plan_.kernel_taps,
+                         !is_first || begin_sums(here, block, chunk, sums_of(call), call.shape.positions(), call.taps),
+                         approach.over(steps));
             }
+          }
       }
       for (const Call& call : calls) {
         if (!by_taps || call.taps.empty()) {
           bool accumulate = begin_sums(here, block, chunk, sums_of(call), call.shape.positions(), call.taps);
           each_stretch(call.taps, [&](int64_t tap, int64_t tap_count) {
-            multiply(call, tap, tap_count, accumulate);
+            multiply(call, tap, tap_count, accumulate, ahead(weights + tap * plan_.kernel_depth * channels));
             accumulate = true;
           });
         }

@@ -18,6 +18,32 @@ struct Ahead {
   int64_t each_step;
 };
 
+// Goes through weights that are needed next, at an even pace over the steps of depth until then.
+template <typename Operand>
+class Approach {
+ public:
+  Approach(const Operand* weights, int64_t count, int64_t steps, int64_t most_each_step)
+      : from_(weights), end_(weights + count), each_step_(pace(count, steps, most_each_step)) {}
+
+  // What comes nearer over the next steps.
+  Ahead<Operand> over(int64_t steps) {
+    const Ahead<Operand> ahead{from_, from_ < end_ ? each_step_ : 0};
+    from_ += steps * ahead.each_step;
+    return ahead;
+  }
+
+ private:
+  static int64_t pace(int64_t count, int64_t steps, int64_t most) {
+    constexpr int64_t kLine = 64 / sizeof(Operand);
+    const int64_t needed = steps > 0 ? ((count + kLine - 1) / kLine + steps - 1) / steps * kLine : 0;
+    return needed < most ? needed : most;
+  }
+
+  const Operand* from_;
+  const Operand* end_;
+  int64_t each_step_;
+};
+
 // `Operand` is what is multiplied (float, double, bfloat16), `Sum` what is added up in (float, or double).
 //
 //   sum[p][o] = (accumulate ? sum[p][o] : 0)

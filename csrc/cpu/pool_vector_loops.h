@@ -121,7 +121,7 @@ void gather(int64_t count, int64_t rows, const Sum* const* shares, const Sum* x,
     for (int64_t r = 0; r < rows; ++r) sum += load(shares[r] + i, some);
     return positive<Sum>(load(x + i, some)) * sum;
   };
-  if (stream && count % kVectorLanes<Sum> == 0 && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0)
+  if (stream && count * sizeof(Sum) % kLineBytes == 0 && reinterpret_cast<uintptr_t>(out) % kLineBytes == 0)
     return each_vector<Sum>(count, [=](int64_t i, int64_t some) { stream_vector(gathered(i, some), out + i); });
   each_vector<Sum>(count, [=](int64_t i, int64_t some) { store(gathered(i, some), out + i, some); });
 }

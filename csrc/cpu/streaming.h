@@ -1,7 +1,5 @@
 // Stores past the caches, for results that are too big to be found there when they are read again: a line need not be fetched,
 // only to be overwritten, before it is written.
-//
-// Everything is in an anonymous namespace: it is compiled for each instruction set by itself.
 #pragma once
 
 #include <cstdint>
@@ -12,10 +10,18 @@
 #endif
 
 namespace captum_dtd::cpu {
-namespace {
 
 // Of a whole result: several times a second-level cache.
 constexpr int64_t kStreamedBytes = int64_t{8} << 20;
+
+// What is streamed is whole lines: parts of one would be written to memory one by one.
+constexpr int64_t kLineBytes = 64;
+
+// Before another thread may read what was streamed.
+void settle_streams();
+
+// In an anonymous namespace, as everything is that is compiled for each instruction set by itself.
+namespace {
 
 // To an address that is a multiple of the vector's size.
 template <typename Vector>
@@ -32,13 +38,6 @@ inline void stream_vector(const Vector& value, void* to) {
   if constexpr (sizeof(Vector) == 16) return _mm_stream_si128(static_cast<__m128i*>(to), reinterpret_cast<const __m128i&>(value));
 #endif
   std::memcpy(to, &value, sizeof value);
-}
-
-// Before another thread may read what was streamed.
-inline void settle_streams() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
 }
 
 }  // namespace

@@ -335,12 +335,12 @@ void load(Element type, const void* from, int64_t row_stride, int64_t column_str
   typed<Sum>(type, from, [&](auto* data) { copy<Sum>(data, row_stride, column_stride, rows, columns, to, pitch, 1); });
 }
 
-// Streams body(row, column), a vector, to all of a block; false, and nothing done, where the block is not made of whole vectors.
+// Streams body(row, column), a vector, to all of a block; false, and nothing done, where the block is not made of whole lines.
 template <typename Sum, typename Body>
 inline bool streamed(int64_t rows, int64_t columns, Sum* to, int64_t pitch, Body body) {
-  constexpr int64_t kStep = kLanes<Sum>;
-  if (columns % kStep != 0 || (rows > 1 && pitch % kStep != 0) || reinterpret_cast<uintptr_t>(to) % kVectorBytes != 0)
-    return false;
+  constexpr int64_t kStep = kLanes<Sum>, kLine = kLineBytes / sizeof(Sum);
+  const bool is_aligned = reinterpret_cast<uintptr_t>(to) % kLineBytes == 0 && (rows == 1 || pitch % kLine == 0);
+  if (!is_aligned || columns % kLine != 0) return false;
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t column = 0; column < columns; column += kStep) stream_vector(body(row, column), to + row * pitch + column);
   return true;
@@ -349,7 +349,8 @@ inline bool streamed(int64_t rows, int64_t columns, Sum* to, int64_t pitch, Body
 template <typename Sum>
 void store(Element type, const Sum* from, int64_t pitch, int64_t rows, int64_t columns, void* to, int64_t row_stride,
            int64_t column_stride, bool stream) {
-  if (stream && type == element_of<Sum>() && column_stride == 1 &&
+  constexpr Element own = element_of<Sum>();
+  if (stream && type == own && column_stride == 1 &&
       streamed(rows, columns, static_cast<Sum*>(to), row_stride,
                [=](int64_t row, int64_t column) { return load_vector(from + row * pitch + column); }))
     return;

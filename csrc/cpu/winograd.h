@@ -250,8 +250,10 @@ class WinogradRunner {
     for (int64_t plane = 0; plane < Winograd::kPlanes; ++plane)
       for (int64_t i = 0; i < together; ++i) {
         const int64_t packed = (here.group * plan_.channel_blocks + channels + i) * Winograd::kPlanes + plane;
-        const int64_t next = packed + (i + 1 < together ? Winograd::kPlanes : 1 - i * Winograd::kPlanes);
-        Approach approach = approach_of(here.tiles_of_time(plane), stretches, weights_ + next * plan_.packed_plane());
+        // The next block's, then the first block's of the next plane, and at last the next blocks' of the first.
+        const bool is_last = plane + 1 == Winograd::kPlanes;
+        const int64_t next = packed + (i + 1 < together ? Winograd::kPlanes : is_last ? 1 : 1 - i * Winograd::kPlanes);
+        Approach<float> approach = approach_to(weights_ + next * plan_.packed_plane(), here.tiles_of_time(plane), stretches);
         for (const Stretch& stretch : stretches)
           sum_plane(here.tiles_of_time(plane), stretch, weights_ + packed * plan_.packed_plane(),
                     mine.slab.as<float>() + plane * input_plane_,
@@ -259,32 +261,24 @@ class WinogradRunner {
       }
   }
 
-  // The weights that are needed next, which come nearer at an even pace while others are multiplied.
-  struct Approach {
-    const float* from;
-    const float* end;
-    int64_t each_step;
-
-    Ahead<float> over(int64_t steps) {
-      const Ahead<float> ahead{from, from < end ? each_step : 0};
-      from += steps * ahead.each_step;
-      return ahead;
+  // Towards those taps of the weights that are read.
+  Approach<float> approach_to(const float* weights, int64_t tiles_of_time, const std::vector<Stretch>& stretches) const {
+    int64_t steps = 0, begin = plan_.sweep.taps[0], end = 0;
+    for (const Stretch& stretch : stretches) {
+      const auto taps = static_cast<int64_t>(stretch.frames.size());
+      steps += pieces_of(stretch.times * tiles_of_time) * taps * plan_.depth;
+      if (taps == 0) continue;
+      begin = std::min(begin, stretch.first_tap);
+      end = std::max(end, stretch.first_tap + taps);
     }
-  };
-
-  Approach approach_of(int64_t tiles_of_time, const std::vector<Stretch>& stretches, const float* weights) const {
-    constexpr int64_t kLine = 16;
-    int64_t steps = 0;
-    for (const Stretch& stretch : stretches)
-      steps += pieces_of(stretch.times * tiles_of_time) * static_cast<int64_t>(stretch.frames.size()) * plan_.depth;
-    const int64_t lines = plan_.packed_plane() / kLine;
-    return {weights, weights + plan_.packed_plane(), steps > 0 ? (lines + steps - 1) / steps * kLine : 0};
+    const int64_t of_tap = plan_.depth * plan_.lanes;
+    return Approach<float>(weights + begin * of_tap, std::max<int64_t>(end - begin, 0) * of_tap, steps, plan_.lanes);
   }
 
   int64_t pieces_of(int64_t count) const { return (count + kernel_.max_positions - 1) / kernel_.max_positions; }
 
   void sum_plane(int64_t tiles_of_time, const Stretch& stretch, const float* weights, const float* slab, float* sums, float* part,
-                 Approach& approach) const {
+                 Approach<float>& approach) const {
     const int64_t time = tiles_of_time * plan_.lanes;
     if (stretch.outputs.size() == 1) {
       const TimeSum::Output& output = stretch.outputs[0];
@@ -300,7 +294,7 @@ class WinogradRunner {
   }
 
   void multiply(int64_t tiles_of_time, const Stretch& stretch, const float* weights, const float* slab, float* to,
-                bool accumulate, Approach& approach) const {
+                bool accumulate, Approach<float>& approach) const {
     std::vector<int64_t> offsets;
     for (const int64_t frame : stretch.frames) offsets.push_back(frame * tiles_of_time * plan_.pitch);
     const int64_t count = stretch.times * tiles_of_time, pieces = pieces_of(count);

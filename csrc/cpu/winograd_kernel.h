@@ -32,8 +32,8 @@ struct Winograd {
   static constexpr double kNear = 0.625, kFar = 1.5;
 
   // The points are, in this order, 0, near, -near, far, -far and infinity.
-  static constexpr bool takes(int point, int outputs) { return point <= outputs || point == kPatch - 1; }
-  static constexpr bool takes(int plane, int height, int width) {
+  [[gnu::always_inline]] static constexpr bool takes(int point, int outputs) { return point <= outputs || point == kPatch - 1; }
+  [[gnu::always_inline]] static constexpr bool takes(int plane, int height, int width) {
     return plane == kPlanes - 1 || (takes(plane / kPatch, height) && takes(plane % kPatch, width));
   }
 

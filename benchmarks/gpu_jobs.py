@@ -1,0 +1,190 @@
+"""Whole jobs on a GPU: how many clips are explained in a second, beside what else computes the explanations.
+
+    python benchmarks/gpu_jobs.py                        # everything, at most --limit seconds
+    python benchmarks/gpu_jobs.py --only "C3D, 16"       # the workloads whose name matches
+    python benchmarks/gpu_jobs.py --device cpu --smoke   # thin networks: shows that everything runs, measures nothing
+
+A job explains a clip and its T frozen clips. Everybody is given 1, 4 and 16 clips at once, and the fastest counts: what a peer
+needs for a clip is (1 + T) times its explanation of one, extrapolated. Time is from a call to the moment when the device has
+done all of it, Python's own included. Answers are checked first, as explanations.py says. Rates are clips a second; the
+projection is for the 150,000 clips of 16 frames that UCF-101 is cut into.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from explanations import ALLOWED, ALLOWED_TO_PEERS, Right, discriminator, ours, precision_of, verdict, verdict_on_job
+from gpu import about, write
+from networks import C3D_, R3D_18, S3D, Question, Workload
+from peers import PEERS
+from timing import Protocol, interleaved
+
+Record = dict[str, Any]
+
+PEERS_OF_JOBS = ("zennit", "plain torch", "plain torch, compiled")
+
+WORKLOADS = tuple(Workload(*which, peers=PEERS_OF_JOBS) for which in ((C3D_, 16), (R3D_18, 16), (C3D_, 32), (S3D, 16)))
+
+AT_ONCE = (1, 4, 16)
+"""Clips of a call."""
+
+DATA_SET = 150_000
+"""Clips."""
+
+
+def on(device: torch.device, question: Question) -> Question:
+    """The same question, asked there."""
+    return replace(question, model=copy.deepcopy(question.model).to(device), clips=question.clips.to(device))
+
+
+def of_clips(question: Question, count: int) -> Question:
+    """The same question about so many different clips."""
+    low, high = (question.clips.new_tensor(bound).view(1, -1, 1, 1, 1) for bound in (question.low, question.high))
+    clips = low + (high - low) * torch.rand_like(question.clips.expand(count, -1, -1, -1, -1))
+    return replace(question, clips=clips)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where everything runs."""
+
+    torch: torch.device
+
+    def finishes(self, run: Callable[[], object]) -> None:
+        """Run something to its end."""
+        run()
+        if self.torch.type == "cuda":
+            torch.cuda.synchronize(self.torch)
+
+    def peak_gib(self, run: Callable[[], object]) -> float | None:
+        """Memory that it takes, above what is there before; None on a CPU, where memory.py tells."""
+        if self.torch.type != "cuda":
+            return None
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.torch)
+        before = torch.cuda.memory_allocated(self.torch)
+        self.finishes(run)
+        return round((torch.cuda.max_memory_allocated(self.torch) - before) / 2**30, 2)
+
+
+def verdicts(workload: Workload, question: Question, compiled: bool) -> Iterator[tuple[str, Record]]:
+    """Everybody who can be asked, and whether the answer about one clip is right."""
+    right = Right(question)
+    for name in map(ours, workload.precisions):
+        job = discriminator(name, question).attribute(question.clips, question.target)
+        yield name, verdict_on_job(job, question, right, ALLOWED[precision_of(name)])
+    for name in workload.peers:
+        peer = PEERS[name]
+        if not peer.installed or ("compiled" in name and not compiled):
+            continue
+        relevance = peer.prepare(question)(question.clips)
+        of_peer = partial(right.relevance, peer.answer)
+        yield name, verdict(relevance, peer.answer, ALLOWED_TO_PEERS, question.score, of_peer)
+
+
+def rates(name: str, question: Question, device: Device, protocol: Protocol, at_once: tuple[int, ...]) -> list[Record]:
+    """Clips a second for every number of clips at once, until memory ends."""
+    found: list[Record] = []
+    for count in at_once:
+        asked = of_clips(question, count)
+        explained = 1
+        if name in PEERS:
+            run: Callable[[], object] = partial(PEERS[name].prepare(asked), asked.clips)
+            explained += asked.frames
+        else:
+            run = partial(discriminator(name, asked).attribute, asked.clips, asked.target)
+        try:
+            device.finishes(run)
+            peak = device.peak_gib(run)
+            (timing,) = interleaved({name: partial(device.finishes, run)}, protocol).values()
+        except torch.OutOfMemoryError:
+            found.append({"clips": count, "failed": "out of memory"})
+            break
+        seconds = timing.times(explained).median / count
+        told = {"clips": count, "clips_per_second": float(f"{1 / seconds:.4g}"), "peak_gib": peak}
+        found.append(told | {"extrapolated": name in PEERS} | timing.times(explained).record())
+    return found
+
+
+def measured(
+    workload: Workload, device: Device, protocol: Protocol, at_once: tuple[int, ...], small: bool, compiled: bool
+) -> Record:
+    """What is known about one workload."""
+    question = on(device.torch, workload.posed(small))
+    contenders: dict[str, Record] = {}
+    for name, found in verdicts(workload, question, compiled):
+        measurements = rates(name, question, device, protocol, at_once)
+        best = max((one.get("clips_per_second", 0.0) for one in measurements), default=0.0)
+        contenders[name] = found | {"best_clips_per_second": best, "rates": measurements}
+        if best:
+            contenders[name]["minutes_for_data_set"] = float(f"{DATA_SET / best / 60:.3g}")
+        print(f"  {best:10.2f} clips/s  {found['verdict']:10}  {name}", flush=True)
+        torch._dynamo.reset()
+    comparisons = [
+        {"precision": precision, "rival": peer, "ratio": round(_best(contenders, ours(precision)) / against, 3)}
+        for peer in workload.peers
+        if (against := _best(contenders, peer)) > 0
+        for precision in workload.precisions
+    ]
+    return {"case": str(workload), "frames": question.frames, "comparisons": comparisons, "contenders": contenders}
+
+
+def _best(contenders: Record, name: str) -> float:
+    return float(contenders.get(name, {}).get("best_clips_per_second", 0.0))
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    """Measure, print and write the record; its path."""
+    begun = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--repetitions", type=int, default=5, help="least samples of every contender")
+    parser.add_argument("--only", default="", help="regular expression that a workload's name must match")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the rival that torch.compile makes")
+    parser.add_argument("--limit", type=float, default=240, help="seconds after which no further workload is begun")
+    parser.add_argument(
+        "--smoke", action="store_true", help="thin networks: shows that everything runs, measures nothing"
+    )
+    given = parser.parse_args(arguments)
+    device = Device(torch.device(given.device))
+    if device.torch.type == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --device cpu --smoke shows that everything runs")
+    protocol = Protocol(1, 0.0) if given.smoke else Protocol(given.repetitions, 0.5, patience=10.0)
+    record: Record = {"about": about(device.torch), "smoke": given.smoke, "data_set": DATA_SET, "cases": []}
+    record["tf32_in_torch"] = {
+        "cudnn": torch.backends.cudnn.allow_tf32,
+        "matmul": torch.backends.cuda.matmul.allow_tf32,
+    }
+    record["left_out"] = []
+    at_once = AT_ONCE[:2] if given.smoke else AT_ONCE
+    with torch.no_grad():
+        for workload in WORKLOADS:
+            if re.search(given.only, str(workload)) is None:
+                continue
+            if time.monotonic() - begun > given.limit:
+                record["left_out"].append(f"{workload}: --limit was reached")
+                continue
+            print(f"--- {workload}", flush=True)
+            try:
+                found = measured(workload, device, protocol, at_once, given.smoke, not given.no_compile)
+            except ModuleNotFoundError as missing:
+                record["left_out"].append(f"{workload}: {missing}")
+                continue
+            record["cases"].append(found)
+    for left_out in record["left_out"]:
+        print(f"left out: {left_out}")
+    return write("gpu_jobs", record)
+
+
+if __name__ == "__main__":
+    main()
