@@ -37,7 +37,7 @@ const char* run(int positions, const bfloat16* a, int64_t position_stride, const
                 const bfloat16* b, float* sum, bool accumulate) {
   static thread_local std::string error;
   try {
-    captum_dtd::cpu::KERNEL()->run(positions, a, position_stride, offsets, taps, depth, b, sum, accumulate);
+    captum_dtd::cpu::KERNEL()->run(positions, a, position_stride, offsets, taps, depth, b, sum, accumulate, {nullptr, 0});
     return nullptr;
   } catch (const std::exception& exception) {
     error = exception.what();
