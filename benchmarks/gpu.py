@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -37,6 +38,26 @@ def about(device: torch.device) -> dict[str, Any]:
             "cudnn": _cudnn.version(),
         }
     return found
+
+
+def options(parser: argparse.ArgumentParser, limit: float, repetitions: int) -> None:
+    """Add what the scripts that measure have in common."""
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--repetitions", type=int, default=repetitions, help="least samples of every contender")
+    parser.add_argument("--only", default="", help="regular expression that a case's name must match")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the rivals that torch.compile makes")
+    parser.add_argument("--limit", type=float, default=limit, help="seconds after which no further case is begun")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a tiny measurement: shows that everything runs, tells nothing"
+    )
+
+
+def device_of(given: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:
+    """The device that those options name; the parser's error where it is not there."""
+    device = torch.device(given.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --device cpu --smoke shows that everything runs")
+    return device
 
 
 def write(kind: str, record: dict[str, Any]) -> Path:

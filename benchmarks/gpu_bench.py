@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import workloads
-from gpu import ROOT, Timer, about, write
+from gpu import ROOT, Timer, about, device_of, options, write
 from torch import Tensor
 from workloads import Convolution, Pooling
 
@@ -407,19 +407,10 @@ def main(arguments: list[str] | None = None) -> Path:
     """Measure, print and write the record; its path."""
     begun = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
+    options(parser, limit=540, repetitions=15)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--repetitions", type=int, default=15, help="samples of every contender")
-    parser.add_argument("--only", default="", help="regular expression that a case's name and grade must match")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the rivals that torch.compile makes")
-    parser.add_argument("--limit", type=float, default=540, help="seconds after which no further case is begun")
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny layers: shows that everything runs, measures nothing"
-    )
     given = parser.parse_args(arguments)
-    device = torch.device(given.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device; --device cpu --smoke shows that everything runs")
+    device = device_of(given, parser)
     torch.backends.cudnn.benchmark = True
     timer = Timer(device, 2 if given.smoke else given.repetitions, 0 if given.smoke else 2.0)
     pattern = re.compile(given.only)

@@ -7,7 +7,7 @@
 A job explains a clip and its T frozen clips. Everybody is given 1, 4 and 16 clips at once, and the fastest counts: what a peer
 needs for a clip is (1 + T) times its explanation of one, extrapolated. Time is from a call to the moment when the device has
 done all of it, Python's own included. Answers are checked first, as explanations.py says. Rates are clips a second; the
-projection is for the 150,000 clips of 16 frames that UCF-101 is cut into.
+projection is for UCF-101, cut into clips of as many frames: 150,000 of 16.
 """
 
 from __future__ import annotations
@@ -16,15 +16,25 @@ import argparse
 import copy
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from explanations import ALLOWED, ALLOWED_TO_PEERS, Right, discriminator, ours, precision_of, verdict, verdict_on_job
-from gpu import about, write
+from explanations import (
+    ALLOWED,
+    ALLOWED_TO_PEERS,
+    Right,
+    contenders,
+    discriminator,
+    ours,
+    precision_of,
+    verdict,
+    verdict_on_job,
+)
+from gpu import about, device_of, options, write
 from networks import C3D_, R3D_18, S3D, Question, Workload
 from peers import PEERS
 from timing import Protocol, interleaved
@@ -38,8 +48,8 @@ WORKLOADS = tuple(Workload(*which, peers=PEERS_OF_JOBS) for which in ((C3D_, 16)
 AT_ONCE = (1, 4, 16)
 """Clips of a call."""
 
-DATA_SET = 150_000
-"""Clips."""
+DATA_SET = 2_400_000
+"""Frames of UCF-101: 27 hours at 25 a second (Soomro et al. 2012, arXiv 1212.0402)."""
 
 
 def on(device: torch.device, question: Question) -> Question:
@@ -77,19 +87,15 @@ class Device:
         return round((torch.cuda.max_memory_allocated(self.torch) - before) / 2**30, 2)
 
 
-def verdicts(workload: Workload, question: Question, compiled: bool) -> Iterator[tuple[str, Record]]:
-    """Everybody who can be asked, and whether the answer about one clip is right."""
-    right = Right(question)
-    for name in map(ours, workload.precisions):
-        job = discriminator(name, question).attribute(question.clips, question.target)
-        yield name, verdict_on_job(job, question, right, ALLOWED[precision_of(name)])
-    for name in workload.peers:
+def judged(name: str, question: Question, right: Right) -> Record:
+    """Whether a contender's answer about one clip is right."""
+    if name in PEERS:
         peer = PEERS[name]
-        if not peer.installed or ("compiled" in name and not compiled):
-            continue
         relevance = peer.prepare(question)(question.clips)
         of_peer = partial(right.relevance, peer.answer)
-        yield name, verdict(relevance, peer.answer, ALLOWED_TO_PEERS, question.score, of_peer)
+        return verdict(relevance, peer.answer, ALLOWED_TO_PEERS, question.score, of_peer)
+    job = discriminator(name, question).attribute(question.clips, question.target)
+    return verdict_on_job(job, question, right, ALLOWED[precision_of(name)])
 
 
 def rates(name: str, question: Question, device: Device, protocol: Protocol, at_once: tuple[int, ...]) -> list[Record]:
@@ -121,46 +127,44 @@ def measured(
 ) -> Record:
     """What is known about one workload."""
     question = on(device.torch, workload.posed(small))
-    contenders: dict[str, Record] = {}
-    for name, found in verdicts(workload, question, compiled):
-        measurements = rates(name, question, device, protocol, at_once)
+    right = Right(question)
+    found: dict[str, Record] = {}
+    for name in contenders(workload, compiled):
+        try:
+            told = judged(name, question, right)
+            measurements = rates(name, question, device, protocol, at_once)
+        except Exception as error:  # one that cannot run is a finding, not the end of the measurement
+            found[name] = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+            print(f"  failed: {name}: {found[name]['failed']}", flush=True)
+            continue
         best = max((one.get("clips_per_second", 0.0) for one in measurements), default=0.0)
-        contenders[name] = found | {"best_clips_per_second": best, "rates": measurements}
+        found[name] = told | {"best_clips_per_second": best, "rates": measurements}
         if best:
-            contenders[name]["minutes_for_data_set"] = float(f"{DATA_SET / best / 60:.3g}")
-        print(f"  {best:10.2f} clips/s  {found['verdict']:10}  {name}", flush=True)
+            found[name]["minutes_for_data_set"] = float(f"{DATA_SET / question.frames / best / 60:.3g}")
+        print(f"  {best:10.2f} clips/s  {told['verdict']:10}  {name}", flush=True)
         torch._dynamo.reset()
     comparisons = [
-        {"precision": precision, "rival": peer, "ratio": round(_best(contenders, ours(precision)) / against, 3)}
+        {"precision": precision, "rival": peer, "ratio": round(_best(found, ours(precision)) / against, 3)}
         for peer in workload.peers
-        if (against := _best(contenders, peer)) > 0
+        if (against := _best(found, peer)) > 0
         for precision in workload.precisions
     ]
-    return {"case": str(workload), "frames": question.frames, "comparisons": comparisons, "contenders": contenders}
+    return {"case": str(workload), "frames": question.frames, "comparisons": comparisons, "contenders": found}
 
 
-def _best(contenders: Record, name: str) -> float:
-    return float(contenders.get(name, {}).get("best_clips_per_second", 0.0))
+def _best(found: Record, name: str) -> float:
+    return float(found.get(name, {}).get("best_clips_per_second", 0.0))
 
 
 def main(arguments: list[str] | None = None) -> Path:
     """Measure, print and write the record; its path."""
     begun = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--repetitions", type=int, default=5, help="least samples of every contender")
-    parser.add_argument("--only", default="", help="regular expression that a workload's name must match")
-    parser.add_argument("--no-compile", action="store_true", help="leave out the rival that torch.compile makes")
-    parser.add_argument("--limit", type=float, default=240, help="seconds after which no further workload is begun")
-    parser.add_argument(
-        "--smoke", action="store_true", help="thin networks: shows that everything runs, measures nothing"
-    )
+    options(parser, limit=240, repetitions=5)
     given = parser.parse_args(arguments)
-    device = Device(torch.device(given.device))
-    if device.torch.type == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device; --device cpu --smoke shows that everything runs")
+    device = Device(device_of(given, parser))
     protocol = Protocol(1, 0.0) if given.smoke else Protocol(given.repetitions, 0.5, patience=10.0)
-    record: Record = {"about": about(device.torch), "smoke": given.smoke, "data_set": DATA_SET, "cases": []}
+    record: Record = {"about": about(device.torch), "smoke": given.smoke, "frames_of_data_set": DATA_SET, "cases": []}
     record["tf32_in_torch"] = {
         "cudnn": torch.backends.cudnn.allow_tf32,
         "matmul": torch.backends.cuda.matmul.allow_tf32,

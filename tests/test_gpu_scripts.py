@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,12 +21,18 @@ def run(folder: Path, *command: str, **environment: str) -> subprocess.Completed
     return subprocess.run([sys.executable, *command], cwd=folder, env=variables, capture_output=True, text=True)
 
 
-def test_gpu_bench_measures_every_kind_of_case(tmp_path: Path) -> None:
-    options = ("--device", "cpu", "--smoke", "--no-compile", "--only", "pool2.*float32|S3D branch|conv3a|stem.*pixels")
-    done = run(tmp_path, str(SCRIPTS / "gpu_bench.py"), *options)
+def measured(folder: Path, script: str, only: str) -> dict[str, Any]:
+    """The record of a smoke test on the CPU."""
+    options = ("--device", "cpu", "--smoke", "--no-compile", "--only", only)
+    done = run(folder, str(SCRIPTS / f"{script}.py"), *options)
     assert done.returncode == 0, done.stderr
-    (written,) = tmp_path.glob("gpu_bench_*.json")
-    record = json.loads(written.read_text())
+    (written,) = folder.glob(f"{script}_*.json")
+    record: dict[str, Any] = json.loads(written.read_text())
+    return record
+
+
+def test_gpu_bench_measures_every_kind_of_case(tmp_path: Path) -> None:
+    record = measured(tmp_path, "gpu_bench", "pool2.*float32|S3D branch|conv3a|stem.*pixels")
     assert {"machine", "device"} <= set(record["about"]) and record["smoke"]
     assert {"copy", "matmul tf32", "matmul bfloat16"} <= set(record["ceilings"])
     assert len(record["cases"]) == 2 + 4 + 4 + 4
@@ -37,12 +44,7 @@ def test_gpu_bench_measures_every_kind_of_case(tmp_path: Path) -> None:
 
 
 def test_gpu_jobs_rates_everybody_who_can_be_asked(tmp_path: Path) -> None:
-    options = ("--device", "cpu", "--smoke", "--no-compile", "--only", "C3D, 16")
-    done = run(tmp_path, str(SCRIPTS / "gpu_jobs.py"), *options)
-    assert done.returncode == 0, done.stderr
-    (written,) = tmp_path.glob("gpu_jobs_*.json")
-    record = json.loads(written.read_text())
-    (case,) = record["cases"]
+    (case,) = measured(tmp_path, "gpu_jobs", "C3D, 16")["cases"]
     assert {"captum_dtd ieee", "captum_dtd bfloat16", "plain torch"} <= set(case["contenders"])
     for name, found in case["contenders"].items():
         assert found["verdict"] == "agrees", name

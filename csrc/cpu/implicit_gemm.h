@@ -201,8 +201,8 @@ class SweepRunner {
           for (int64_t h = 0; h < plan_.taps[1]; ++h) {
             const int64_t tap = (t * plan_.taps[1] + h) * plan_.kernel_taps, steps = plan_.kernel_taps * plan_.kernel_depth;
             const auto reached = std::count_if(calls.begin(), calls.end(), [&](const Call& call) { return call.taps.has(t, h); });
-            Approach<Operand> approach(weights + tap * plan_.kernel_depth * channels + steps * channels, steps * channels,
-                                       reached * steps, channels);
+            const Operand* const next = weights + (tap + plan_.kernel_taps) * plan_.kernel_depth * channels;
+            Approach<Operand> approach(next, steps * channels, reached * steps, channels);
             for (const Call& call : calls) {
               const bool is_first = t == call.taps.t_begin && h == call.taps.h_begin;
               if (call.taps.has(t, h))
