@@ -159,6 +159,17 @@ def test_relevance_agrees_with_the_definition(kernel: str, case: Case, layout: s
     assert off_each(actual, expected) <= OF_EACH
 
 
+@pytest.mark.parametrize("size", [14, 7, 5])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_deep_layers_err_little_more_than_the_definition(kernel: str, size: int) -> None:
+    case = Case("deep", (4, 512, 3, size, size), (16, 512, 3, 3, 3))
+    x, weight = drawn(case)
+    expected = convolved(case, x, weight)
+    by_name = {name: ops.conv3d(x, weight, **options(case, name)) for name in (kernel, directly(kernel))}
+    assert not torch.equal(*by_name.values())
+    assert off(by_name[kernel], expected) <= 3 * off(by_name[directly(kernel)], expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_shorter_types_are_multiplied_in_float32(kernel: str, dtype: torch.dtype) -> None:
