@@ -41,6 +41,7 @@ OLDEST_TORCH = "0x020b000000000000"  # 2.11
 OLDEST_PYTHON = "0x030A0000"  # 3.10
 
 CPU_SOURCES = (
+    "csrc/cpu/add.cpp",
     "csrc/cpu/buffer.cpp",
     "csrc/cpu/conv3d.cpp",
     "csrc/cpu/features.cpp",
@@ -53,7 +54,7 @@ CPU_SOURCES = (
     "csrc/cpu/weights.cpp",
     "csrc/cpu/winograd.cpp",
 )
-CUDA_SOURCES = ("csrc/cuda/conv3d.cu", "csrc/cuda/max_pool3d.cu")
+CUDA_SOURCES = ("csrc/cuda/add.cu", "csrc/cuda/conv3d.cu", "csrc/cuda/max_pool3d.cu")
 """Files that run on any machine. Each module has one more, which alone includes torch's headers and needs C++20."""
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")

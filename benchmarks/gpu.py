@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from timing import machine
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,7 +82,7 @@ class Timer:
         self.repetitions = repetitions
         self.least_ms = least_ms
 
-    def times(self, contenders: Mapping[str, Callable[[], Tensor]]) -> dict[str, dict[str, Any]]:
+    def times(self, contenders: Mapping[str, Callable[[], object]]) -> dict[str, dict[str, Any]]:
         """Medians and quartiles of every contender in milliseconds; or why it did not run."""
         found: dict[str, dict[str, Any]] = {}
         runs: dict[str, Callable[[], object]] = {}
@@ -109,7 +108,7 @@ class Timer:
             }
         return found
 
-    def _prepared(self, run: Callable[[], Tensor]) -> Callable[[], object]:
+    def _prepared(self, run: Callable[[], object]) -> Callable[[], object]:
         if self.device.type != "cuda":
             run()
             return run

@@ -7,8 +7,8 @@
 Layers are those of C3D and r3d_18 for a batch of 16 clips. The rivals of a convolution are its z+ composed of F.conv3d,
 convolution_backward and elementwise steps, in both layouts, as it is and compiled; "cuDNN alone" is the two convolutions
 without the elementwise steps. All of a rival is in the measured type, relevance too, where ours is float32. Ratios are
-of medians, best rival over ours: above 1 the fused operation is faster. A max pooling is told by the bytes that it must
-move, as a share of the rate of a plain copy.
+of medians, best rival over ours: above 1 the fused operation is faster. Max poolings and additions are told by the bytes that
+they must move, as a share of the rate of a plain copy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import workloads
 from gpu import ROOT, Timer, about, device_of, options, write
 from torch import Tensor
-from workloads import Convolution, Pooling
+from workloads import Addition, Convolution, Pooling
 
 from captum_dtd import kernels, ops
 
@@ -39,7 +39,7 @@ aten = torch.ops.aten
 
 LAYOUTS = {"channels last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
 
-Contenders = dict[str, Callable[[], Tensor]]
+Contenders = dict[str, Callable[[], Tensor | tuple[Tensor, ...]]]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Case:
     ours: Contenders
     rivals: Contenders
     bounds: Contenders = field(default_factory=dict)  # less than the operation: timed to know what is possible
-    reference: Callable[[], Tensor] | None = None
+    reference: Callable[[], Tensor | tuple[Tensor, ...]] | None = None
 
 
 # --- convolutions --------------------------------------------------------------------------------------------------------
@@ -237,6 +237,39 @@ def pooling_case(
     return case
 
 
+# --- additions -------------------------------------------------------------------------------------------------------------
+
+
+def _summands(x: Tensor, other: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
+    """z+ on an addition, in elementwise steps."""
+    u, v = x.clamp(min=0), other.clamp(min=0)
+    z = u + v
+    s = torch.where(z == 0, 0, relevance / z)
+    return u * s, v * s
+
+
+def addition_case(layer: Addition, dtype: torch.dtype, batch: int, device: torch.device, compiled: bool) -> Case:
+    """The end of a residual block; ``work`` is what it must read and write at least: summands, relevance and two results."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (batch, layer.channels, *layer.size)
+    x, other = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(2))
+    relevance = torch.rand(shape, generator=generator, device=device)
+    work = 2 * x.nbytes + 3 * relevance.nbytes
+    case = Case(str(layer), str(dtype).removeprefix("torch."), "byte", work, {}, {})
+    for layout, memory_format in LAYOUTS.items():
+        u, v, given = (t.contiguous(memory_format=memory_format) for t in (x, other, relevance))
+        case.ours[f"ours, {layout}"] = partial(ops.z_plus_add, u, v, given)
+        arguments = (u, v, given.to(dtype))
+        case.rivals[f"composed, {layout}"] = partial(_summands, *arguments)
+        if compiled and layout == "channels last":
+            case.rivals[f"composed and compiled, {layout}"] = partial(
+                torch.compile(_summands, dynamic=False), *arguments
+            )
+    clip = (t[:1].double() for t in (x, other, relevance))
+    case.reference = partial(ops.z_plus_add, *clip, kernel="reference")
+    return case
+
+
 # --- what the device can do ------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +326,11 @@ def cases(
             for winner in (False, True):
                 if wanted(f"{pool} {dtype} {'winner takes all' if winner else 'proportional'}"):
                     yield partial(pooling_case, each, dtype, winner, batch, device, compiled)
+    for addition in workloads.ADDITIONS:
+        one = workloads.reduced_addition(addition) if small else addition
+        for dtype in (torch.float32, torch.bfloat16):
+            if wanted(f"{addition} {dtype}"):
+                yield partial(addition_case, one, dtype, batch, device, compiled)
     for beta, layers in ((False, workloads.CONVOLUTIONS), (True, workloads.PIXEL_LAYERS)):
         for layer in layers:
             for grade in GRADES:
@@ -306,8 +344,8 @@ def measured(case: Case, timer: Timer, ceiling: dict[str, Any]) -> dict[str, Any
     tf32 = case.grade != "float32"
     torch.backends.cudnn.allow_tf32 = tf32
     assert case.reference is not None
-    right = case.reference()
-    errors = {name: _error(run()[:1], right) for name, run in case.ours.items()}
+    right = workloads.joined(case.reference())
+    errors = {name: _error(workloads.joined(run())[:1], right) for name, run in case.ours.items()}
     contenders = {**case.ours, **case.rivals, **case.bounds}
     times = timer.times(contenders)
     for timing in times.values():
@@ -377,12 +415,18 @@ def show(found: dict[str, Any]) -> None:
     )
 
 
+def _kind(case: dict[str, Any]) -> str:
+    if case["unit"] != "byte":
+        return "convolution"
+    return "addition" if " add " in case["case"] else "pooling"
+
+
 def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Worst ratio and geometric mean of every grade, of convolutions and of poolings."""
+    """Worst ratio and geometric mean of every grade, of convolutions, of poolings and of additions."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for case in found:
         if "ratio to rival" in case:
-            groups.setdefault(("pooling" if case["unit"] == "byte" else "convolution", case["grade"]), []).append(case)
+            groups.setdefault((_kind(case), case["grade"]), []).append(case)
     rows = []
     for (kind, grade), members in groups.items():
         worst = min(members, key=lambda case: float(case["ratio to rival"]))

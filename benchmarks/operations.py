@@ -17,7 +17,7 @@ from torch import Tensor
 
 from captum_dtd.kernels import Precision
 
-Contenders = dict[str, Callable[[], Tensor]]
+Contenders = dict[str, Callable[[], rivals.Result]]
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Case:
     name: str
     precision: str
     flops: int
-    reference: Callable[[], Tensor]
+    reference: Callable[[], rivals.Result]
     contenders: Contenders = field(default_factory=dict)
     comparisons: list[tuple[str, str, list[str], list[str]]] = field(default_factory=list)
 
@@ -61,6 +61,10 @@ def cases(precisions: Sequence[Precision], small: bool, compiled: bool) -> Itera
         measured_pool = workloads.reduced_pooling(pool) if small else pool
         for precision in precisions:
             yield f"{pool} {precision}", partial(_pooling_case, measured_pool, precision, compiled)
+    for addition in workloads.ADDITIONS:
+        measured_addition = workloads.reduced_addition(addition) if small else addition
+        for precision in precisions:
+            yield f"{addition} {precision}", partial(_addition_case, measured_addition, precision, compiled)
 
 
 def _convolution_case(layer: workloads.Convolution, precision: Precision, compiled: bool) -> Case:
@@ -105,6 +109,19 @@ def _pooling_case(layer: workloads.Pooling, precision: Precision, compiled: bool
     return case
 
 
+def _addition_case(layer: workloads.Addition, precision: Precision, compiled: bool) -> Case:
+    dtype = workloads.dtype_of(precision)
+    given = workloads.draw_addition(layer, dtype)
+    kernel = workloads.chosen("z_plus_add", layer, dtype, precision)
+    case = Case(str(layer), precision, 0, partial(workloads.summands, *given, "reference"))
+    ours: Contenders = {}
+    for layout, memory_format in rivals.LAYOUTS.items():
+        x, other, relevance = (t.contiguous(memory_format=memory_format) for t in given)
+        ours[f"captum_dtd {kernel}, {layout}"] = partial(workloads.summands, x, other, relevance, kernel)
+    case.add("additions / elementwise steps", precision, ours, _by_name(rivals.addition_rivals(*given, compiled)))
+    return case
+
+
 def _ours(
     layer: workloads.Convolution,
     given: workloads.Tensors,
@@ -123,8 +140,8 @@ def _by_name(found: list[rivals.Rival]) -> Contenders:
 
 def measured(case: Case, protocol: Protocol) -> dict[str, Any]:
     """Time a case; everything that is known about it afterwards."""
-    right = case.reference().double()
-    errors = {name: _error(run(), right) for name, run in case.contenders.items()}  # and warm up
+    right = workloads.joined(case.reference()).double()
+    errors = {name: _error(workloads.joined(run()), right) for name, run in case.contenders.items()}  # and warm up
     timings = interleaved(case.contenders, protocol)
     return {
         "case": f"{case.name} {case.precision}",

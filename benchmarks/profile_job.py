@@ -52,7 +52,8 @@ KINDS = {
         for name in ("add", "sub", "mul", "div", "clamp", "clamp_min", "relu", "where", "masked_fill", "neg", "abs")
         for suffix in ("", "_")
     )
-    + tuple(f"aten::{name}" for name in ("eq", "ne", "lt", "le", "gt", "ge", "any", "all", "isfinite", "logical_or")),
+    + tuple(f"aten::{name}" for name in ("eq", "ne", "lt", "le", "gt", "ge", "any", "all", "isfinite", "logical_or"))
+    + ("captum_dtd::z_plus_add",),
     "copies": tuple(f"aten::{name}" for name in ("copy_", "clone", "contiguous", "cat", "stack", "fill_", "zero_")),
 }
 """Operations by what they are to the job; every other one is the rest."""
@@ -102,7 +103,7 @@ def flops_of(name: str, given: Mapping[str, Any], result: Any) -> int:
     if name in ("captum_dtd::conv3d", "aten::convolution"):
         return int(2 * result.numel() * given["weight"][0].numel())
     operation = name.removeprefix("captum_dtd::")
-    if operation not in ops.SCHEMAS or operation == "max_pool3d_relevance":
+    if operation not in ops.SCHEMAS or not operation.endswith("conv3d"):
         return 0
     weight = given["weight"]
     of_a_tap = weight[:, :, 0].numel()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from torch import Tensor
 from workloads import Convolution, Pooling, Tensors
 
 aten = torch.ops.aten
+
+Result: TypeAlias = Tensor | tuple[Tensor, ...]
 
 LinearMap = Callable[[Tensor], Tensor]
 """A convolution or its adjoint, with its weights bound."""
@@ -41,7 +44,7 @@ class Rival:
     """A composition, ready to be timed."""
 
     name: str
-    run: Callable[[], Tensor]
+    run: Callable[[], Result]
 
 
 # --- a convolution ---------------------------------------------------------------------------------------------------
@@ -266,7 +269,26 @@ def _blocks(layer: Pooling, x: Tensor, relevance: Tensor) -> Tensor:
     return (blocks * s[:, :, :, None, :, None, :, None]).view(x.shape)
 
 
-def fastest(runs: dict[str, Callable[[], Tensor]], repetitions: int = 3) -> str:
+def addition_rivals(x: Tensor, other: Tensor, relevance: Tensor, compiled: bool = True) -> list[Rival]:
+    """z+ on an addition, in plain elementwise steps."""
+    rivals = []
+    for layout, memory_format in LAYOUTS.items():
+        arguments = [t.to(x.dtype).contiguous(memory_format=memory_format) for t in (x, other, relevance)]
+        rivals.append(Rival(f"elementwise, {layout}", partial(_summands, *arguments)))
+        if compiled:
+            rivals.append(
+                Rival(f"compiled elementwise, {layout}", partial(torch.compile(_summands, dynamic=False), *arguments))
+            )
+    return rivals
+
+
+def _summands(x: Tensor, other: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
+    u, v = x.clamp(min=0), other.clamp(min=0)
+    s = _divide_(relevance, u + v)
+    return u.mul_(s), v.mul_(s)
+
+
+def fastest(runs: dict[str, Callable[[], Result]], repetitions: int = 3) -> str:
     """The name of the fastest, by its best time after a warm-up: enough to choose what is then measured properly."""
     best: dict[str, float] = {}
     for name, run in runs.items():

@@ -9,7 +9,6 @@ import pytest
 import rivals
 import workloads
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor
 from workloads import Convolution
 
 from captum_dtd.kernels import Precision
@@ -29,7 +28,7 @@ def test_z_plus(
     given = workloads.draw(layer, dtype)
     if contender == "captum_dtd":
         kernel = workloads.chosen("z_plus_conv3d", layer, dtype, precision)
-        run: Callable[[], Tensor] = partial(workloads.z_plus, layer, given, kernel)
+        run: Callable[[], rivals.Result] = partial(workloads.z_plus, layer, given, kernel)
         benchmark.extra_info["kernel"] = kernel
     else:
         rival = rivals.fastest_rival(rivals.z_plus_rivals(layer, given, compiled=False))
@@ -50,7 +49,7 @@ def test_z_beta(
     given = workloads.draw(layer, dtype, pixels=True)
     if contender == "captum_dtd":
         kernel = workloads.chosen("z_beta_conv3d", layer, dtype, precision)
-        run: Callable[[], Tensor] = partial(workloads.z_beta, layer, given, kernel)
+        run: Callable[[], rivals.Result] = partial(workloads.z_beta, layer, given, kernel)
         benchmark.extra_info["kernel"] = kernel
     else:
         found = (

@@ -9,7 +9,6 @@ import pytest
 import rivals
 import workloads
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor
 from workloads import Pooling
 
 from captum_dtd.kernels import Precision
@@ -36,7 +35,7 @@ def test_proportional(
     x, relevance = workloads.draw_pooling(layer, dtype)
     if contender == "captum_dtd":
         kernel = workloads.chosen("max_pool3d_relevance", layer, dtype, precision)
-        run: Callable[[], Tensor] = partial(workloads.max_pool, layer, x, relevance, kernel)
+        run: Callable[[], rivals.Result] = partial(workloads.max_pool, layer, x, relevance, kernel)
         benchmark.extra_info["kernel"] = kernel
     else:
         found = (

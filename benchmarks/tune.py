@@ -20,7 +20,7 @@ import torch
 import workloads
 from timing import ROOT, Protocol, interleaved, machine, protocol_of, timed_by
 from torch import Tensor
-from workloads import Convolution, Pooling
+from workloads import Addition, Convolution, Pooling
 
 from captum_dtd import kernels, native
 from captum_dtd.kernels import ARITHMETICS, TRANSFORMED, Precision
@@ -64,7 +64,7 @@ def allowed(names: Iterable[str], precision: Precision) -> list[str]:
 
 
 def compared(
-    runs: Sequence[Callable[[str], Tensor]], names: list[str], precisions: Sequence[Precision], protocol: Protocol
+    runs: Sequence[Callable[[str], object]], names: list[str], precisions: Sequence[Precision], protocol: Protocol
 ) -> list[Times]:
     """Seconds of every kernel on every layer of a kind, the smallest first, as long as some precision may yet choose it."""
     found = []
@@ -112,6 +112,7 @@ def tuned(protocol: Protocol, small: bool) -> Entries:
         "conv3d": (workloads.convolved, workloads.CONVOLUTIONS + workloads.LINEAR_LAYERS),
     }
     pools = [workloads.reduced_pooling(pool) for pool in workloads.POOLINGS] if small else workloads.POOLINGS
+    sums = [workloads.reduced_addition(each) for each in workloads.ADDITIONS] if small else workloads.ADDITIONS
     for dtype in (torch.float32, torch.bfloat16):
         precisions = [precision for precision in PRECISIONS if workloads.dtype_of(precision) == dtype]
         for op, (operation, layers) in operations.items():
@@ -121,10 +122,12 @@ def tuned(protocol: Protocol, small: bool) -> Entries:
                 chosen = [workloads.reduced(layer) for layer in members] if small else members
                 runs = [_convolution(operation, layer, dtype, op == "z_beta_conv3d") for layer in chosen]
                 _enter(entries, op, precisions, kind, compared(runs, usable, precisions, protocol))
-        op = "max_pool3d_relevance"
-        names = kernels.available(op, "cpu", dtype)
-        runs = [_pooling(pool, dtype) for pool in reversed(pools)]
-        _enter(entries, op, precisions, "any", compared(runs, names, precisions, protocol))
+        for op, without_weights in (
+            ("max_pool3d_relevance", [_pooling(pool, dtype) for pool in reversed(pools)]),
+            ("z_plus_add", [_addition(each, dtype) for each in reversed(sums)]),
+        ):
+            names = kernels.available(op, "cpu", dtype)
+            _enter(entries, op, precisions, "any", compared(without_weights, names, precisions, protocol))
     return entries
 
 
@@ -148,6 +151,10 @@ def _convolution(
 def _pooling(layer: Pooling, dtype: torch.dtype) -> Callable[[str], Tensor]:
     x, relevance = workloads.draw_pooling(layer, dtype)
     return partial(workloads.max_pool, layer, x, relevance)
+
+
+def _addition(layer: Addition, dtype: torch.dtype) -> Callable[[str], object]:
+    return partial(workloads.summands, *workloads.draw_addition(layer, dtype))
 
 
 def _enter(entries: Entries, op: str, precisions: Sequence[Precision], kind: str, times: Sequence[Times]) -> None:

@@ -75,6 +75,19 @@ class Pooling:
         return f"{self.network} {self.name} {self.channels} k{kernel} {size}"
 
 
+@dataclass(frozen=True)
+class Addition:
+    """An addition of two summands of ``size`` (T, H, W), as it ends a residual block."""
+
+    network: str
+    name: str
+    channels: int
+    size: Triple
+
+    def __str__(self) -> str:
+        return f"{self.network} {self.name} {self.channels} add {'x'.join(map(str, self.size))}"
+
+
 def _shortcut(name: str, c_in: int, c_out: int, size: Triple) -> Convolution:
     return Convolution("r3d_18", name, c_in, c_out, size, (1, 1, 1), (2, 2, 2), (0, 0, 0))
 
@@ -122,6 +135,16 @@ POOLINGS = (
     Pooling("C3D", "pool5", 512, (2, 7, 7), padding=(0, 1, 1)),
 )
 
+ADDITIONS = tuple(
+    Addition("r3d_18", f"layer{number}", channels, size)
+    for number, channels, size in (
+        (1, 64, (16, 56, 56)),
+        (2, 128, (8, 28, 28)),
+        (3, 256, (4, 14, 14)),
+        (4, 512, (2, 7, 7)),
+    )
+)
+
 LOW, HIGH = (-102.0, -98.0, -90.0), (153.0, 157.0, 165.0)
 """The darkest and the brightest pixel of C3D's clips: RGB from 0 to 255 minus the mean of its training set."""
 
@@ -140,6 +163,12 @@ def reduced(layer: Convolution) -> Convolution:
 def reduced_pooling(layer: Pooling) -> Pooling:
     """A pooling of the same kind that takes no time."""
     t, h, w = (min(n, 4 * k) for n, k in zip(layer.size, layer.kernel, strict=True))
+    return replace(layer, channels=3, size=(t, h, w))
+
+
+def reduced_addition(layer: Addition) -> Addition:
+    """An addition of the same kind that takes no time."""
+    t, h, w = (min(n, 4) for n in layer.size)
     return replace(layer, channels=3, size=(t, h, w))
 
 
@@ -182,6 +211,15 @@ def draw_pooling(layer: Pooling, dtype: torch.dtype, seed: int = 0) -> tuple[Ten
     return _channels_last(x.to(dtype)), _channels_last(relevance)
 
 
+def draw_addition(layer: Addition, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """What a residual block made, of either sign, its shortcut, which follows a ReLU, and relevance; channels last."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, layer.channels, *layer.size)
+    made, shortcut = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator).clamp(min=0)
+    relevance = torch.rand(shape, generator=generator)
+    return _channels_last(made.to(dtype)), _channels_last(shortcut.to(dtype)), _channels_last(relevance)
+
+
 def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last_3d)
 
@@ -189,7 +227,12 @@ def _channels_last(tensor: Tensor) -> Tensor:
 # --- the fused operations on them --------------------------------------------------------------------------------------
 
 
-def chosen(op: str, layer: Convolution | Pooling, dtype: torch.dtype, precision: Precision) -> str:
+def joined(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """An operation's result, or several side by side along the channels."""
+    return torch.cat(result, 1) if isinstance(result, tuple) else result
+
+
+def chosen(op: str, layer: Convolution | Pooling | Addition, dtype: torch.dtype, precision: Precision) -> str:
     """Name of the kernel that serves a layer on this machine."""
     shape = shape_class(layer) if isinstance(layer, Convolution) else None
     return kernels.choose(op, "cpu", dtype, precision, shape)
@@ -227,3 +270,8 @@ def convolved(layer: Convolution, given: Tensors, kernel: str) -> Tensor:
 def max_pool(layer: Pooling, x: Tensor, relevance: Tensor, kernel: str) -> Tensor:
     """Proportional max pooling."""
     return ops.max_pool3d_relevance(x, relevance, layer.kernel, padding=layer.padding, kernel=kernel)
+
+
+def summands(x: Tensor, other: Tensor, relevance: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    """z+ on an addition."""
+    return ops.z_plus_add(x, other, relevance, kernel=kernel)

@@ -200,6 +200,21 @@ def check_max_pool3d(
     )
 
 
+def check_add(x: Tensor, other: Tensor, relevance: Tensor, alpha: float, stabilizer: float) -> None:
+    """Refuse summands of different shapes or types, and relevance that is not of their sum."""
+    check_x(x)
+    check_tensor("other", other, 5, x.dtype, x.device)
+    shape = tuple(x.shape)
+    check(other.shape == x.shape, f"other must have the shape {shape} of x, got {tuple(other.shape)}")
+    check(math.isfinite(alpha), f"alpha must be finite, got {alpha}")
+    check(stabilizer >= 0, f"stabilizer must be zero or positive, got {stabilizer}")
+    check_tensor("relevance", relevance, 5, accumulator(x.dtype), x.device)
+    check(
+        relevance.shape == x.shape,
+        f"relevance must have the shape {shape} of the sum, got {tuple(relevance.shape)}",
+    )
+
+
 def _pooled(n: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
     """Number of windows; with ``ceil_mode`` the last must begin inside the input or its front padding, as torch has it."""
     free = n + 2 * padding - dilation * (kernel - 1) - 1

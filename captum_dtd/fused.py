@@ -15,12 +15,12 @@ from captum_dtd import kernels, native, ops
 from captum_dtd.graph import operation_name
 from captum_dtd.kernels import Precision
 from captum_dtd.layers import Call, Limits
-from captum_dtd.operations import AVERAGE_POOLS, CONVOLUTIONS, MAX_POOLS, aten
+from captum_dtd.operations import ADDITIONS, AVERAGE_POOLS, CONVOLUTIONS, MAX_POOLS, aten
 from captum_dtd.ops import Table
 from captum_dtd.reference import accumulator
 from captum_dtd.rules import MaxPoolRule, Proportional, Rule, WinnerTakesAll, ZBeta, ZPlus
 
-Kind: TypeAlias = Literal["convolution", "linear", "max pool", "average pool"]
+Kind: TypeAlias = Literal["convolution", "linear", "max pool", "average pool", "addition"]
 
 FUSED: dict[tuple[type, Kind], str] = {
     (ZPlus, "convolution"): "z_plus_conv3d",
@@ -30,6 +30,7 @@ FUSED: dict[tuple[type, Kind], str] = {
     (Proportional, "max pool"): "max_pool3d_relevance",
     (WinnerTakesAll, "max pool"): "max_pool3d_relevance",
     (ZPlus, "average pool"): "max_pool3d_relevance",
+    (ZPlus, "addition"): "z_plus_add",
 }
 """Which fused operation serves a rule on a kind of operation. z+ on an average pooling is the proportional rule: its equal
 weights cancel."""
@@ -43,6 +44,8 @@ def kind_of(node: fx.Node) -> Kind | None:
         return "linear"
     if node.target in MAX_POOLS:
         return "max pool"
+    if node.target in ADDITIONS:
+        return "addition"
     return "average pool" if node.target in AVERAGE_POOLS else None
 
 
@@ -82,13 +85,19 @@ def redistribute(
     non_negative: bool,
     kernel: str,
     divided: bool = False,
-) -> tuple[Tensor]:
-    """Relevance of the signal that entered an operation, by the kernel that `kernel_for` named.
+) -> tuple[Tensor, ...]:
+    """Relevance of every signal that entered an operation, by the kernel that `kernel_for` named.
 
     With ``divided`` the relevance of a convolution or linear layer is ``R / z`` already (see `denominator`).
     """
-    (x,) = call.signals
+    x = call.signals[0]
     relevance = relevance.to(accumulator(x.dtype))
+    if kind_of(call.node) == "addition":
+        assert isinstance(rule, ZPlus)
+        dims = x.ndim - 2
+        u, v, r = (_to_3d(tensor, dims) for tensor in (*call.signals, relevance))
+        shares = ops.z_plus_add(u, v, r, alpha=_alpha(call), stabilizer=rule.stabilizer, kernel=kernel)
+        return tuple(_from_3d(shared, x, dims) for shared in shares)
     if kind_of(call.node) in ("max pool", "average pool"):
         pool = _Pool.of(call)
         shared = ops.max_pool3d_relevance(
@@ -262,6 +271,12 @@ class _Pool:
         )
 
 
+def _alpha(call: Call) -> float:
+    """What the second summand of an addition is multiplied with."""
+    sign = 1.0 if call.node.target is aten.add.Tensor else -1.0
+    return sign * float(call.kwargs.get("alpha", 1))
+
+
 def _three(value: Any, dims: int, neutral: int) -> list[int]:
     """Numbers for T, H, W; the dimensions that a layer lacks come first, and are neutral."""
     values = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -286,7 +301,12 @@ def _from_3d(tensor: Tensor, x: Tensor, dims: int) -> Tensor:
 
 def _choose(op: str, call: Call, output: Sequence[int], precision: Precision) -> str:
     x = call.signals[0]
-    if len(call.signals) != 1 or x.device.type not in native.loaded:
+    if x.device.type not in native.loaded:
+        return "reference"
+    if kind_of(call.node) == "addition":
+        alike = all(signal.shape == x.shape and signal.dtype == x.dtype for signal in call.signals)
+        return kernels.choose(op, x.device.type, x.dtype, precision) if alike and 2 <= x.ndim <= 5 else "reference"
+    if len(call.signals) != 1:
         return "reference"
     if kind_of(call.node) in ("max pool", "average pool"):
         batched = x.ndim == _Pool.of(call).dims + 2

@@ -79,8 +79,9 @@ def available(op: str, device: str, dtype: torch.dtype) -> list[str]:
         return ["reference"]
     if op.startswith(FROZEN) and device != "cpu":
         return ["reference"]
-    names = module.max_pool3d_kernels if op == "max_pool3d_relevance" else module.conv3d_kernels
-    return [*names(str(dtype).removeprefix("torch.")), "reference"]
+    lists = {"max_pool3d_relevance": module.max_pool3d_kernels, "z_plus_add": module.add_kernels}
+    names = lists.get(op, module.conv3d_kernels)(str(dtype).removeprefix("torch."))
+    return [*names, "reference"]
 
 
 def shape_class(size: Sequence[int], weight: Sequence[int], stride: Sequence[int]) -> ShapeClass:

@@ -39,6 +39,7 @@ from captum_dtd.graph import operation_name
 from captum_dtd.operations import (
     ADAPTIVE_AVERAGES,
     ADAPTIVE_MAXIMA,
+    ADDITIONS,
     AVERAGE_POOLS,
     CONVOLUTIONS,
     MAX_POOLS,
@@ -492,7 +493,7 @@ def _rearrangement(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     return Rearrangement()
 
 
-@covers(aten.add.Tensor, aten.sub.Tensor)
+@covers(*ADDITIONS)
 def _addition(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     if len(signals) == 1:
         return Elementwise(affine=True)

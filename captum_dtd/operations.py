@@ -18,6 +18,7 @@ ADAPTIVE_AVERAGES = frozenset(
 )
 ADAPTIVE_MAXIMA = frozenset({F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d})
 MAX_POOLS = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
+ADDITIONS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 REDUCTIONS = frozenset({aten.mean.dim, aten.sum.dim_IntList})
 SHAPE_ONLY = frozenset(
     {aten.reshape.default, aten.clone.default, aten.contiguous.default}

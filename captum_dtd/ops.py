@@ -1,4 +1,4 @@
-"""The fused operations: how relevance crosses a convolution or a pooling, in one operation each.
+"""The fused operations: how relevance crosses a convolution, a pooling or an addition, in one operation each.
 
 Every operation is a torch operator (``torch.ops.captum_dtd.*``) with a schema, a fake kernel and a definition in plain
 ATen (`captum_dtd.reference`), which serves wherever no compiled kernel does; the compiled modules add CPU and CUDA
@@ -19,10 +19,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from captum_dtd import native, reference
 from captum_dtd.checks import (
     check,
+    check_add,
     check_bounds,
     check_conv3d,
     check_max_pool3d,
@@ -40,6 +42,7 @@ __all__ = [
     "frozen_z_plus_conv3d",
     "max_pool3d_relevance",
     "z_beta_conv3d",
+    "z_plus_add",
     "z_plus_conv3d",
 ]
 
@@ -53,6 +56,7 @@ SCHEMAS = {
     f"{_GEOMETRY}, int groups, float stabilizer, bool divided, str kernel) -> Tensor",
     "max_pool3d_relevance": f"(Tensor x, Tensor relevance, int[] kernel_size, {_GEOMETRY}, bool ceil_mode, "
     "bool winner_takes_all, float stabilizer, str kernel) -> Tensor",
+    "z_plus_add": "(Tensor x, Tensor other, Tensor relevance, float alpha, float stabilizer, str kernel) -> (Tensor, Tensor)",
     "conv3d": f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, int groups, str kernel) -> Tensor",
     "frozen_z_plus_conv3d": f"(Tensor x, Tensor weight, Tensor? bias, Tensor relevance, {_TABLES}, {_GEOMETRY}, int groups, "
     "bool non_negative, float stabilizer, bool divided, str kernel) -> Tensor",
@@ -206,6 +210,43 @@ def max_pool3d_relevance(
     stride = kernel_size if stride is None else _triple("stride", stride)
     geometry = (kernel_size, stride, _triple("padding", padding), _triple("dilation", dilation), ceil_mode)
     return _call("max_pool3d_relevance", x, relevance, *geometry, winner_takes_all, stabilizer, kernel)
+
+
+def z_plus_add(
+    x: Tensor,
+    other: Tensor,
+    relevance: Tensor,
+    *,
+    alpha: float = 1.0,
+    stabilizer: float = 0.0,
+    kernel: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Relevance of the summands of ``x + alpha other`` by z+: to each its positive part's share, ``u / (sum of u) R``.
+
+    Where no summand is positive nothing is passed.
+
+    Args:
+        x: the first summand (N, C, T, H, W).
+        other: the second one, of the type and shape of ``x``.
+        relevance: of the sum.
+        alpha: what ``other`` is multiplied with, as in ``torch.add``; -1 for a subtraction.
+        stabilizer: added to the denominator.
+        kernel: which kernel shall serve, one of `captum_dtd.kernels.available`, or "auto".
+
+    Returns:
+        Relevance of ``x`` and of ``other``, both laid out as results of ``x`` are.
+
+    Raises:
+        RuntimeError: if shapes, types or devices do not fit, or there is no such kernel; the message names the argument.
+
+    Example:
+        >>> x, other = torch.tensor([1.0, -1.0, 2.0]), torch.tensor([3.0, 5.0, -4.0])
+        >>> views = (x.view(1, 1, 1, 1, 3), other.view(1, 1, 1, 1, 3), torch.full((1, 1, 1, 1, 3), 8.0))
+        >>> [shared.flatten().tolist() for shared in z_plus_add(*views)]
+        [[2.0, 0.0, 8.0], [6.0, 8.0, 0.0]]
+    """
+    of_x, of_other = _dispatch("z_plus_add", x, other, relevance, float(alpha), stabilizer, kernel)
+    return of_x, of_other
 
 
 def conv3d(
@@ -365,16 +406,21 @@ def frozen_conv3d(
 
 
 def _call(name: str, *arguments: Any) -> Tensor:
+    """An operator of one result."""
+    result = _dispatch(name, *arguments)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _dispatch(name: str, *arguments: Any) -> Any:
     """The operator; kernel "reference" (always the last argument) asks for its definition, on any device."""
     x, kernel = arguments[0], arguments[-1]
     # CUDA's convolutions run on tensor cores, which float64 would gain nothing from.
-    uncompiled = x.is_cuda and x.dtype == torch.float64 and name != "max_pool3d_relevance"
+    uncompiled = x.is_cuda and x.dtype == torch.float64 and name.endswith("conv3d")
     if kernel == "reference" or (kernel == "auto" and uncompiled):
         with torch.no_grad():
             return _DEFINITIONS[name](*arguments)
-    result = getattr(torch.ops.captum_dtd, name).default(*arguments)
-    assert isinstance(result, Tensor)
-    return result
+    return getattr(torch.ops.captum_dtd, name).default(*arguments)
 
 
 def _triple(name: str, value: Triple) -> list[int]:
@@ -483,6 +529,12 @@ def _fake_max_pool3d(x: Tensor, relevance: Tensor, *options: Any) -> Tensor:
     return _like_x(x, relevance.dtype)
 
 
+def _fake_z_plus_add(x: Tensor, other: Tensor, relevance: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    alpha, stabilizer, _ = options
+    check_add(x, other, relevance, alpha, stabilizer)
+    return _like_x(x, relevance.dtype), _like_x(x, relevance.dtype)
+
+
 def _fake_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     stride, padding, dilation, groups, _ = options
     check_conv3d(x, weight, bias, None, stride, padding, dilation, groups, 0.0)
@@ -514,20 +566,21 @@ def _fake_frozen_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options
     return _like_x(x, x.dtype, (n, channels, times, *size))
 
 
-def _definition(fake: Callable[..., Tensor], compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _definition(fake: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
     """An operator in plain ATen: the checks and the layout of its fake kernel, filled in."""
 
-    def define(*arguments: Any) -> Tensor:
+    def define(*arguments: Any) -> Any:
         _only_definition(arguments[-1])
-        return fake(*arguments).copy_(compute(*arguments[:-1]))
+        return tree_map(Tensor.copy_, fake(*arguments), compute(*arguments[:-1]))
 
     return define
 
 
-_FAKES: dict[str, Callable[..., Tensor]] = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "z_plus_conv3d": _fake_z_plus,
     "z_beta_conv3d": _fake_z_beta,
     "max_pool3d_relevance": _fake_max_pool3d,
+    "z_plus_add": _fake_z_plus_add,
     "conv3d": _fake_conv3d,
     "frozen_z_plus_conv3d": _fake_frozen_z_plus,
     "frozen_z_beta_conv3d": _fake_frozen_z_beta,

@@ -155,6 +155,13 @@ def max_pool3d_relevance(
     return shared.view(x.shape)
 
 
+def z_plus_add(x: Tensor, other: Tensor, relevance: Tensor, alpha: float, stabilizer: float) -> tuple[Tensor, Tensor]:
+    """z+ on ``x + alpha other``: to each summand ``u R / (sum of u)``, where u is its positive part."""
+    u, v = x.to(relevance.dtype).clamp(min=0), other.to(relevance.dtype).mul(alpha).clamp_(min=0)
+    s = divide(relevance, u + v, stabilizer)
+    return u * s, v * s
+
+
 def conv3d(
     x: Tensor,
     weight: Tensor,

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -264,6 +265,19 @@ inline MaxPool3d check_max_pool3d(const Tensor& x, const Tensor& relevance, cons
   require(std::equal(expected.begin(), expected.end(), relevance.sizes().begin()), "relevance must have the shape ",
           tuple(expected), " of the pooling's output, got ", shape(relevance));
   return pool;
+}
+
+// Checks the summands of x + alpha * other, of one shape, and the relevance of their sum.
+inline void check_add(const Tensor& x, const Tensor& other, const Tensor& relevance, double alpha, double stabilizer) {
+  using namespace checks;
+  check_x(x);
+  check_tensor("other", other, 5, x.scalar_type(), x);
+  require(tuple(other.sizes()) == shape(x), "other must have the shape ", shape(x), " of x, got ", shape(other));
+  require(std::isfinite(alpha), "alpha must be finite, got ", alpha);
+  check_stabilizer(stabilizer);
+  check_tensor("relevance", relevance, 5, accumulator(x.scalar_type()), x);
+  require(tuple(relevance.sizes()) == shape(x), "relevance must have the shape ", shape(x), " of the sum, got ",
+          shape(relevance));
 }
 
 // Whether a part of a tensor is dense with these dimensions in this order, the innermost first.

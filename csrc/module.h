@@ -5,9 +5,11 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "checks.h"
@@ -34,7 +36,8 @@ inline View view(const Tensor& tensor, bool broadcasts = false) {
   return v;
 }
 
-// The operators on one device. Beside its kernels' own names, `conv3d_kernels(Element)` and `max_pool3d_kernels()`, it has
+// The operators on one device. Beside its kernels' own names, `conv3d_kernels(Element)`, `max_pool3d_kernels()` and
+// `add_kernels()`, it has
 //
 //   Guard                            whose lifetime is spent on x's device
 //   kServesFrozenClips               whether its convolutions read times by a table
@@ -77,6 +80,29 @@ struct Operators {
     problem.out = view(out);
     Device::run(problem, kernel, x);
     return out;
+  }
+
+  static std::tuple<Tensor, Tensor> z_plus_add(const Tensor& x, const Tensor& other, const Tensor& relevance, double alpha,
+                                               double stabilizer, const std::string& asked) {
+    AddRelevance problem{};
+    check_add(x, other, relevance, alpha, stabilizer);
+    const typename Device::Guard guard(x);
+    const std::string kernel = choose(asked, Device::add_kernels(), x);
+    const Numbers shape{x.sizes().begin(), x.sizes().end()};
+    Tensor out = Device::result_like(x, relevance.scalar_type(), shape);
+    Tensor out_other = Device::result_like(x, relevance.scalar_type(), shape);
+    if (out.numel() == 0) return {out, out_other};
+    std::copy(shape.begin(), shape.end(), problem.size);
+    problem.alpha = alpha;
+    problem.stabilizer = stabilizer;
+    problem.element = element(x.scalar_type());
+    problem.x = view(x);
+    problem.other = view(other);
+    problem.relevance = view(relevance);
+    problem.out = view(out);
+    problem.out_other = view(out_other);
+    Device::run(problem, kernel, x);
+    return {out, out_other};
   }
 
   static Tensor conv3d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Numbers& stride,
@@ -135,6 +161,7 @@ struct Operators {
     library.impl("z_plus_conv3d", TORCH_BOX(&z_plus_conv3d));
     library.impl("z_beta_conv3d", TORCH_BOX(&z_beta_conv3d));
     library.impl("max_pool3d_relevance", TORCH_BOX(&max_pool3d_relevance));
+    library.impl("z_plus_add", TORCH_BOX(&z_plus_add));
   }
 
  private:
@@ -256,11 +283,20 @@ PyObject* max_pool3d_kernels(PyObject*, PyObject* arguments) {
 }
 
 template <typename Device>
+PyObject* add_kernels(PyObject*, PyObject* arguments) {
+  return parse_element(arguments) ? to_python(Device::add_kernels()) : nullptr;
+}
+
+template <typename Device>
 constexpr PyMethodDef kConv3dKernels = {"conv3d_kernels", conv3d_kernels<Device>, METH_VARARGS,
                                         "Kernels of convolutions for inputs of a type ('float32', ...), best first."};
 
 template <typename Device>
 constexpr PyMethodDef kMaxPool3dKernels = {"max_pool3d_kernels", max_pool3d_kernels<Device>, METH_VARARGS,
                                            "Kernels of max pooling for inputs of a type, best first."};
+
+template <typename Device>
+constexpr PyMethodDef kAddKernels = {"add_kernels", add_kernels<Device>, METH_VARARGS,
+                                     "Kernels of additions for summands of a type, best first."};
 
 }  // namespace captum_dtd

@@ -6,6 +6,7 @@
 #include <array>
 #include <utility>
 
+#include "cpu/add.h"
 #include "cpu/buffer.h"
 #include "cpu/conv3d.h"
 #include "cpu/features.h"
@@ -26,6 +27,7 @@ struct Cpu {
 
   static std::vector<std::string> conv3d_kernels(Element element) { return cpu::conv3d_kernels(element); }
   static std::vector<std::string> max_pool3d_kernels() { return cpu::max_pool3d_kernels(); }
+  static std::vector<std::string> add_kernels() { return cpu::add_kernels(); }
 
   static constexpr bool kServesFrozenClips = true;
 
@@ -56,6 +58,9 @@ struct Cpu {
   static void run(const MaxPool3dRelevance& problem, const std::string& kernel, const Tensor&) {
     cpu::max_pool3d_relevance(problem, kernel, parallel_for);
   }
+  static void run(const AddRelevance& problem, const std::string& kernel, const Tensor&) {
+    cpu::add_relevance(problem, kernel, parallel_for);
+  }
 };
 
 STABLE_TORCH_LIBRARY_IMPL(captum_dtd, CPU, library) { Operators<Cpu>::add_to(library); }
@@ -76,6 +81,7 @@ PyObject* cpu_features(PyObject*, PyObject*) {
 PyMethodDef functions[] = {
     kConv3dKernels<Cpu>,
     kMaxPool3dKernels<Cpu>,
+    kAddKernels<Cpu>,
     {"cpu_features", cpu_features, METH_NOARGS,
      "What this process may use of avx2, avx512, avx512_bf16, avx512_fp16 and amx_bf16."},
     {nullptr, nullptr, 0, nullptr},

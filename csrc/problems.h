@@ -63,4 +63,15 @@ struct MaxPool3dRelevance {
   View x, relevance, out;
 };
 
+// Relevance of the summands of x + alpha * other, given that of the sum; all are of one size, and the results are dense. `x` and
+// `other` have the type `element`; `relevance` and the results that of the accumulator (float, or double for Float64).
+//
+//   out = u s,   out_other = v s,   s = R / (u + v + stabilizer),   u = max(x, 0),   v = max(alpha * other, 0)
+struct AddRelevance {
+  int64_t size[5];
+  double alpha, stabilizer;
+  Element element;
+  View x, other, relevance, out, out_other;
+};
+
 }  // namespace captum_dtd

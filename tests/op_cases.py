@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -357,10 +357,40 @@ POOLS = (
 )
 
 
+@dataclass(frozen=True)
+class Add:
+    """An addition of two summands of one size (N, C, T, H, W); ``frozen``: all frames of the first are equal."""
+
+    name: str
+    x: tuple[int, ...]
+    frozen: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {}
+
+
+ADDS = (
+    Add("summands", (2, 3, 4, 5, 6)),
+    Add("summands of 17 channels", (1, 17, 2, 3, 3)),
+    Add("summands in vectors", (2, 16, 2, 3, 4)),
+    Add("summands, one element", (1, 1, 1, 1, 1)),
+    Add("summands, one channel", (2, 1, 3, 4, 5)),
+    Add("summands, empty batch", (0, 3, 2, 4, 4)),
+    Add("summands, batch of 3", (3, 5, 2, 3, 3)),
+    Add("summands, features", (3, 37, 1, 1, 1)),
+    Add("summands, one frame", (2, 3, 1, 7, 7)),
+    Add("summands, 28 wide", (1, 1, 2, 3, 28)),
+    Add("summands, one frozen", (2, 8, 4, 3, 3), frozen=True),
+)
+
+Case: TypeAlias = Conv | Pool | Add
+
+
 # ------------------------------------------------------------------------------------------------- operands
 
 
-def draw(case: Conv | Pool, what: str, shape: Sequence[int], short: bool) -> Tensor:
+def draw(case: Case, what: str, shape: Sequence[int], short: bool) -> Tensor:
     """Random numbers that depend on nothing but their name: normal ones, or eighths from -2 to 2."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{case.name}: {what}".encode()))
     if short:
@@ -387,8 +417,9 @@ class Problem:
     scale: Tensor  # the sum of |terms| of every element of `expected`
 
     def on(self, device: str, dtype: torch.dtype, layout: str = "contiguous") -> dict[str, Any]:
-        """The arguments: x, weight and bias of the type, relevance and bounds of its accumulator's."""
-        types = dict.fromkeys(self.tensors, accumulator(dtype)) | dict.fromkeys(("x", "weight", "bias"), dtype)
+        """The arguments: x, other, weight and bias of the type, relevance and bounds of its accumulator's."""
+        own = ("x", "other", "weight", "bias")
+        types = dict.fromkeys(self.tensors, accumulator(dtype)) | dict.fromkeys(own, dtype)
         return self.options | {
             name: lay_out(value.to(device, types[name], copy=True), layout) for name, value in self.tensors.items()
         }
@@ -433,6 +464,8 @@ def kind(op: str) -> str:
 
 def explicit(op: str, arguments: dict[str, Any], kernel: str = "auto") -> dict[str, Any]:
     """Arguments of the Python functions as those of the torch operators: nothing left out, every number per dimension."""
+    if op == "z_plus_add":
+        return {"alpha": 1.0, "stabilizer": 0.0, "kernel": kernel} | arguments
     given = {"kernel": kernel, **arguments}
     defaults: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "kernel": "auto"}
     if op == "max_pool3d_relevance":
@@ -515,6 +548,11 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         Variant("proportional, stabilizer", STABLE),
         Variant("winner", {"winner_takes_all": True}),
     ),
+    "z_plus_add": (
+        Variant("added"),
+        Variant("stabilizer", STABLE),
+        Variant("half of it subtracted", {"alpha": -0.5}),
+    ),
 }
 
 
@@ -534,7 +572,7 @@ def box(how: str, x: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
 
 @lru_cache(maxsize=8)
 def problem(
-    op: str, case: Conv | Pool, variant: Variant, dtype: torch.dtype, short: bool, short_quotients: bool = True
+    op: str, case: Case, variant: Variant, dtype: torch.dtype, short: bool, short_quotients: bool = True
 ) -> Problem:
     """What the operation gets, and what it must answer. Short operands may be had with quotients s that are full."""
     x = draw(case, "x", case.x, short).clamp(-2, 2)
@@ -544,6 +582,8 @@ def problem(
         return pool_problem(case, variant, rounded(x, dtype), dtype, short)
     if case.frozen:
         x = x[:1, :, :1].expand(case.x)
+    if isinstance(case, Add):
+        return add_problem(case, variant, rounded(x, dtype), dtype, short)
     weight, V = jacobian(case.spread, dtype, short)
     tensors = {"x": rounded(x, dtype), "weight": weight}
     if variant.bias:
@@ -628,6 +668,23 @@ def pool_problem(case: Pool, variant: Variant, x: Tensor, dtype: torch.dtype, sh
     return Problem(
         "max_pool3d_relevance", {"x": x, "relevance": R}, options, expected.view(x.shape), scale.view(x.shape)
     )
+
+
+def add_problem(case: Add, variant: Variant, x: Tensor, dtype: torch.dtype, short: bool) -> Problem:
+    """Every output has two inputs, of weights 1 and alpha; the answer is laid side by side along the channels."""
+    other = rounded(draw(case, "other", case.x, short).clamp(-2, 2), dtype)
+    ones = torch.eye(x.numel(), dtype=torch.float64)
+    V = torch.cat([ones, ones * variant.options.get("alpha", 1.0)], 1)
+    u = torch.cat([x.flatten(), other.flatten()])
+    Z = pos(u) * pos(V) + neg(u) * neg(V)
+    R = rounded(draw(case, "relevance", case.x, short).flatten(), accumulator(dtype))
+    if short:
+        R = R * (Z.sum(1) + variant.stabilizer)
+    sides = [
+        torch.cat([part.view(case.x) for part in found[0].split(x.numel())] if x.numel() else [x, x], 1)
+        for found in shared(Z[None], R[None], 0.0, variant.stabilizer)
+    ]
+    return Problem("z_plus_add", {"x": x, "other": other, "relevance": R.view(case.x)}, variant.options, *sides)
 
 
 # ------------------------------------------------------------------------------------------------- tolerances

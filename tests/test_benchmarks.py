@@ -47,8 +47,8 @@ def measured(tmp_path: Path, *options: str, code: int = 0) -> dict[str, Any]:
 
 
 def test_every_composition_computes_the_same(tmp_path: Path) -> None:
-    record = measured(tmp_path, "--only", " k[1-7]x", "--precision", *TOLERANCE)
-    assert len(record["cases"]) == 4 * (22 + 2 + 5)
+    record = measured(tmp_path, "--only", " k[1-7]x| add ", "--precision", *TOLERANCE)
+    assert len(record["cases"]) == 4 * (22 + 2 + 5 + 4)
     for case in record["cases"]:
         for name, contender in case["contenders"].items():
             assert contender["error"] <= TOLERANCE[case["case"].split()[-1]], (case["case"], name)
@@ -61,9 +61,11 @@ def test_compositions_can_be_compiled(tmp_path: Path, monkeypatch: pytest.Monkey
     """Traced as for the compiler, which itself is left out: it takes a C++ compiler and a while."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, **{**options, "backend": "eager"}))
-    record = measured(tmp_path, "--precision", "float32", "--compile", "all", "--only", "conv3a|stem|pool2")
+    record = measured(
+        tmp_path, "--precision", "float32", "--compile", "all", "--only", "conv3a|stem|pool2|layer1 .*add"
+    )
     compiled = {name for case in record["cases"] for name in case["contenders"] if "compiled" in name}
-    assert len(compiled) >= 6
+    assert len(compiled) >= 7
 
 
 # --- whole explanations ------------------------------------------------------------------------------------------------
@@ -366,7 +368,7 @@ def test_products_that_several_times_share_are_counted_once() -> None:
 
 @pytest.mark.slow
 def test_pytest_benchmarks_run() -> None:
-    chosen = "conv3a or stem or fc8 or pool2 or pool5 or (c3d_mini and 16 and (zennit or float32))"
+    chosen = "conv3a or layer1 or stem or fc8 or pool2 or pool5 or (c3d_mini and 16 and (zennit or float32))"
     chosen += " or test_open or (test_end_to_end and c3d_mini)"
     command = [sys.executable, "-m", "pytest", str(FOLDER), "--small", "--benchmark-disable", "-q", "-k", chosen]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -386,7 +388,7 @@ def test_tuning_fills_the_table(tmp_path: Path, cpu_kernels: Any) -> None:
     table = json.loads(out.read_text())["kernels"]
     assert table["cuda"] == elsewhere["cuda"] and table["cpu"]["riscv"] == elsewhere["cpu"]["riscv"]
     mine = table["cpu"][kernels.feature_level("cpu")]
-    assert set(mine) == {"z_plus_conv3d", "z_beta_conv3d", "conv3d", "max_pool3d_relevance"}
+    assert set(mine) == {"z_plus_conv3d", "z_beta_conv3d", "conv3d", "max_pool3d_relevance", "z_plus_add"}
     assert set(mine["z_plus_conv3d"]) == set(TOLERANCE)
     available = kernels.available("z_plus_conv3d", "cpu", torch.float32)
     assert set(mine["z_plus_conv3d"]["float32"].values()) <= set(available)
@@ -448,7 +450,7 @@ def convolutions_of(model: nn.Module) -> set[tuple[Any, ...]]:
 
 
 def test_workloads_are_the_networks() -> None:
-    """Every convolution and pooling of C3D and r3d_18 is among the workloads, and no other."""
+    """Every convolution, pooling and residual addition of C3D and r3d_18 is among the workloads, and no other."""
     workloads = script("workloads")
     with torch.device("meta"):
         c3d = C3D()
@@ -457,7 +459,12 @@ def test_workloads_are_the_networks() -> None:
     video = pytest.importorskip("torchvision.models.video", reason="torchvision is not installed")
     with torch.device("meta"):
         r3d_18 = video.r3d_18()
+    sums: set[tuple[Any, ...]] = set()
+    for module in r3d_18.modules():
+        if isinstance(module, video.resnet.BasicBlock):  # ends in an addition
+            module.register_forward_hook(lambda _, __, output: sums.add(tuple(output.shape[1:])))
     assert convolutions_of(r3d_18) == geometries(workloads.R3D_18_CONVOLUTIONS)
+    assert sums == {(each.channels, *each.size) for each in workloads.ADDITIONS}
 
 
 def geometries(layers: Any) -> set[tuple[Any, ...]]:

@@ -32,6 +32,7 @@ REGISTERS = {
     "relevance_of_cells": 80,
     "summarize_windows": 80,
     "gather_from_windows": 64,
+    "share_between_summands": 64,
 }
 """The most registers of a thread, for every kernel."""
 
@@ -144,9 +145,9 @@ def test_convolutions_use_tensor_cores_and_asynchronous_copies(instructions: Ins
         assert {"HMMA", "LDGSTS", "LDSM"} <= names, f"{symbol}: {sorted(names)}"
 
 
-def test_max_pooling_reads_and_writes_vectors(instructions: Instructions) -> None:
+def test_what_is_about_memory_reads_and_writes_vectors(instructions: Instructions) -> None:
     """Four neighbours at once, or, in the kernels for layouts without vectors, one."""
-    for kernel in ("relevance_of_cells", "summarize_windows", "gather_from_windows"):
+    for kernel in ("relevance_of_cells", "summarize_windows", "gather_from_windows", "share_between_summands"):
         for symbol, each in having(instructions, kernel).items():
             in_vectors = f"{kernel}ILi4E" in symbol
             stores = {name for name in each if name.startswith("STG")}

@@ -60,6 +60,7 @@ LAYERS = (
         *("winner", "max_pool3d_relevance", (2, 64, 8, 28, 28), (2, 64, 4, 14, 14)),
         **{"kernel_size": 3, "stride": 2, "padding": 1, "winner_takes_all": True},
     ),
+    layer("summands", "z_plus_add", (2, 64, 8, 28, 28), (2, 64, 8, 28, 28)),
 )
 SMALL = tuple(
     replace(each, x=(1, *each.x[1:2], *(min(n, 6) for n in each.x[2:])), out=())
@@ -91,6 +92,8 @@ def operands(
             "low": given["x"].float().amin((0, 2, 3, 4), keepdim=True) - 0.1,
             "high": torch.full((1,), 6.0, device=device),
         }
+    if layer.op == "z_plus_add":
+        given["other"] = random(layer.x, dtype)
     if layer.op != "conv3d":
         given["relevance"] = random(layer.out or output(layer, given), torch.float32)
     return given
@@ -103,14 +106,16 @@ def output(layer: Layer, given: dict[str, Any]) -> tuple[int, ...]:
     if layer.weight:
         weight = torch.zeros(layer.weight, device="meta")
         return tuple(torch.nn.functional.conv3d(x, weight, groups=given.get("groups", 1), **triples).shape)
+    if "kernel_size" not in given:
+        return layer.x
     triples["stride"] = given.get("stride", given["kernel_size"])
     return tuple(torch.nn.functional.max_pool3d(x, given["kernel_size"], **triples).shape)
 
 
 def call(layer: Layer, given: dict[str, Any], kernel: str = "auto") -> Tensor:
+    """The result, or several side by side."""
     result = getattr(ops, layer.op)(**given, kernel=kernel)
-    assert isinstance(result, Tensor)
-    return result
+    return torch.cat(result, 1) if isinstance(result, tuple) else result
 
 
 def names(layer: Layer, dtype: torch.dtype) -> list[str]:

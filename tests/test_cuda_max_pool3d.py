@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from emulator.build import load, run_sanitized
+from emulator.build import as_array, load, run_sanitized
 from op_cases import DTYPES, LAYOUTS, POOLS, VARIANTS, Pool, disagreement, lay_out, problem, tolerance
 from oracle import tuples
 from torch import Tensor
@@ -77,11 +77,6 @@ def relevance(front: ModuleType) -> Relevance:
         return result
 
     return run
-
-
-def as_array(tensor: Tensor) -> Any:
-    """As NumPy sees it: narrow types as their bits."""
-    return (tensor.view(torch.uint16) if tensor.element_size() == 2 else tensor).numpy()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -38,9 +38,37 @@ class Net(nn.Module):
         x = w.each(torch.relu, w.pixel(self.pixel, x))
         if isinstance(self.layer, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)):
             x = w.max_pool(self.layer, x)
+        elif isinstance(self.layer, (Joined, Broadcast)):
+            x = self.layer.join(w, x)
         else:
             x = w.dense(self.layer, x)
         return w.dense(self.head, w.move(lambda v: v.flatten(1), x))
+
+
+class Joined(nn.Module):
+    """What entered, and what a layer makes of it, added or subtracted."""
+
+    def __init__(self, layer: nn.Module, alpha: float = 1.0, subtracts: bool = False) -> None:
+        super().__init__()
+        self.beside, self.alpha, self.subtracts = layer, alpha, subtracts
+
+    def forward(self, x: Tensor) -> Tensor:
+        join = torch.sub if self.subtracts else torch.add
+        return join(x, self.beside(x), alpha=self.alpha)
+
+    def join(self, w: Walk, x: Node) -> Node:
+        sign = -self.alpha if self.subtracts else self.alpha
+        return w.add(lambda a, b: a + sign * b, x, w.conv(self.beside, x))
+
+
+class Broadcast(nn.Module):
+    """Adds to every position what its channel has on average: summands of two shapes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.mean((2, 3), keepdim=True)
+
+    def join(self, w: Walk, x: Node) -> Node:
+        return w.add(lambda a, b: a + b, x, w.add(lambda a: a.mean((2, 3), keepdim=True), x))
 
 
 Same = nn.Identity
@@ -75,6 +103,12 @@ CASES: dict[tuple[type, str], list[tuple[nn.Module, nn.Module, tuple[int, ...]]]
         (nn.Conv1d(3, 4, 1), nn.AvgPool1d(3, 2, 1), (3, 8)),
         (nn.Conv2d(3, 4, 1), nn.AvgPool2d((2, 3), 1, ceil_mode=True, count_include_pad=False), (3, 5, 7)),
         (nn.Conv3d(3, 4, 1), nn.AvgPool3d(2, 2, 1, True, False), (3, 4, 5, 5)),
+    ],
+    (ZPlus, "addition"): [
+        (nn.Linear(4, 5), Joined(nn.Linear(5, 5)), (4,)),
+        (nn.Conv1d(3, 4, 1), Joined(nn.Conv1d(4, 4, 3, padding=1), alpha=0.5), (3, 9)),
+        (nn.Conv2d(3, 4, 1), Joined(nn.Conv2d(4, 4, 3, padding=1), subtracts=True), (3, 5, 6)),
+        (nn.Conv3d(3, 6, 1), Joined(nn.Conv3d(6, 6, 3, padding=1), 2.0), (3, 3, 4, 5)),
     ],
 }
 # Sums of so few terms; bfloat16 keeps eight bits.
@@ -136,6 +170,14 @@ def test_serves_as_the_oracle_says(
         under_test = "pixel" if rule is ZBeta else "layer"
         rows = {row.module: row.kernel for row in method.rule_table(x).rows}
         assert rows[under_test] == kernel
+
+
+def test_summands_of_two_shapes_keep_to_the_definition() -> None:
+    model = Net(nn.Conv2d(3, 4, 1), Broadcast(), (3, 4, 5)).eval()
+    x = between(LOW, HIGH, (2, 3, 4, 5), 3, torch.float32)
+    method = DeepTaylor(model, LOW, HIGH)
+    assert {row.operation: row.kernel for row in method.rule_table(x).rows}["add"] == "reference"
+    assert_agrees(method.attribute(x, 1), explain(model, x, LOW, HIGH, 1), 1e-5)
 
 
 def test_stabilizer_of_an_average_is_not_that_of_a_sum() -> None:

@@ -32,15 +32,15 @@ def measured(folder: Path, script: str, only: str) -> dict[str, Any]:
 
 
 def test_gpu_bench_measures_every_kind_of_case(tmp_path: Path) -> None:
-    record = measured(tmp_path, "gpu_bench", "pool2.*float32|S3D branch|conv3a|stem.*pixels")
+    record = measured(tmp_path, "gpu_bench", "pool2.*float32|S3D branch|layer2 .*add|conv3a|stem.*pixels")
     assert {"machine", "device"} <= set(record["about"]) and record["smoke"]
     assert {"copy", "matmul tf32", "matmul bfloat16"} <= set(record["ceilings"])
-    assert len(record["cases"]) == 2 + 4 + 4 + 4
+    assert len(record["cases"]) == 2 + 4 + 2 + 4 + 4
     for case in record["cases"]:
         timing = case["contenders"][case["ours"]]
         assert timing["first_quartile_ms"] <= timing["median_ms"] <= timing["third_quartile_ms"]
         assert max(case["errors"].values()) < 1e-5, case["case"]
-    assert {row["kind"] for row in record["summary"]} == {"pooling", "convolution"}
+    assert {row["kind"] for row in record["summary"]} == {"pooling", "addition", "convolution"}
 
 
 def test_gpu_jobs_rates_everybody_who_can_be_asked(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from op_cases import (
+    ADDS,
     CHANNELS_LAST,
     CONVS,
     DEVICES,
@@ -24,6 +25,8 @@ from op_cases import (
     POOLS,
     THREE,
     VARIANTS,
+    Add,
+    Case,
     Conv,
     Frozen,
     Pool,
@@ -44,14 +47,15 @@ from torch.library import opcheck
 
 from captum_dtd import kernels, native, ops
 
-CASES: dict[str, tuple[Any, ...]] = {
-    op: POOLS if op.startswith("max_pool") else FROZEN if op.startswith("frozen") else CONVS for op in VARIANTS
+CASES: dict[str, tuple[Any, ...]] = {op: FROZEN if op.startswith("frozen") else CONVS for op in VARIANTS} | {
+    "max_pool3d_relevance": POOLS,
+    "z_plus_add": ADDS,
 }
 EVERY = [pytest.param(op, case, id=f"{op}-{case.name}") for op, cases in CASES.items() for case in cases]
 CONVOLUTIONS = [op for op, cases in CASES.items() if cases is CONVS]
 RULES = [op for op in VARIANTS if kind(op) != "conv3d"]
 
-NAMES: dict[str, Any] = {case.name: case for case in (*CONVS, *FROZEN, *POOLS)}
+NAMES: dict[str, Any] = {case.name: case for case in (*CONVS, *FROZEN, *POOLS, *ADDS)}
 SAMPLE = {
     op: [NAMES[name] for name in names]
     for op, names in (
@@ -72,6 +76,7 @@ SAMPLE = {
             ("frozen 3x3x3", "frozen three", "frozen, each its own", "frozen, stride 2", "frozen stem"),
         ).items(),
         ("max_pool3d_relevance", ("2x2x2", "overlapping", "ceil, padded", "dilated, padded, stride 2, ceil")),
+        ("z_plus_add", ("summands", "summands of 17 channels", "summands in vectors", "summands, one frozen")),
     )
 }
 """A few shapes of every operation, for properties that do not hang on the shape."""
@@ -84,6 +89,10 @@ AMBIGUOUS = (
     "one frame",
     "28 wide",
     "C3D's last",
+    "summands, one channel",
+    "summands, empty batch",
+    "summands, features",
+    "summands, one frame",
 )
 """Shapes of which more than one layout is contiguous."""
 
@@ -99,8 +108,15 @@ def every_kernel(op: str, device: str, *dtypes: torch.dtype) -> Iterator[tuple[s
             yield kernel, dtype
 
 
+def results(op: str, arguments: dict[str, Any], kernel: str = "auto") -> tuple[Tensor, ...]:
+    found = getattr(ops, op)(**arguments, kernel=kernel)
+    return found if isinstance(found, tuple) else (found,)
+
+
 def call(op: str, arguments: dict[str, Any], kernel: str = "auto") -> Tensor:
-    return getattr(ops, op)(**arguments, kernel=kernel)
+    """The result, or several side by side along the channels."""
+    found = results(op, arguments, kernel)
+    return torch.cat(found, 1) if len(found) > 1 else found[0]
 
 
 def report(failures: list[str]) -> None:
@@ -132,7 +148,7 @@ def test_compiled_kernels_are_tested(device_type: str) -> None:
             names = kernels.available(op, device_type, dtype)
             # float64 would gain nothing from CUDA's tensor cores: its convolutions are left to the definition, as are the
             # tables of frozen clips' layers.
-            by_definition = (dtype == torch.float64 and op != "max_pool3d_relevance") or op.startswith(kernels.FROZEN)
+            by_definition = (dtype == torch.float64 and op.endswith("conv3d")) or op.startswith(kernels.FROZEN)
             compiled = device_type == "cpu" or not by_definition
             assert (len(names) > 1) == compiled and names[-1] == "reference", f"{op} {dtype}: {names}"
             assert {name.split("/")[-1] for name in names[:-1]} <= set(kernels.ARITHMETICS)
@@ -146,7 +162,7 @@ def test_instruction_set_is_tested(instructions: str) -> None:
 
 
 @pytest.mark.parametrize(("op", "case"), EVERY)
-def test_agrees_with_the_oracle(op: str, case: Conv | Pool, device: str) -> None:
+def test_agrees_with_the_oracle(op: str, case: Case, device: str) -> None:
     failures = []
     for variant in VARIANTS[op]:
         for short in (True, False):
@@ -200,8 +216,9 @@ def test_strides_are_free(op: str, layout: str, device: str) -> None:
                     if isinstance(value, Tensor) and not torch.equal(value, arguments[name]):
                         failures.append(f"{where}: {name} was written to")
                 format = torch.channels_last_3d if layout in CHANNELS_LAST else torch.contiguous_format
-                if not actual.is_contiguous(memory_format=format):
-                    failures.append(f"{where}: the result has strides {actual.stride()}")
+                for result in results(op, arguments, kernel):
+                    if not result.is_contiguous(memory_format=format):
+                        failures.append(f"{where}: the result has strides {result.stride()}")
     report(failures)
 
 
@@ -211,6 +228,8 @@ def test_strides_are_free(op: str, layout: str, device: str) -> None:
 LARGE = {
     op: [Pool("overlapping", (1, 17, 5, 80, 31), 3, 2, 1), Pool("apart", (1, 17, 8, 40, 30), 2)]
     if cases is POOLS
+    else [Add("many", (2, 40, 9, 21, 60)), Add("rows that fill no vectors", (3, 17, 5, 19, 31), frozen=True)]
+    if cases is ADDS
     else [
         Frozen("wide", (2, 40, 3, 21, 60), 70, padding=(0, 1, 1), reads=THREE, gives=THREE, times=3),
         Frozen("deep and small", (5, 300, 3, 7, 7), 90, padding=(0, 1, 1), reads=THREE, gives=THREE, times=3),
@@ -240,7 +259,7 @@ LARGE = {
 """Enough work to be split over threads, blocks and caches. Their Jacobians are too large."""
 
 
-def unanswered(op: str, case: Conv | Pool, variant: Variant, dtype: torch.dtype, device: str) -> dict[str, Any]:
+def unanswered(op: str, case: Case, variant: Variant, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Operands of a case that is too large for a Jacobian."""
     generator = torch.Generator().manual_seed(0)
 
@@ -252,6 +271,10 @@ def unanswered(op: str, case: Conv | Pool, variant: Variant, dtype: torch.dtype,
         arguments = {name: value for name, value in arguments.items() if name not in ("gives", "times")}
     if isinstance(case, Pool):
         out = case(arguments["x"].float())
+    elif isinstance(case, Add):
+        out = arguments["other"] = normal(*case.x)
+        if case.frozen:
+            arguments["x"] = arguments["x"][:, :, :1].expand(case.x)
     else:
         arguments["weight"] = normal(*case.weight)
         if variant.bias:
@@ -290,9 +313,9 @@ def test_large_results_agree_with_the_definition(op: str, device: str) -> None:
     """In float64 the definition agrees with the oracle to the last places, on whatever shape the oracle can serve."""
     failures = []
     for case in LARGE[op]:
-        variants = VARIANTS[op] if CASES[op] is POOLS else VARIANTS[op][1:2]
-        for variant in variants:
-            for dtype in DTYPES if CASES[op] is POOLS else (torch.float32, torch.float64):
+        has_weights = isinstance(case, Conv)
+        for variant in VARIANTS[op][1:2] if has_weights else VARIANTS[op]:
+            for dtype in (torch.float32, torch.float64) if has_weights else DTYPES:
                 arguments = unanswered(op, case, variant, dtype, device)
                 wide = {k: v.cpu().double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
                 signless = {name: wide[name].abs() for name in ("relevance",) if kind(op) != "conv3d"}
@@ -389,7 +412,8 @@ def test_calls_from_several_threads_at_once(device: str) -> None:
 @pytest.mark.parametrize("op", VARIANTS)
 def test_a_batch_is_its_clips(op: str, device: str) -> None:
     """To rounding: a kernel may choose its blocks by the size of the batch."""
-    name = {"max_pool3d_relevance": "batch of 3, 33 channels"}.get(op, "batch of 3")
+    named = {"max_pool3d_relevance": "batch of 3, 33 channels", "z_plus_add": "summands, batch of 3"}
+    name = named.get(op, "batch of 3")
     case = NAMES[f"frozen {name}" if CASES[op] is FROZEN else name]
     failures = []
     for variant in VARIANTS[op]:
@@ -485,6 +509,8 @@ def tiny_case(op: str, x: float, dtype: torch.dtype, device: str, R: float = 1.0
     }
     if op == "max_pool3d_relevance":
         return arguments | {"kernel_size": 1}
+    if op == "z_plus_add":
+        return arguments | {"other": torch.zeros_like(arguments["x"])}
     if kind(op) != op:
         arguments |= {"reads": [[(0,)]], "gives": [[(0,)]], "times": 1}
     if kind(op) == "z_beta_conv3d":
@@ -515,11 +541,13 @@ def test_float16_range(op: str, x: float, device: str) -> None:
     failures = []
     for kernel, dtype in every_kernel(op, device, torch.float16):
         arguments = tiny_case(op, x, dtype, device)
-        if op != "max_pool3d_relevance":
+        if "weight" in arguments:
             arguments["weight"] = torch.ones(1, 1, 1, 1, 3, dtype=dtype, device=device)
             arguments["padding"] = (0, 0, 1) if kind(op) == op else (0, 1)
-        else:
+        elif "kernel_size" in arguments:
             arguments |= {"kernel_size": (1, 1, 3), "stride": 1, "padding": (0, 0, 1)}
+        else:
+            arguments["other"] = arguments["x"]
         if kind(op) == "z_beta_conv3d":
             arguments["high"] = arguments["high"] * 1e5
         total = call(op, arguments, kernel).double().sum().item()
@@ -541,8 +569,11 @@ def test_nothing_comes_from_zeros(op: str, device: str) -> None:
             if kind(op) == "z_beta_conv3d":
                 silent["x = low = high"] = {name: zeros[name] for name in ("x", "low", "high")}
             else:
-                silent["x = 0"] = {"x": zeros["x"]}
-                silent["x = R = 0"] = {"x": zeros["x"], "relevance": zeros["relevance"]}
+                nothing = {name: zeros[name] for name in ("x", "other") if name in zeros}
+                silent["x = 0"] = nothing
+                silent["x = R = 0"] = nothing | {"relevance": zeros["relevance"]}
+            if "other" in given:
+                silent["x, other < 0"] = {"x": -given["x"].abs(), "other": -given["other"].abs()}
             if "weight" in given:
                 silent["v = 0"] = {"weight": zeros["weight"]}
             if kind(op) == "z_plus_conv3d":
@@ -555,10 +586,12 @@ def test_nothing_comes_from_zeros(op: str, device: str) -> None:
 
 
 @lru_cache(maxsize=4)
-def reached(case: Conv | Pool, place: int) -> Tensor:
+def reached(case: Case, place: int) -> Tensor:
     """What shares a window, and of a convolution a group, with one place of x; and that place."""
     marked = torch.zeros(case.x, dtype=torch.float64)
     marked.view(-1)[place] = 1.0
+    if isinstance(case, Add):
+        return torch.cat([marked, marked], 1) > 0
     if isinstance(case, Pool):
         member = windows(case).double()
         rows = marked.reshape(-1, member.shape[1])
@@ -570,11 +603,11 @@ def reached(case: Conv | Pool, place: int) -> Tensor:
     return case.collect((rows @ member.T @ member + rows).view(read.shape)) > 0
 
 
-def only(case: Conv | Pool, place: int) -> Tensor:
+def only(case: Conv, place: int) -> Tensor:
     """Where the result has one place of x."""
     marked = torch.zeros(case.x)
     marked.view(-1)[place] = 1.0
-    return (marked if isinstance(case, Pool) else case.collect(case.read(marked))) > 0
+    return case.collect(case.read(marked)) > 0
 
 
 @pytest.mark.parametrize("op", RULES)
@@ -608,12 +641,12 @@ def test_nan_stays_visible(op: str, device: str) -> None:
     report(failures)
 
 
-@pytest.mark.parametrize("name", ["relevance", "weight", "bias", "low"])
+@pytest.mark.parametrize("name", ["relevance", "weight", "bias", "low", "other"])
 def test_nan_of_other_arguments_stays_visible(name: str, device: str) -> None:
-    op = "z_plus_conv3d" if name == "bias" else "z_beta_conv3d"
-    variant = next(v for v in VARIANTS[op] if v.bias)
+    op = {"bias": "z_plus_conv3d", "other": "z_plus_add"}.get(name, "z_beta_conv3d")
+    variant = next(v for v in VARIANTS[op] if v.bias or op == "z_plus_add")
     for kernel, dtype in every_kernel(op, device):
-        arguments = problem(op, NAMES["3x3x3"], variant, dtype, False).on(device, dtype)
+        arguments = problem(op, SAMPLE[op][0], variant, dtype, False).on(device, dtype)
         arguments[name] = arguments[name].clone()
         arguments[name].view(-1)[0] = math.nan
         assert call(op, arguments, kernel).isnan().any(), f"{kernel} {dtype}"
@@ -678,6 +711,7 @@ BIG = {
     "pixels": ("z_beta_conv3d", 3, 2, {"low": -6.0, "high": 6.0}),
     "overlapping windows": ("max_pool3d_relevance", 3, 2, {}),
     "windows apart": ("max_pool3d_relevance", 2, 2, {}),
+    "summands": ("z_plus_add", 1, 1, {}),
 }
 """Operation, size of its window, stride, and what else it is told."""
 
@@ -700,11 +734,13 @@ def test_many_megabytes_are_what_a_few_are(name: str, layout: str, device: str) 
             option: torch.tensor(value, device=device) if option in ("low", "high") else value
             for option, value in more.items()
         }
+        by_example = {"x": x}
         if op == "max_pool3d_relevance":
             options["kernel_size"] = size
+        elif op == "z_plus_add":
+            by_example["other"], options = x.flip(-1), {"alpha": -0.5}
         else:
             options["weight"] = torch.randn(window, generator=generator).to(device)
-        by_example = {"x": x}
         if op != "conv3d":
             out = F.max_pool3d(x, size, stride, size // 2).shape
             relevance = torch.randn(out, generator=generator)
@@ -778,17 +814,17 @@ def test_fake_results_look_like_real_ones(op: str, layout: str, device: str) -> 
             arguments = problem(op, case, VARIANTS[op][0], torch.float32, True).on(device, dtype, layout)
             with FakeTensorMode() as mode:
                 fakes = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-                fake = call(op, fakes)
+                faked = results(op, fakes)
             for kernel in kernels.available(op, device, dtype):
-                real = call(op, arguments, kernel)
-                for what, f, r in (
-                    ("shape", fake.shape, real.shape),
-                    ("strides", fake.stride(), real.stride()),
-                    ("dtype", fake.dtype, real.dtype),
-                    ("device", fake.device.type, real.device.type),
-                ):
-                    if f != r:
-                        failures.append(f"{op} {kernel} {dtype} [{case.name}]: {what} {r}, as a fake {f}")
+                for fake, real in zip(faked, results(op, arguments, kernel), strict=True):
+                    for what, f, r in (
+                        ("shape", fake.shape, real.shape),
+                        ("strides", fake.stride(), real.stride()),
+                        ("dtype", fake.dtype, real.dtype),
+                        ("device", fake.device.type, real.device.type),
+                    ):
+                        if f != r:
+                            failures.append(f"{op} {kernel} {dtype} [{case.name}]: {what} {r}, as a fake {f}")
     report(failures)
 
 

@@ -20,7 +20,10 @@ CONVOLUTIONS = ("z_plus_conv3d", "z_beta_conv3d", "conv3d")
 RULES = ("z_plus_conv3d", "z_beta_conv3d", "max_pool3d_relevance")
 POOLING = ("max_pool3d_relevance",)
 BOXED = ("z_beta_conv3d",)
-ALL = (*CONVOLUTIONS, *POOLING)
+ADDITION = ("z_plus_add",)
+WINDOWS = (*CONVOLUTIONS, *POOLING)
+ALL = (*WINDOWS, *ADDITION)
+SHARING = (*RULES, *ADDITION)
 FROZEN_RULES = ("frozen_z_plus_conv3d", "frozen_z_beta_conv3d")
 FROZEN = (*FROZEN_RULES, "frozen_conv3d")
 
@@ -56,6 +59,8 @@ def valid(op: str, device: str) -> dict[str, Any]:
             "padding": [0, 1, 1],
             "dilation": [1, 1, 1],
         }
+    if op == "z_plus_add":
+        return {name: torch.rand(2, 6, 4, 5, 5, device=device) for name in ("x", "other", "relevance")}
     given = {
         "x": torch.rand(2, 6, 4, 5, 5, device=device),
         "weight": torch.randn(4, 3, 3, 3, 3, device=device),
@@ -103,7 +108,7 @@ REFUSALS = {
     "x of integers": Refusal(ALL, "x", to(torch.int32), r"x must be float32.*int32"),
     "x of bytes": Refusal(ALL, "x", to(torch.uint8), r"x must be float32.*uint8"),
     "x of another type than the rest": Refusal(
-        ALL, "x", to(torch.float64), r"(weight|relevance) must be .*float64.*float32"
+        ALL, "x", to(torch.float64), r"(weight|relevance|other) must be .*float64.*float32"
     ),
     "weight of a 2D layer": Refusal(CONVOLUTIONS, "weight", of(4, 3, 3, 3), r"weight must have 5 dim.*\(4, 3, 3, 3\)"),
     "weight of another type": Refusal(
@@ -130,15 +135,17 @@ REFUSALS = {
     "bias too long": Refusal(CONVOLUTIONS, "bias", of(6), r"bias must have 4 .*6"),
     "bias of another type": Refusal(CONVOLUTIONS, "bias", to(torch.float64), r"bias must be .*float32.*float64"),
     "bias elsewhere": Refusal(CONVOLUTIONS, "bias", on_meta, r"bias must be on .* as x is, got meta"),
-    "stride zero": Refusal(ALL, "stride", value([1, 0, 1]), r"stride must be at least 1.*\[1, 0, 1\]"),
-    "stride negative": Refusal(ALL, "stride", value([1, 1, -2]), r"stride must be at least 1.*\[1, 1, -2\]"),
-    "dilation zero": Refusal(ALL, "dilation", value([0, 1, 1]), r"dilation must be at least 1.*\[0, 1, 1\]"),
-    "dilation negative": Refusal(ALL, "dilation", value([1, -1, 1]), r"dilation must be at least 1.*\[1, -1, 1\]"),
+    "stride zero": Refusal(WINDOWS, "stride", value([1, 0, 1]), r"stride must be at least 1.*\[1, 0, 1\]"),
+    "stride negative": Refusal(WINDOWS, "stride", value([1, 1, -2]), r"stride must be at least 1.*\[1, 1, -2\]"),
+    "dilation zero": Refusal(WINDOWS, "dilation", value([0, 1, 1]), r"dilation must be at least 1.*\[0, 1, 1\]"),
+    "dilation negative": Refusal(WINDOWS, "dilation", value([1, -1, 1]), r"dilation must be at least 1.*\[1, -1, 1\]"),
     "padding negative": Refusal(
         CONVOLUTIONS, "padding", value([0, 0, 0, -1, 0, 0]), r"padding must be at least 0.*\[0, 0, 0, -1, 0, 0\]"
     ),
-    "stride beyond 31 bits": Refusal(ALL, "stride", value([1, 2**31, 1]), r"stride must be at most 2147483647"),
-    "dilation beyond 31 bits": Refusal(ALL, "dilation", value([2**60, 1, 1]), r"dilation must be at most 2147483647"),
+    "stride beyond 31 bits": Refusal(WINDOWS, "stride", value([1, 2**31, 1]), r"stride must be at most 2147483647"),
+    "dilation beyond 31 bits": Refusal(
+        WINDOWS, "dilation", value([2**60, 1, 1]), r"dilation must be at most 2147483647"
+    ),
     "padding beyond memory": Refusal(
         CONVOLUTIONS, "padding", value([2**20, 2**20, 2**20, 2**20, 0, 0]), r"padding .* makes .* larger than 2\*\*40"
     ),
@@ -157,13 +164,13 @@ REFUSALS = {
         of(1, 4, 4, 2, 2),
         r"relevance must .*\(2, 4, 4, 2, 2\).*\(1, 4, 4, 2, 2\)",
     ),
-    "relevance of a vector": Refusal(RULES, "relevance", of(8), r"relevance must have 5 dim.*\(8,\)"),
+    "relevance of a vector": Refusal(SHARING, "relevance", of(8), r"relevance must have 5 dim.*\(8,\)"),
     "relevance of another type": Refusal(
-        RULES, "relevance", to(torch.float16), r"relevance must be .*float32.*float16"
+        SHARING, "relevance", to(torch.float16), r"relevance must be .*float32.*float16"
     ),
-    "relevance elsewhere": Refusal(RULES, "relevance", on_meta, r"relevance must be on .* as x is, got meta"),
-    "stabilizer negative": Refusal(RULES, "stabilizer", value(-1e-6), r"stabilizer must be .*positive.*-1e-06"),
-    "stabilizer NaN": Refusal(RULES, "stabilizer", value(math.nan), r"stabilizer must be .*positive.*nan"),
+    "relevance elsewhere": Refusal(SHARING, "relevance", on_meta, r"relevance must be on .* as x is, got meta"),
+    "stabilizer negative": Refusal(SHARING, "stabilizer", value(-1e-6), r"stabilizer must be .*positive.*-1e-06"),
+    "stabilizer NaN": Refusal(SHARING, "stabilizer", value(math.nan), r"stabilizer must be .*positive.*nan"),
     "low of another number of channels": Refusal(
         BOXED, "low", of(3, 1, 1, 1), r"low .*\(3, 1, 1, 1\).*broadcast.* x .*\(2, 6, 4, 5, 5\)"
     ),
@@ -193,6 +200,20 @@ REFUSALS = {
     "ceil_mode's windows": Refusal(
         POOLING, "ceil_mode", value(True), r"relevance must have the shape \(2, 6, 3, 3, 3\).*\(2, 6, 2, 3, 3\)"
     ),
+    "other without a batch": Refusal(ADDITION, "other", of(6, 4, 5, 5), r"other must have 5 dim.*\(6, 4, 5, 5\)"),
+    "other of one example": Refusal(
+        ADDITION, "other", of(1, 6, 4, 5, 5), r"other must have the shape \(2, 6, 4, 5, 5\) of x.*\(1, 6, 4, 5, 5\)"
+    ),
+    "other of another type": Refusal(ADDITION, "other", to(torch.bfloat16), r"other must be .*float32.*bfloat16"),
+    "other elsewhere": Refusal(ADDITION, "other", on_meta, r"other must be on .* as x is, got meta"),
+    "relevance of other summands": Refusal(
+        ADDITION,
+        "relevance",
+        of(2, 6, 4, 5, 4),
+        r"relevance must have the shape \(2, 6, 4, 5, 5\) of the sum.*\(2, 6, 4, 5, 4\)",
+    ),
+    "alpha infinite": Refusal(ADDITION, "alpha", value(math.inf), r"alpha must be finite, got inf"),
+    "alpha NaN": Refusal(ADDITION, "alpha", value(math.nan), r"alpha must be finite, got nan"),
 }
 """Every refusal, by name."""
 
@@ -249,8 +270,8 @@ FROZEN_REFUSALS = {
 """Those of operations on layers of frozen clips; what they check as the others do is only sampled."""
 
 OPERATOR_REFUSALS = {
-    "two strides": Refusal(ALL, "stride", value([1, 1]), r"stride must have 3 numbers.*\[1, 1\]"),
-    "one dilation": Refusal(ALL, "dilation", value([1]), r"dilation must have 3 numbers.*\[1\]"),
+    "two strides": Refusal(WINDOWS, "stride", value([1, 1]), r"stride must have 3 numbers.*\[1, 1\]"),
+    "one dilation": Refusal(WINDOWS, "dilation", value([1]), r"dilation must have 3 numbers.*\[1\]"),
     "three paddings": Refusal(CONVOLUTIONS, "padding", value([1, 1, 1]), r"padding must have 6 numbers.*\[1, 1, 1\]"),
     "six paddings of a pooling": Refusal(
         POOLING, "padding", value([0] * 6), r"padding must have 3 numbers.*\[0, 0, 0, 0, 0, 0\]"
@@ -275,13 +296,17 @@ def refusals(table: dict[str, Refusal]) -> list[Any]:
     ]
 
 
+def first(found: Any) -> Tensor:
+    return found[0] if isinstance(found, tuple) else found
+
+
 def function(op: str, kernel: str, arguments: dict[str, Any]) -> Tensor:
-    return getattr(ops, op)(**arguments, kernel=kernel)
+    return first(getattr(ops, op)(**arguments, kernel=kernel))
 
 
 def operator(op: str, kernel: str, arguments: dict[str, Any]) -> Tensor:
     defaults = explicit(op, arguments, kernel)
-    return getattr(torch.ops.captum_dtd, op)(**defaults)
+    return first(getattr(torch.ops.captum_dtd, op)(**defaults))
 
 
 def faked(op: str, kernel: str, arguments: dict[str, Any]) -> Tensor:
@@ -414,6 +439,7 @@ def test_a_refused_call_changes_nothing(device: str) -> None:
     for op in (*ALL, *FROZEN):
         arguments = valid(op, device)
         before = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}
+        bad = {"alpha": math.nan} if op in ADDITION else {"stride": [1, 0] if op in FROZEN else [1, 0, 1]}
         with pytest.raises(RuntimeError):
-            operator(op, "auto", arguments | {"stride": [1, 0] if op in FROZEN else [1, 0, 1]})
+            operator(op, "auto", arguments | bad)
         assert all(torch.equal(arguments[name], value) for name, value in before.items())

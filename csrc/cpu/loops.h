@@ -46,6 +46,11 @@ struct Loops {
   void (*multiply)(int64_t rows, int64_t columns, const Sum* sums, int64_t sums_pitch, const Sum* u, int64_t pitch, bool add,
                    Sum* to, int64_t to_pitch, bool stream);
 
+  // What the summands of x + alpha * other get of its relevance, so many numbers of each next to each other; a summand counts
+  // where it is positive.
+  void (*share)(int64_t count, const Sum* x, const Sum* other, Sum alpha, Sum stabilizer, const Sum* relevance, Sum* to,
+                Sum* to_other, bool stream);
+
   // 128 bits that tell what these bytes are, at the speed of memory; the same on one machine only.
   void (*digest)(const void* data, int64_t bytes, uint64_t (&to)[2]);
 

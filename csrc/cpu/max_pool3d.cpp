@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "buffer.h"
-#include "loops.h"
+#include "instructions.h"
 #include "pool_loops.h"
 #include "streaming.h"
 
@@ -104,16 +104,18 @@ Instructions<Sum> instructions(const std::string& isa);
 
 template <>
 Instructions<float> instructions(const std::string& isa) {
-  if (isa == "avx512") return {float_loops_avx512(), float_pool_loops_avx512()};
-  if (isa == "avx2") return {float_loops_avx2(), float_pool_loops_avx2()};
-  return {float_loops_generic(), float_pool_loops_generic()};
+  const auto* pool = isa == "avx512" ? float_pool_loops_avx512()
+                     : isa == "avx2" ? float_pool_loops_avx2()
+                                     : float_pool_loops_generic();
+  return {loops_of<float>(isa), pool};
 }
 
 template <>
 Instructions<double> instructions(const std::string& isa) {
-  if (isa == "avx512") return {double_loops_avx512(), double_pool_loops_avx512()};
-  if (isa == "avx2") return {double_loops_avx2(), double_pool_loops_avx2()};
-  return {double_loops_generic(), double_pool_loops_generic()};
+  const auto* pool = isa == "avx512" ? double_pool_loops_avx512()
+                     : isa == "avx2" ? double_pool_loops_avx2()
+                                     : double_pool_loops_generic();
+  return {loops_of<double>(isa), pool};
 }
 
 template <typename Sum>
@@ -338,14 +340,11 @@ void run(const MaxPool3dRelevance& problem, const std::string& isa, ParallelFor 
 }  // namespace
 
 std::vector<std::string> max_pool3d_kernels() {
-  std::vector<std::string> names;
-  for (const char* isa : {"avx512", "avx2", "generic"})
-    if (instructions<float>(isa).pool) names.push_back(std::string(isa) + "/ieee");
-  return names;
+  return ieee_kernels([](const std::string& isa) { return instructions<float>(isa).pool != nullptr; });
 }
 
 void max_pool3d_relevance(const MaxPool3dRelevance& problem, const std::string& kernel, ParallelFor parallel_for) {
-  const std::string isa = kernel.substr(0, kernel.find('/'));
+  const std::string isa = isa_of(kernel);
   if (problem.element == Element::Float64)
     run<double>(problem, isa, parallel_for);
   else

@@ -434,6 +434,43 @@ void multiply(int64_t rows, int64_t columns, const Sum* sums, int64_t sums_pitch
   }
 }
 
+template <typename Sum>
+void share(int64_t count, const Sum* x, const Sum* other, Sum alpha, Sum stabilizer, const Sum* relevance, Sum* to, Sum* to_other,
+           bool stream) {
+  using Vector = Register<Sum>;
+  constexpr int64_t kStep = kLanes<Sum>;
+  const Vector zero = {}, one = zero + 1, least = zero + (stabilizer > 0 ? Sum(0) : smallest_normal<Sum>());
+  const auto shared = [=](Vector first, Vector second, Vector given, Vector(&shares)[2]) {
+    second *= alpha;
+    first = first < zero ? zero : first;
+    second = second < zero ? zero : second;
+    const Vector sum = first + second + stabilizer;
+    const auto vanishes = sum < least;
+    const Vector quotient = given / (vanishes ? one : sum), s = vanishes ? zero : quotient;
+    shares[0] = first * s;
+    shares[1] = second * s;
+  };
+  const bool is_aligned = (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(to_other)) % kLineBytes == 0;
+  const bool whole_lines = stream && is_aligned && count * static_cast<int64_t>(sizeof(Sum)) % kLineBytes == 0;
+  Vector shares[2];
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    shared(load_vector(x + i), load_vector(other + i), load_vector(relevance + i), shares);
+    if (whole_lines) {
+      stream_vector(shares[0], to + i);
+      stream_vector(shares[1], to_other + i);
+    } else {
+      store_vector(shares[0], to + i);
+      store_vector(shares[1], to_other + i);
+    }
+  }
+  if (i == count) return;
+  const auto rest = [=](const Sum* from) { return load_widened<Sum>(from + i, count - i); };
+  shared(rest(x), rest(other), rest(relevance), shares);
+  store_narrowed<Sum>(shares[0], to + i, count - i);
+  store_narrowed<Sum>(shares[1], to_other + i, count - i);
+}
+
 // Words of 32 bits in streams, one for each lane of a few vectors: every step is one to one in the word and in what came before,
 // so no change of a word is lost; rotations bring high bits to where multiplication spreads them.
 void digest(const void* data, int64_t bytes, uint64_t (&to)[2]) {
@@ -561,8 +598,8 @@ void spread(Element type, const void* weights, int64_t rows, int64_t columns, Si
 }
 
 template <typename Sum>
-constexpr Loops<Sum> kLoops{load<Sum>,     store<Sum>, lift<Sum>, round<Sum>, divide<Sum>,
-                            multiply<Sum>, digest,     add<Sum>,  dot<Sum>,   spread<Sum>};
+constexpr Loops<Sum> kLoops{load<Sum>,  store<Sum>, lift<Sum>, round<Sum>, divide<Sum>, multiply<Sum>,
+                            share<Sum>, digest,     add<Sum>,  dot<Sum>,   spread<Sum>};
 
 template <typename T>
 constexpr MicroKernel<T, T> kTile{CAPTUM_DTD_ISA, kMaxPositions, kLanes<T> * kVectors, 1, run_tile<T>};

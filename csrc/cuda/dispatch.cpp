@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../module.h"
+#include "add.h"
 #include "conv3d.h"
 #include "max_pool3d.h"
 
@@ -30,6 +31,7 @@ struct Cuda {
 
   static std::vector<std::string> conv3d_kernels(Element element) { return cuda::conv3d_kernels(element); }
   static std::vector<std::string> max_pool3d_kernels() { return cuda::max_pool3d_kernels(); }
+  static std::vector<std::string> add_kernels() { return cuda::add_kernels(); }
 
   static constexpr bool kServesFrozenClips = false;
 
@@ -50,11 +52,14 @@ struct Cuda {
     const Tensor workspace = scratch(x, cuda::max_pool3d_workspace(problem));
     cuda::max_pool3d_relevance(problem, workspace.mutable_data_ptr(), current_stream(x));
   }
+  static void run(const AddRelevance& problem, const std::string&, const Tensor& x) {
+    cuda::add_relevance(problem, current_stream(x));
+  }
 };
 
 STABLE_TORCH_LIBRARY_IMPL(captum_dtd, CUDA, library) { Operators<Cuda>::add_to(library); }
 
-PyMethodDef functions[] = {kConv3dKernels<Cuda>, kMaxPool3dKernels<Cuda>, {nullptr, nullptr, 0, nullptr}};
+PyMethodDef functions[] = {kConv3dKernels<Cuda>, kMaxPool3dKernels<Cuda>, kAddKernels<Cuda>, {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT,
                       "_C_cuda",

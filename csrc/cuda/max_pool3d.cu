@@ -11,27 +11,17 @@
 //
 // Every sum has a fixed order (T, H, W), so results do not change from run to run.
 #include <algorithm>
-#include <cstring>
-#include <limits>
 #include <stdexcept>
 #include <type_traits>
 
-#include "device.h"
+#include "elements.h"
 #include "max_pool3d.h"
 
 namespace captum_dtd::cuda {
 namespace {
 
-constexpr int kThreads = 128;  // of a block
-constexpr int kBlocks = 8;     // of a multiprocessor, where a kernel asks for it: leaves it 64 registers
-constexpr int kBatch = 8;      // taps whose loads are in flight together: a whole 2x2x2 window
-constexpr int kVector = 4;     // neighbours that a thread reads and writes at once: 16 bytes of relevance
-
-template <typename T>
-using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename Sum>
-constexpr Sum kTiny = std::numeric_limits<Sum>::min();  // smaller sums are subnormal: dividing by them overflows
+constexpr int kBlocks = 8;  // of a multiprocessor, where a kernel asks for it: leaves it 64 registers
+constexpr int kBatch = 8;   // taps whose loads are in flight together: a whole 2x2x2 window
 
 // The six nested loops of a tensor: two axes without windows, the three that are pooled, and lanes. Lanes are what
 // neighbouring threads take: channels in channels_last_3d; in other layouts a single one, since there the threads run along W,
@@ -53,67 +43,6 @@ struct Pooling {
   double stabilizer;
   Tensor x, relevance, out, workspace;
 };
-
-// Threads of one launch: thread i works on the coordinates of number first + i, in mixed radix.
-struct Work {
-  unsigned size[kLoops], first[kLoops];
-  unsigned count;
-};
-
-// Whether this thread has work, and its coordinates. Unsigned 32-bit digits cover work of any size, as launches are limited.
-__device__ inline bool coordinates(const Work& work, int (&at)[kLoops]) {
-  unsigned rest = blockIdx.x * kThreads + threadIdx.x;
-  if (rest >= work.count) return false;
-#pragma unroll
-  for (int a = kLoops - 1; a >= 0; --a) {
-    rest += work.first[a];
-    at[a] = static_cast<int>(rest % work.size[a]);
-    rest /= work.size[a];
-  }
-  return true;
-}
-
-// `count` neighbours in memory, read and written at once where there are several.
-template <typename T, int count>
-struct alignas(sizeof(T) * count) Pack {
-  T value[count];
-};
-
-template <int count, typename T>
-__device__ inline void load(const T* from, SumOf<T> (&to)[count]) {
-  const Pack<T, count> pack = *reinterpret_cast<const Pack<T, count>*>(from);
-#pragma unroll
-  for (int i = 0; i < count; ++i) {
-    if constexpr (std::is_same_v<T, double>)
-      to[i] = pack.value[i];
-    else
-      to[i] = widen(pack.value[i]);
-  }
-}
-
-template <int count, typename T>
-__device__ inline void store(T* to, const T (&from)[count]) {
-  if constexpr (sizeof from == sizeof(uint4)) {
-    uint4 bits;
-    memcpy(&bits, from, sizeof bits);
-    store_global(to, bits);
-  } else {
-#pragma unroll
-    for (int i = 0; i < count; ++i) to[i] = from[i];
-  }
-}
-
-// What a window passes on for one unit of its inputs. A sum of nothing, or too small to divide by, passes nothing; NaN passes.
-template <typename Sum>
-__device__ inline Sum divide(Sum relevance, Sum sum, Sum stabilizer) {
-  if (stabilizer == 0 && sum < kTiny<Sum>) return 0;
-  return relevance / (sum + stabilizer);
-}
-
-template <typename Sum>
-__device__ inline Sum positive_part(Sum value) {
-  return value < 0 ? Sum{0} : value;  // keeps NaN
-}
 
 // The taps of one window in the order T, H, W, and where they lie.
 struct Tap {
@@ -215,7 +144,7 @@ __device__ inline T* locate(const Tensor& tensor, const int (&at)[kLoops]) {
 // Cells tile the input, also where windows have stopped before its end; such positions get zero, as gaps between taps do.
 // `pair` windows lie side by side along a vector of W if it is 2, and none do if it is 1.
 template <int vector, int pair, bool winner_takes_all, typename T>
-__global__ void __launch_bounds__(kThreads) relevance_of_cells(const Pooling p, const Work work) {
+__global__ void __launch_bounds__(kThreads) relevance_of_cells(const Pooling p, const Work<kLoops> work) {
   using Sum = SumOf<T>;
   int at[kLoops];
   if (!coordinates(work, at)) return;
@@ -289,7 +218,7 @@ __global__ void __launch_bounds__(kThreads) relevance_of_cells(const Pooling p, 
 
 // Windows that overlap, first pass: what each passes on for one unit of its inputs, or which of them it passes all to.
 template <int vector, bool winner_takes_all, typename T>
-__global__ void __launch_bounds__(kThreads) summarize_windows(const Pooling p, const Work work) {
+__global__ void __launch_bounds__(kThreads) summarize_windows(const Pooling p, const Work<kLoops> work) {
   using Sum = SumOf<T>;
   int at[kLoops];
   if (!coordinates(work, at)) return;
@@ -341,7 +270,7 @@ struct Containing {
 
 // Windows that overlap, second pass: every input position gathers from the windows that contain it.
 template <int vector, bool winner_takes_all, typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks) gather_from_windows(const Pooling p, const Work work) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gather_from_windows(const Pooling p, const Work<kLoops> work) {
   using Sum = SumOf<T>;
   int at[kLoops];
   if (!coordinates(work, at)) return;
@@ -495,25 +424,11 @@ Plan plan_for(const MaxPool3dRelevance& problem, void* workspace) {
 }
 
 // Runs a kernel once for each vector at the given positions of the pooled axes.
-void launch_over(void (*kernel)(Pooling, Work), const Plan& plan, const int64_t (&positions)[3], void* stream, int64_t threads) {
-  Work work{};
+void launch_over(void (*kernel)(Pooling, Work<kLoops>), const Plan& plan, const int64_t (&positions)[3], void* stream,
+                 int64_t threads) {
   const int64_t sizes[kLoops] = {plan.outer[0], plan.outer[1], positions[0],
                                  positions[1],  positions[2],  plan.lanes / plan.vector};
-  int64_t total = 1;
-  for (int a = 0; a < kLoops; ++a) {
-    work.size[a] = static_cast<unsigned>(sizes[a]);
-    total *= sizes[a];
-  }
-  for (int64_t first = 0; first < total; first += threads) {
-    int64_t rest = first;
-    for (int a = kLoops - 1; a >= 0; --a) {
-      work.first[a] = static_cast<unsigned>(rest % sizes[a]);
-      rest /= sizes[a];
-    }
-    work.count = static_cast<unsigned>(std::min(threads, total - first));
-    launch("max_pool3d_relevance", kernel, dim3((work.count + kThreads - 1) / kThreads), dim3(kThreads), 0, stream, plan.pooling,
-           work);
-  }
+  launch_each("max_pool3d_relevance", kernel, plan.pooling, sizes, stream, threads);
 }
 
 template <int vector, int pair, bool winner_takes_all, typename T>

@@ -13,8 +13,11 @@ import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -71,6 +74,11 @@ def load(front: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def as_array(tensor: Tensor) -> Any:
+    """As NumPy sees it: narrow types as their bits."""
+    return (tensor.view(torch.uint16) if tensor.element_size() == 2 else tensor).numpy()
 
 
 def run_sanitized(front: str, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "../../csrc/cuda/conv3d.cu"
+#include "arrays.h"
 
 namespace py = pybind11;
 using namespace captum_dtd;
@@ -17,15 +18,6 @@ namespace {
 Element element_of(const py::array& array) {
   if (array.itemsize() == 4) return Element::Float32;
   return array.dtype().kind() == 'u' ? Element::BFloat16 : Element::Float16;
-}
-
-View view_of(const py::object& object) {
-  View view;
-  if (object.is_none()) return view;
-  const auto array = py::cast<py::array>(object);
-  view.data = const_cast<void*>(array.data());
-  for (int a = 0; a < 5; ++a) view.stride[a] = array.strides(a) / array.itemsize();
-  return view;
 }
 
 using Triple = std::array<int64_t, 3>;

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "../../csrc/cuda/max_pool3d.cu"
+#include "arrays.h"
 
 namespace py = pybind11;
 using namespace captum_dtd;
@@ -11,21 +12,7 @@ using Triple = std::array<int64_t, 3>;
 
 namespace {
 
-View view(const py::array& array) {
-  View view{const_cast<void*>(array.data())};
-  for (int a = 0; a < 5; ++a) view.stride[a] = array.strides(a) / array.itemsize();
-  return view;
-}
-
-Element element(const std::string& dtype) {
-  if (dtype == "float32") return Element::Float32;
-  if (dtype == "float64") return Element::Float64;
-  if (dtype == "bfloat16") return Element::BFloat16;
-  if (dtype == "float16") return Element::Float16;
-  throw std::invalid_argument(dtype);
-}
-
-// Narrow types cross as their bits in uint16. Returns how many bytes of workspace were asked for.
+// Returns how many bytes of workspace were asked for.
 int64_t relevance(const std::string& dtype, py::array x, py::array relevance, py::array out, Triple kernel, Triple stride,
                   Triple padding, Triple dilation, bool winner_takes_all, double stabilizer, int64_t threads) {
   MaxPool3dRelevance problem{};
@@ -41,10 +28,10 @@ int64_t relevance(const std::string& dtype, py::array x, py::array relevance, py
   }
   problem.winner_takes_all = winner_takes_all;
   problem.stabilizer = stabilizer;
-  problem.element = element(dtype);
-  problem.x = view(x);
-  problem.relevance = view(relevance);
-  problem.out = view(out);
+  problem.element = element_named(dtype);
+  problem.x = view_of(x);
+  problem.relevance = view_of(relevance);
+  problem.out = view_of(out);
   const int64_t bytes = cuda::max_pool3d_workspace(problem);
   const std::unique_ptr<void, decltype(&std::free)> workspace(std::malloc(bytes), std::free);
   std::memset(workspace.get(), emulator::kPoison, bytes);
