@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from captum_dtd import fused
 from captum_dtd.bounds import Bound
 from captum_dtd.graph import plain_modes
-from captum_dtd.layers import Call, Limits, Weighted
+from captum_dtd.layers import Arguments, Call, Limits, Weighted
 from captum_dtd.ops import Table, memory_format
 from captum_dtd.propagate import Activations, Box, Network, Step, ValueOf, Values
 from captum_dtd.reference import accumulator
@@ -65,7 +65,7 @@ class Slots:
         """How many slots there are."""
         return len(self.times[0])
 
-    @property
+    @cached_property
     def is_single(self) -> bool:
         """Whether no slot stands for more than one time."""
         return all(len(set(row) - {-1}) == sum(slot >= 0 for slot in row) for row in self.of_time)
@@ -219,7 +219,56 @@ def _empty_like(x: Tensor, dim: int, size: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-_MOST_SLOTS = 256  # sets of wanted times that are remembered
+_MOST_PLANS = 256  # sets of wanted times whose plans are remembered
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A convolution as what is wanted walks through it.
+
+    Attributes:
+        reads: for every slot of its output and every tap the class of the input that is read.
+        gives: likewise the slot of the input that relevance goes to.
+        taps: for every tap where the outputs' slots give to.
+    """
+
+    reads: list[list[list[int]]]
+    gives: list[list[list[int]]]
+    taps: list[Route]
+
+
+class _Plan:
+    """What is wanted, worked out once: the slots of every value, and between them the routes of every operation."""
+
+    def __init__(self, in_time: dict[fx.Node, InTime], slots: dict[fx.Node, Slots]) -> None:
+        self.slots = slots
+        self._in_time = in_time
+        self._routes: dict[tuple[fx.Node, fx.Node], tuple[Route, Route]] = {}
+        self._readings: dict[fx.Node, _Reading] = {}
+
+    def at(self, node: fx.Node) -> tuple[tuple[int, ...], ...]:
+        """The times of a node's slots; one row of none where it has no time."""
+        return self.slots[node].times if node in self.slots else ((),)
+
+    def routes(self, node: fx.Node, source: fx.Node) -> tuple[Route, Route]:
+        """From the classes of a source to what an operation reads at its slots, and from there to the source's slots."""
+        if (node, source) not in self._routes:
+            here, times = self._in_time[node], self._in_time[source].times
+            assert times is not None
+            read = [here.reads(row, times.length) for row in self.at(node)]
+            from_classes = Route.of([times.numbers(row) for row in read], times.distinct)
+            self._routes[node, source] = from_classes, self.slots[source].route(read)
+        return self._routes[node, source]
+
+    def reading(self, along: _Convolution) -> _Reading:
+        """What a convolution reads and gives to."""
+        if along.node not in self._readings:
+            at, kept = self.slots[along.node], self.slots[along.source]
+            gives = along.gives(at.times, kept)
+            taps = range(along.window.taps)
+            routes = [Route.of([[given[tap] for given in row] for row in gives], kept.count) for tap in taps]
+            self._readings[along.node] = _Reading(along.reads(at.times), gives, routes)
+        return self._readings[along.node]
 
 
 class FrozenNetwork:
@@ -249,7 +298,11 @@ class FrozenNetwork:
                 self.in_time[node] = InTime("pointwise", Times(2, (0,) * frames))
             else:
                 self.in_time[node] = in_time(node, self._times) if node is not network.output else InTime("whole", None)
-        self._slots: dict[object, dict[fx.Node, Slots]] = {}
+        self._convolutions = {
+            node: _Convolution(node, self.in_time) for node, here in self.in_time.items() if here.way == "convolution"
+        }
+        self._read: dict[tuple[fx.Node, fx.Node], Route] = {}
+        self._plans: dict[object, _Plan] = {}
 
     def _times(self, node: fx.Node) -> Times | None:
         found = self.in_time.get(node)
@@ -279,21 +332,21 @@ class FrozenNetwork:
     def _read_distinct(self, node: fx.Node, values: Values) -> ValueOf:
         """What an operation reads, for every class of its output's times."""
         here = self.in_time[node]
-        first = here.times.first if here.times is not None else ()
 
         def value_of(source: fx.Node) -> Any:
             times = self._times(source)
             if times is None:
                 return values[source]
-            return Route.of([times.numbers(here.reads(first, times.length))], times.distinct).gather(
-                values[source], times.dim, here.fill
-            )
+            if (node, source) not in self._read:
+                read = here.reads(here.times.first if here.times is not None else (), times.length)
+                self._read[node, source] = Route.of([times.numbers(read)], times.distinct)
+            return self._read[node, source].gather(values[source], times.dim, here.fill)
 
         return value_of
 
     def _convolve(self, node: fx.Node, values: Values) -> Tensor:
         """A convolution at the first time of every class: of equal times once where that is less, else at all times."""
-        along = _Convolution(node, self.in_time)
+        along = self._convolutions[node]
         if along.products >= _WORTH_IT * along.multiplications:
             whole = Route.of([along.read.classes], along.read.distinct).gather(values[along.source], 2)
             output = self.network.compute(node, lambda n: whole if n is along.source else values[n])
@@ -302,7 +355,7 @@ class FrozenNetwork:
         whole_layer = along.layer(values, (0,))
         kernel = self.network.forward_kernel(whole_layer)
         if fused.serves_frozen(kernel, values[along.source]):
-            return fused.forward(whole_layer, kernel, along.reads((along.made.first,)))
+            return fused.forward(whole_layer, kernel, along.reads_of_classes)
 
         def one(take: Take, tap: int) -> Tensor:
             call = along.call(tap, values, take, (0,))
@@ -334,12 +387,12 @@ class FrozenNetwork:
             For every target and explained input (N, C, slots, H, W): relevance at the wanted times in their order (a row of
             less than the most ends in zeros); of "all" at every time; of "classes" its sum over all times, in one slot.
         """
-        slots = self._slots_for(wanted)
+        plan = self._plan_for(wanted)
 
         def share(step: Step, values: Values, box: Box, arriving: list[Any]) -> Sequence[Sequence[Tensor | None]]:
             if self.in_time[step.node].way == "convolution":
-                return [(one,) for one in self._share_convolution(step, values, box, arriving, slots)]
-            return self._share(step, values, box, arriving, slots)
+                return [(one,) for one in self._share_convolution(step, values, box, arriving, plan)]
+            return self._share(step, values, box, arriving, plan)
 
         values, seed = activations.values, seeds[0]
         with plain_modes():
@@ -348,19 +401,20 @@ class FrozenNetwork:
                 tuple(
                     relevance[node]
                     if node in relevance
-                    else _empty_like(values[node], 2, slots[node].count).zero_().to(seed.dtype)
+                    else _empty_like(values[node], 2, plan.slots[node].count).zero_().to(seed.dtype)
                     for node in self.network.inputs
                 )
                 for relevance in self.network.walk(values, seeds, box, share)
             ]
 
-    def _slots_for(self, wanted: Wanted) -> dict[fx.Node, Slots]:
+    def _plan_for(self, wanted: Wanted) -> _Plan:
         key = wanted if isinstance(wanted, str) else tuple(wanted)
-        if key not in self._slots:
-            if len(self._slots) >= _MOST_SLOTS:
-                self._slots.clear()
-            self._slots[key] = self._find_slots(wanted)
-        return self._slots[key]
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = _Plan(self.in_time, self._find_slots(wanted))
+        return plan
 
     def _find_slots(self, wanted: Wanted) -> dict[fx.Node, Slots]:
         timed = {node: here.times for node, here in self.in_time.items() if here.times is not None}
@@ -402,58 +456,47 @@ class FrozenNetwork:
         return reached
 
     def _share(
-        self, step: Step, values: Values, box: Box, arriving: list[Any], slots: dict[fx.Node, Slots]
+        self, step: Step, values: Values, box: Box, arriving: list[Any], plan: _Plan
     ) -> Sequence[Sequence[Tensor | None]]:
         """Any operation but a convolution along time: what it reads is gathered at its output's slots."""
         here = self.in_time[step.node]
-        at = slots[step.node].times if here.times is not None else ((),)
-
-        def reads(source: fx.Node) -> list[tuple[int, ...]]:
-            times = self._times(source)
-            assert times is not None
-            return [here.reads(row, times.length) for row in at]
 
         def take(those: Values, source: fx.Node) -> Any:
             times = self._times(source)
             if times is None:
                 return those[source]
-            rows = [times.numbers(row) for row in reads(source)]
-            return Route.of(rows, times.distinct).gather(those[source], times.dim, here.fill)
+            return plan.routes(step.node, source)[0].gather(those[source], times.dim, here.fill)
 
-        args = here.args(len(at[0])) if here.args is not None else None
+        args = here.args(len(plan.at(step.node)[0])) if here.args is not None else None
         limits = box.around(step, take)
 
         def to_slots(source: fx.Node, part: Tensor | None) -> Tensor | None:
             times = self._times(source)
             if part is None or times is None:
                 return part
-            return slots[source].route(reads(source)).scatter(part, times.dim)  # type: ignore[no-any-return]
+            return plan.routes(step.node, source)[1].scatter(part, times.dim)  # type: ignore[no-any-return]
 
         leaving = self.network.share(step, lambda source: take(values, source), limits, arriving, args)
         return [[to_slots(source, part) for source, part in zip(step.sources, one, strict=True)] for one in leaving]
 
     def _share_convolution(
-        self, step: Step, values: Values, box: Box, arriving: list[Tensor], slots: dict[fx.Node, Slots]
+        self, step: Step, values: Values, box: Box, arriving: list[Tensor], plan: _Plan
     ) -> list[Tensor]:
         """Relevance of a convolution's input, in its slots: of equal times once where that is less, else at all times."""
-        along = _Convolution(step.node, self.in_time)
-        at, kept = slots[step.node], slots[along.source]
-        gives = along.gives(at.times, kept)
-        taps = [
-            Route.of([[given[tap] for given in row] for row in gives], kept.count) for tap in range(along.window.taps)
-        ]
-        pulled = sum(len(tap.used) for tap in taps)
+        along = self._convolutions[step.node]
+        at, kept, reading = plan.slots[step.node], plan.slots[along.source], plan.reading(along)
+        pulled = sum(len(tap.used) for tap in reading.taps)
         if at.is_single and pulled + along.products >= _WORTH_IT * 2 * along.multiplications:
-            return self._share_at_all_times(step, values, box, arriving, slots)
+            return self._share_at_all_times(step, values, box, arriving, plan)
 
         if not pulled:  # strides step over the wanted times
             return [_empty_like(values[along.source], 2, kept.count).to(one.dtype).zero_() for one in arriving]
         limits = box.around(step, dict.__getitem__)
         kernel = self.network.kernel_of(step, along.layer(values, step.positions))
         if isinstance(step.rule, (ZPlus, ZBeta)) and fused.serves_frozen(kernel, values[along.source]):
-            tables = along.reads(at.times), gives, kept.count
+            tables = reading.reads, reading.gives, kept.count
             return self._share_by_table(step, along.layer(values, step.positions), limits, arriving, tables, kernel)
-        return self._share_by_taps(step, values, limits, arriving, along, at, kept, taps)
+        return self._share_by_taps(step, values, limits, arriving, along, at, kept, reading.taps)
 
     def _share_by_taps(
         self,
@@ -518,11 +561,11 @@ class FrozenNetwork:
         return [fused.redistribute_frozen(call, s, *rest, divided=True) for s in quotients]
 
     def _share_at_all_times(
-        self, step: Step, values: Values, box: Box, arriving: list[Tensor], slots: dict[fx.Node, Slots]
+        self, step: Step, values: Values, box: Box, arriving: list[Tensor], plan: _Plan
     ) -> list[Tensor]:
         """Relevance of a convolution's input, by the convolution as it is."""
-        along = _Convolution(step.node, self.in_time)
-        at, kept = slots[step.node], slots[along.source]
+        along = self._convolutions[step.node]
+        at, kept = plan.slots[step.node], plan.slots[along.source]
         everywhere = [Route.of(at.of_time, at.count).gather(one, 2) for one in arriving]
         whole = Route.of([along.read.classes], along.read.distinct)
 
@@ -545,16 +588,16 @@ class _Convolution:
         assert here.window is not None and here.times is not None and here.args is not None and before.times is not None
         self.node, self.source, self.weight = node, source, weight
         self.window, self.read, self.made = here.window, before.times, here.times
-        x, v, _, *geometry = here.args(here.times.distinct)
-        self.args = (x, v, None, *geometry)
+        x, v, bias, *geometry = here.args(here.times.distinct)
+        self._with_bias, self._of_a_tap = (Arguments.of(node, (x, v, b, *geometry)) for b in (bias, None))
         self._reads = [self.window.reads(time, self.read.length) for time in self.made.first]
 
-    @property
+    @cached_property
     def products(self) -> int:
         """How many pairs there are of a class and a tap that reads it."""
         return sum(len(set(self.read.numbers(at)) - {-1}) for at in zip(*self._reads, strict=True))
 
-    @property
+    @cached_property
     def multiplications(self) -> int:
         """How many pairs there are of a time and a tap that reads it: padding is not counted."""
         every = (self.window.reads(time, self.read.length) for time in range(self.made.length))
@@ -562,12 +605,16 @@ class _Convolution:
 
     def layer(self, values: Values, positions: tuple[int, ...]) -> Call:
         """The convolution over the times of its input that differ, with all of its taps, as an operation by tables reads it."""
-        bias = self.node.args[2] if len(self.node.args) > 2 else None
-        return Call(self.node, positions, values.__getitem__, (*self.args[:2], bias, *self.args[3:]))
+        return Call(self.node, positions, values.__getitem__, self._with_bias)
 
     def reads(self, times: Sequence[Sequence[int]]) -> list[list[list[int]]]:
         """The classes that outputs at some times read, tap by tap."""
         return [[self.read.numbers(self.window.reads(time, self.read.length)) for time in row] for row in times]
+
+    @cached_property
+    def reads_of_classes(self) -> list[list[list[int]]]:
+        """What the first time of every class of the output reads."""
+        return self.reads((self.made.first,))
 
     def gives(self, times: Sequence[Sequence[int]], kept: Slots) -> list[list[list[int]]]:
         """The slots of the input that outputs at some times give to, tap by tap."""
@@ -583,7 +630,7 @@ class _Convolution:
             self.source: take(values[self.source]),
             self.weight: values[self.weight][:, :, tap : tap + 1],
         }
-        return Call(self.node, positions, lambda node: own[node] if node in own else values[node], self.args)
+        return Call(self.node, positions, lambda node: own[node] if node in own else values[node], self._of_a_tap)
 
     def sum_of_taps(self, one: Callable[[Take, int], Tensor]) -> Tensor:
         """The sums for every class of the output; ``one`` multiplies the classes that are taken by a tap, without bias."""

@@ -55,8 +55,53 @@ from captum_dtd.rules import Group, MaxPoolRule, Rule, WeightPart, WinnerTakesAl
 aten = torch.ops.aten
 
 
+_FLAT = "captum_dtd arguments"
+
 Limits: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor]]
 """The pixel bounds low and high of every signal of a layer."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """An operation's arguments, nodes of the graph among them, laid out flat; how, is worked out once, which takes a while.
+
+    Attributes:
+        leaves: all of them, in the order of ``pytree.tree_leaves((args, kwargs))``.
+        places: of every argument its name (None: it is positional), and between which leaves it lies.
+        specs: how its leaves make it; None: it is the only one, or they are a list.
+    """
+
+    leaves: tuple[Any, ...]
+    places: tuple[tuple[str | None, int, int], ...]
+    specs: tuple[pytree.TreeSpec | None, ...]
+
+    @staticmethod
+    def of(node: fx.Node, args: tuple[Any, ...] | None = None) -> Arguments:
+        """Of a node, or with others in place of its positional ones."""
+        leaves: list[Any] = []
+        places: list[tuple[str | None, int, int]] = []
+        specs: list[pytree.TreeSpec | None] = []
+        for name, value in (*((None, value) for value in (node.args if args is None else args)), *node.kwargs.items()):
+            own, spec = pytree.tree_flatten(value)
+            is_plain = spec.is_leaf() or (isinstance(value, list) and spec.num_nodes == 1 + spec.num_leaves)
+            places.append((name, len(leaves), -1 if spec.is_leaf() else len(leaves) + len(own)))
+            specs.append(None if is_plain else spec)
+            leaves += own
+        return Arguments(tuple(leaves), tuple(places), tuple(specs))
+
+    def filled(self, leaves: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments with other leaves."""
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for (name, start, end), spec in zip(self.places, self.specs, strict=True):
+            value = leaves[start] if end < 0 else leaves[start:end]
+            if spec is not None:
+                value = pytree.tree_unflatten(value, spec)
+            if name is None:
+                args.append(value)
+            else:
+                kwargs[name] = value
+        return args, kwargs
 
 
 class Call:
@@ -71,11 +116,14 @@ class Call:
         node: fx.Node,
         positions: Sequence[int],
         value_of: Callable[[fx.Node], Any],
-        args: tuple[Any, ...] | None = None,
+        args: tuple[Any, ...] | Arguments | None = None,
     ) -> None:
         self.node = node
-        leaves, self._spec = pytree.tree_flatten((node.args if args is None else args, dict(node.kwargs)))
-        self.arguments = [value_of(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+        if args is None:
+            self._flat = node.meta.get(_FLAT) or node.meta.setdefault(_FLAT, Arguments.of(node))
+        else:
+            self._flat = args if isinstance(args, Arguments) else Arguments.of(node, args)
+        self.arguments = [value_of(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in self._flat.leaves]
         self.positions = tuple(positions)
 
     @property
@@ -86,12 +134,12 @@ class Call:
     @property
     def args(self) -> tuple[Any, ...]:
         """The positional arguments."""
-        return tuple(pytree.tree_unflatten(self.arguments, self._spec)[0])
+        return tuple(self._flat.filled(self.arguments)[0])
 
     @property
     def kwargs(self) -> dict[str, Any]:
         """The keyword arguments."""
-        return dict(pytree.tree_unflatten(self.arguments, self._spec)[1])
+        return dict(self._flat.filled(self.arguments)[1])
 
     def to(self, dtype: torch.dtype) -> Call:
         """The same call in another precision."""
@@ -104,7 +152,7 @@ class Call:
         arguments = list(self.arguments)
         for position, value in (*zip(self.positions, signals, strict=True), *(replaced or {}).items()):
             arguments[position] = value
-        args, kwargs = pytree.tree_unflatten(arguments, self._spec)
+        args, kwargs = self._flat.filled(arguments)
         return self.node.target(*args, **kwargs)  # type: ignore[operator]
 
 
