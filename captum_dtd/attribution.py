@@ -256,7 +256,8 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         with self._lock:
             if network not in self._frozen:
                 self._frozen[network] = FrozenNetwork(network, clips[0].shape[2])
-            return FrozenClips(self, self._frozen[network], network.weights(unwrap(self.model)))
+            bounds = self.bounds_of(tuple(clip[:1, :, :1] for clip in clips))
+            return FrozenClips(self, self._frozen[network], network.weights(unwrap(self.model)), bounds)
 
     @torch.inference_mode(False)
     def ledger(
@@ -496,16 +497,20 @@ class FrozenClips:
         method: how they are explained.
         network: the method's network on them.
         weights: the model's, as they were when this was made.
+        bounds: (low, high) of every input, for a frame of one example.
     """
 
     method: DeepTaylor
     network: FrozenNetwork
     weights: Values
+    bounds: list[tuple[Tensor, Tensor]]
 
     def explain(
         self, frames: tuple[Tensor, ...], targets: Sequence[Target], extra: tuple[Any, ...], wanted: Wanted
     ) -> list[tuple[Tensor, ...]]:
         """For every target relevance of frozen clips at the times that are wanted.
+
+        Nothing here waits for a GPU: while it works on some clips, the next ones are prepared.
 
         Args:
             frames: of every explained input (N, C, 1, H, W).
@@ -515,7 +520,10 @@ class FrozenClips:
         """
         activations = self.network.forward(self.weights, pytree.tree_leaves((*frames, *extra)))
         seeds = [self.method.seed_of(activations.output, target) for target in targets]
-        return self.network.backward(activations, seeds, self.method.bounds_of(frames), wanted)
+        bounds = [
+            (low.expand_as(part), high.expand_as(part)) for (low, high), part in zip(self.bounds, frames, strict=True)
+        ]
+        return self.network.backward(activations, seeds, bounds, wanted)
 
 
 def _varies_in_time(bound: Bound | tuple[Bound, ...]) -> bool:
@@ -664,12 +672,12 @@ def layout_hint(model: nn.Module, inputs: tuple[Tensor, ...]) -> str:
     return expected + next(filter(None, hints), "")
 
 
-def take(tensors: tuple[Tensor, ...], rows: slice | Tensor) -> tuple[Tensor, ...]:
+def take(tensors: tuple[Tensor, ...], rows: slice) -> tuple[Tensor, ...]:
     """Some examples of every tensor."""
     return tuple(tensor[rows] for tensor in tensors)
 
 
-def take_arguments(extra: tuple[Any, ...], rows: slice | Tensor, count: int) -> tuple[Any, ...]:
+def take_arguments(extra: tuple[Any, ...], rows: slice | list[int], count: int) -> tuple[Any, ...]:
     """Some examples of additional arguments: tensors with one row per example are indexed, everything else is as it was."""
 
     def picked(leaf: Any) -> Any:
@@ -707,8 +715,11 @@ def free_memory(device: torch.device) -> int:
 
 
 def _chosen(scores: Tensor, target: Target) -> Tensor:
-    """Where the target is, as a mask of the output's shape; Captum's own selection decides, applied to positions."""
-    positions = torch.arange(scores.numel(), device=scores.device).view(scores.shape)
+    """Where the target is, as a mask of the output's shape; Captum's own selection decides, applied to positions.
+
+    On the CPU, wherever the scores are: reading an index back from a GPU waits for all that it has yet to do.
+    """
+    positions = torch.arange(scores.numel()).view(scores.shape)
     count = len(scores)
     if target is None and scores.numel() != count:
         raise ValueError(
@@ -730,7 +741,7 @@ def _chosen(scores: Tensor, target: Target) -> Tensor:
                 f"target must be an index, one index per example, or tuples of indices, got {type(target).__name__}"
             ) from None
     try:
-        picked = _select_targets(positions, target.long() if isinstance(target, Tensor) else target)
+        picked = _select_targets(positions, target.long().cpu() if isinstance(target, Tensor) else target)
     except (AssertionError, IndexError, RuntimeError, TypeError) as error:
         classes = f"; classes are 0 to {scores.shape[-1] - 1}" if scores.ndim == 2 else ""
         raise ValueError(
@@ -741,9 +752,9 @@ def _chosen(scores: Tensor, target: Target) -> Tensor:
             f"target {target!r} names {picked.numel() // max(count, 1)} of the {tuple(scores.shape[1:])} scores per example; "
             f"name one, with a tuple of {scores.ndim - 1} indices"
         )
-    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
     mask[picked.flatten()] = True
-    return mask.view(scores.shape)
+    return mask.view(scores.shape).to(scores.device, non_blocking=True)
 
 
 def _signature(arguments: tuple[Any, ...], count: int) -> tuple[object, ...]:

@@ -44,6 +44,9 @@ times); or at some, which for every frozen clip are others."""
 Take: TypeAlias = Callable[[Tensor], Tensor]
 """Takes some times of a value."""
 
+# Where stretches of times are copied one by one, as cheap as memory allows. Elsewhere each would be a launch of its own.
+_MOVED_IN_RUNS = {"cpu", "meta"}
+
 # A product that is left out has to save more than this share of the multiplications to be worth its additions.
 _WORTH_IT = 0.9
 
@@ -166,6 +169,8 @@ class Route:
         moved = _empty_like(x, dim, self.count)
         if x.is_meta:
             return moved
+        if x.device.type not in _MOVED_IN_RUNS:
+            return self._take(x, dim, fill, moved)
         for clips, index, source, length in self._runs:
             to = moved[clips].narrow(dim, index, length)
             if source < 0:
@@ -173,6 +178,37 @@ class Route:
             else:
                 to.copy_(x[clips].narrow(dim, source, length))
         return moved
+
+    def _take(self, x: Tensor, dim: int, fill: float, moved: Tensor) -> Tensor:
+        """What is read, by one operation however many stretches it has."""
+        if x.device not in self._indices:
+            rows = torch.tensor(self.rows)
+            self._indices[x.device] = rows.clamp(min=0).to(x.device), (rows < 0).to(x.device)
+        index, missing = (
+            each.view(len(self.rows), *[1] * (dim - 1), self.count, *[1] * (x.ndim - dim - 1))
+            for each in self._indices[x.device]
+        )
+        torch.gather(x, dim, index.expand(moved.shape), out=moved)
+        return moved.masked_fill_(missing, fill) if self._fills else moved
+
+    @cached_property
+    def _indices(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        """By device the source indices, and which are none."""
+        return {}
+
+    @cached_property
+    def _back(self) -> list[Route]:
+        """Routes from the indices back to the source's: the first that reads each of them, the second, and so on."""
+        readers: list[list[list[int]]] = [[[] for _ in range(self.size)] for _ in self.rows]
+        for row, own in zip(self.rows, readers, strict=True):
+            for index, source in enumerate(row):
+                if source >= 0:
+                    own[source].append(index)
+        most = max(1, *(len(indices) for own in readers for indices in own))
+        return [
+            Route.of(([(indices[turn : turn + 1] or [-1])[0] for indices in own] for own in readers), self.count)
+            for turn in range(most)
+        ]
 
     def scatter(self, relevance: Any, dim: int) -> Any:
         """The adjoint of `gather`: adds what stands at every index to where it was read from.
@@ -185,6 +221,12 @@ class Route:
 
     def _scatter(self, x: Tensor, dim: int) -> Tensor:
         moved = _empty_like(x, dim, self.size)
+        if x.device.type not in _MOVED_IN_RUNS:
+            first, *others = self._back
+            first._take(x, dim, 0.0, moved)
+            for other in others:
+                moved.add_(other._take(x, dim, 0.0, torch.empty_like(moved)))
+            return moved
         written = [[False] * self.size for _ in self.rows]
         for clips, index, source, length in self._runs:
             if source < 0:

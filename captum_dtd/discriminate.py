@@ -52,10 +52,12 @@ Readout: TypeAlias = Literal["own", "first", "mean"]
 Normalize: TypeAlias = Literal["none", "max", "sum"]
 """What total and each frozen explanation are divided by: nothing, or their own max |R| or |sum of R| over all slices."""
 
-# Frozen clips at once, as a method that is not ours is given them; and ours: more need memory, and gain speed only where
-# a clip is so small that calling operations takes as long as they do.
+# Frozen clips at once, as a method that is not ours is given them.
 _FROZEN_CLIPS = 4
-_FROZEN_BYTES = 2**28
+# As ours is: so many clips, or what takes so many bytes if that is more. On a CPU more need memory, and gain speed only where a
+# clip is so small that calling operations takes as long as they do; elsewhere calls have to keep ahead of thousands of cores.
+_ENOUGH = {"cpu": (4, 2**28)}
+_ENOUGH_ELSEWHERE = (64, 2**33)
 
 
 _Item = TypeVar("_Item")
@@ -179,11 +181,10 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         def explain(
             examples: tuple[Tensor, ...], rows: list[int], targets: Sequence[Target], **options: Any
         ) -> list[Any]:
-            picked = torch.tensor(rows, dtype=torch.long, device=clips[0].device)
             return self._explain(
                 examples if isinstance(inputs, tuple) else examples[0],
                 [take_target(target, rows, count) for target in targets],
-                take_arguments(extra, picked, count) or None,
+                take_arguments(extra, rows, count) or None,
                 internal_batch_size,
                 **kwargs,
                 **options,
@@ -191,18 +192,19 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
 
         with tqdm(total=count * (1 + frames), desc=self.get_name(), unit="clip", disable=not show_progress) as progress:
             every = list(range(count))
+            # Before anything else is asked of a GPU, since the answer has to come back from it.
+            alike = [_first_alike(tuple(part[row] for part in clips)) for row in every]
             if return_convergence_delta:
                 explained, deltas = zip(*explain(clips, every, targets, return_convergence_delta=True), strict=True)
             else:
                 explained, deltas = tuple(explain(clips, every, targets)), (None,) * len(targets)
             unscaled = [_over_channels(one) for one in explained]
             progress.update(count)
-            size = internal_batch_size or self._frozen_batch(clips, extra)
+            size = internal_batch_size or self.frozen_batch(clips, extra)
             looks = [tuple(torch.empty_like(part) for part in parts) for parts in unscaled]
             jobs: list[_Job] = []
-            for row in range(count):
-                alike = _first_alike(tuple(part[row] for part in clips))
-                times_of = {frame: tuple(t for t in range(frames) if alike[t] == frame) for frame in sorted(set(alike))}
+            for row, first in enumerate(alike):
+                times_of = {frame: tuple(t for t in range(frames) if first[t] == frame) for frame in sorted(set(first))}
                 if len(times_of) > 1:
                     jobs += [_Job(row, frame, times) for frame, times in times_of.items()]
                     continue
@@ -216,7 +218,8 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
                 assert reader is not None
                 for look, maps in zip(_flat(looks), _flat(reader(chosen)), strict=True):
                     for job, spatial in zip(chosen, maps, strict=True):
-                        look[job.row, list(job.times)] = spatial
+                        for time, one in zip(job.times, spatial.expand(len(job.times), -1, -1), strict=True):
+                            look[job.row, time] = one
                 progress.update(sum(len(job.times) for job in chosen))
         results: list[Any] = []
         for own_looks, parts, delta in zip(looks, unscaled, deltas, strict=True):
@@ -246,7 +249,13 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         scaled = normalised(explanations, self.normalize)
         return [read_out(one, job.times, self.readout) for one, job in zip(scaled, jobs, strict=True)]
 
-    def _frozen_batch(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...]) -> int:
+    def frozen_batch(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...] = ()) -> int:
+        """How many frozen clips are explained at once where ``internal_batch_size`` does not say.
+
+        Args:
+            clips: inputs (N, C, T, H, W); shapes and types matter, values do not.
+            extra: additional arguments of the model's forward, likewise.
+        """
         return _FROZEN_CLIPS
 
     def has_convergence_delta(self) -> bool:
@@ -364,7 +373,7 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
             additional_forward_args: further arguments of the model's forward, not explained.
             return_convergence_delta: also return ``seed - sum of total``, before any normalisation, one value per example.
             internal_batch_size: how many clips are explained at once; by default as many as free memory allows, of frozen
-                clips 4, or more where they are small.
+                clips at most 4 (on a GPU 64), or more where they are small.
             show_progress: show a progress bar.
             frame_cache: explanations of frames that earlier clips showed too, and where to keep new ones; for windows of a
                 video that overlap.
@@ -428,7 +437,7 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
         return self._attribute(
             partial(self._read_distinct_times, frame_cache),
             inputs,
-            targets,
+            [target.cpu() if isinstance(target, Tensor) else target for target in targets],
             additional_forward_args,
             return_convergence_delta,
             internal_batch_size,
@@ -470,8 +479,7 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
 
         def arguments(jobs: Sequence[_Job], targets: Sequence[Target]) -> tuple[list[Target], tuple[Any, ...]]:
             rows = [job.row for job in jobs]
-            picked = torch.tensor(rows, dtype=torch.long, device=clips[0].device)
-            return [take_target(target, rows, count) for target in targets], take_arguments(extra, picked, count)
+            return [take_target(target, rows, count) for target in targets], take_arguments(extra, rows, count)
 
         def relevance(jobs: Sequence[_Job], wanted: Wanted, targets: Sequence[Target]) -> list[tuple[Tensor, ...]]:
             if frozen is None:
@@ -530,8 +538,10 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
             inputs, targets, arguments, internal_batch_size=internal_batch_size, **options
         )
 
-    def _frozen_batch(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...]) -> int:
-        return self.method.affordable_batch(clips, extra, enough=(_FROZEN_CLIPS, _FROZEN_BYTES))
+    def frozen_batch(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...] = ()) -> int:
+        """As many as half of the memory that is free now allows, as far as more are faster on the clips' device."""
+        enough = _ENOUGH.get(clips[0].device.type, _ENOUGH_ELSEWHERE)
+        return self.method.affordable_batch(clips, extra, enough=enough)
 
 
 @dataclass(frozen=True)
@@ -639,7 +649,7 @@ def distinct_frames(clip: Tensor) -> Tensor:
 def read_out(explanation: Tensor, times: Sequence[int], readout: Readout) -> Tensor:
     """What a frozen clip's explanation (T, H, W) says about its frame, for the times the frame is shown: (len(times), H, W)."""
     if readout == "own":
-        return explanation[list(times)]
+        return torch.stack([explanation[time] for time in times])
     return (explanation[0] if readout == "first" else explanation.mean(0)).expand(len(times), -1, -1)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from captum_dtd import fused, native
-from captum_dtd.bounds import Bound, broadcast_bound
+from captum_dtd.bounds import Bound
 from captum_dtd.canonizers import canonize, only_output
 from captum_dtd.composites import Composite, Selector
 from captum_dtd.graph import (
@@ -401,8 +401,10 @@ class Network:
         low: Values = {}
         high: Values = {}
         for node, (lower, upper) in zip(self.inputs, bounds, strict=True):
-            like = seed.new_zeros(()).expand(values[node].shape)
-            low[node], high[node] = broadcast_bound("low", lower, like), broadcast_bound("high", upper, like)
+            shape = values[node].shape
+            low[node], high[node] = (
+                torch.as_tensor(end, dtype=seed.dtype, device=seed.device).expand(shape) for end in (lower, upper)
+            )
         for step in self.steps:
             if step.node not in self._pixels:
                 continue

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from models import STOCK, between, stock_model
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_dtd import (
     DeepTaylor,
@@ -20,8 +22,10 @@ from captum_dtd import (
     DiscriminativeRelevance,
     FrameCache,
     SpatioTemporalRelevance,
+    collapse,
 )
 from captum_dtd.attribution import FrozenClips
+from captum_dtd.collapse import Route
 from captum_dtd.composites import EPSILON_GAMMA_BOX
 from captum_dtd.rules import AlphaBeta, Flat, Proportional, WinnerTakesAll, WSquare, ZBeta, ZPlus
 
@@ -429,3 +433,82 @@ def test_no_targets_are_an_error() -> None:
     for one in (method, method.method):
         with pytest.raises(ValueError, match="targets is empty"):
             one.attribute_targets(pixels(1, 2, 10, 5, 5), [])
+
+
+# --- on a GPU ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are moved as on a GPU, by one operation for all stretches."""
+    monkeypatch.setattr(collapse, "_MOVED_IN_RUNS", set())
+
+
+def test_times_are_moved_the_same_way_by_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        shape = [draw.randint(1, 4), 2, 3, 2, 3]
+        dim, size, count = draw.choice([1, 2, 3]), draw.randint(1, 5), draw.randint(1, 7)
+        rows = [[draw.randint(-1, size - 1) for _ in range(count)] for _ in range(draw.choice([1, shape[0]]))]
+        route = Route.of(rows, size)
+        for memory_format in (torch.contiguous_format, torch.channels_last_3d):
+            x, relevance = (
+                torch.randint(-9, 10, [*shape[:dim], n, *shape[dim + 1 :]])
+                .float()
+                .contiguous(memory_format=memory_format)
+                for n in (size, count)
+            )
+            relevance = route.gather(torch.ones_like(x), dim, 0.0) * relevance  # what reads nothing gets nothing
+            found = []
+            for moved_in_runs in ({"cpu"}, set()):
+                monkeypatch.setattr(collapse, "_MOVED_IN_RUNS", moved_in_runs)
+                found.append((route.gather(x, dim, 5.0), route.scatter(relevance.clone(), dim)))
+            for one, other in zip(*found, strict=True):
+                assert torch.equal(one, other) and one.stride() == other.stride(), route
+
+
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize("seed", SEEDS[:6])
+def test_random_networks_whose_times_are_moved_by_one_operation(seed: int) -> None:
+    test_random_networks(seed)
+
+
+class WatchedForWaiting(TorchDispatchMode):
+    """Notes what would make a program wait for a GPU: numbers that are read back, and copies to it that block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        devices = {tensor.device.type for tensor in pytree.tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        if name in ("_to_copy", "copy_") and kwargs.get("device") is not None:
+            devices.add(torch.device(kwargs["device"]).type)
+        blocks = not (kwargs.get("non_blocking") or (name == "copy_" and any(args[2:])))
+        if name in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero") and "meta" in devices:
+            self.waits.append(name)
+        elif len(devices) > 1 and blocks:
+            self.waits.append(f"{name} of {sorted(devices)}")
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wanted", ["all", "classes", [(0,), (1, 2), (3,), (9,)]])
+@pytest.mark.parametrize("name", STOCK)
+def test_nothing_waits_for_a_gpu(name: str, wanted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it explains some clips the next ones are prepared. Tensors without data stand for those of a GPU."""
+    method = DeepTaylor(stock_model(name).to("meta"), LOW, HIGH)
+
+    def unchecked(_: DeepTaylor, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
+        return [(part.new_zeros(()).expand(part.shape),) * 2 for part in inputs]
+
+    monkeypatch.setattr(DeepTaylor, "bounds_of", unchecked)  # it reads them, once for a call
+    size = 224 if name == "s3d" else 112
+    frozen = method.frozen_clips((torch.empty(1, 3, 16, size, size, device="meta"),), ())
+    assert frozen is not None
+    frames = torch.empty(4, 3, 1, size, size, device="meta")
+    for target in (1, [3, 1, 4, 1], torch.tensor([3, 1, 4, 1])):
+        with WatchedForWaiting() as watched:
+            frozen.explain((frames,), [target], (), wanted)
+        assert not watched.waits

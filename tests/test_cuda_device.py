@@ -19,7 +19,8 @@ import torch
 from op_cases import tolerance
 from torch import Tensor
 
-from captum_dtd import kernels, ops
+from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, kernels, ops
+from captum_dtd.models import c3d_mini
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,37 @@ def test_operands_of_two_devices_are_refused() -> None:
             if isinstance(value, Tensor) and name != "x":
                 with pytest.raises(RuntimeError, match=name):
                     call(layer, {**given, name: value.cpu()})
+
+
+@pytest.mark.parametrize("readout", ["own", "first", "mean"])
+@pytest.mark.parametrize("precision", ["ieee", "float32", "mixed", "bfloat16"])
+def test_a_whole_job_is_that_of_the_cpu(precision: Any, readout: Any) -> None:
+    torch.manual_seed(0)
+    model, clips, targets = c3d_mini().eval(), torch.rand(2, 3, 16, 32, 32), torch.tensor([1, 2])
+    expected = DiscriminativeDeepTaylor(model, 0.0, 1.0, readout=readout, precision="ieee").attribute(clips, targets)
+    there = DiscriminativeDeepTaylor(model.cuda(), 0.0, 1.0, readout=readout, precision=precision)
+    for size in (None, 3):
+        actual = there.attribute(clips.cuda(), targets.cuda(), internal_batch_size=size)
+        allowed = {"ieee": 1e-5, "float32": 1e-4}.get(precision, 1e-2)
+        for part in ("spatial", "total"):
+            found, right = getattr(actual, part).cpu(), getattr(expected, part)
+            assert (found - right).norm() <= allowed * right.norm(), (part, size)
+
+
+def test_nothing_waits_for_the_gpu() -> None:
+    """While it explains some clips, the next ones are prepared: torch itself says where anything would wait."""
+    method = DeepTaylor(c3d_mini().eval().cuda(), 0.0, 1.0)
+    clips = (torch.rand(1, 3, 16, 32, 32, device="cuda"),)
+    frozen = method.frozen_clips(clips, ())
+    assert frozen is not None
+    frames = torch.rand(4, 3, 1, 32, 32, device="cuda")
+    for wanted in ("all", "classes", [(0,), (1, 2), (3,), (9,)]):
+        for mode in ("default", "error"):  # what is worked out once may take its time
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                frozen.explain((frames,), [[3, 1, 4, 1]], (), wanted)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
 
 
 def small_layers() -> None:

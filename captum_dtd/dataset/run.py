@@ -50,8 +50,8 @@ _SHARD_SECONDS = 60.0
 _SHARD_BYTES = 256 * 2**20
 # So many shards, at least, for each process that explains.
 _SHARDS_EACH = 4
-# Larger batches need memory and gain no speed.
-_BATCH_CLIPS = _FROZEN_CLIPS = 4
+# Larger batches need memory and gain no speed: what fills a GPU are their frozen clips.
+_BATCH_CLIPS = 4
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def explain_dataset(
         maps: two of "spatial", "temporal", "total", from which the third follows; none keeps the manifest alone.
         encoding: "float32", "float16" or "int8"; see :mod:`captum_dtd.dataset.encoding`.
         batch_clips: clips explained together.
-        internal_batch_size: how many of their frozen clips are explained together; by default as many as memory allows, at
-            most 4. Decided once for a store.
+        internal_batch_size: how many of their frozen clips are explained together; by default as many as memory allows and
+            the device gains from (`DiscriminativeDeepTaylor.frozen_batch`). Decided once for a store.
         shard_clips: clips committed together; by default about a minute of work, less where there are too few clips to
             keep all processes busy, and at most 256 MiB of maps. Decided once for a store.
         engine: "local" for this machine, or "ray" for a Ray cluster: the one that the caller is connected to, that
@@ -170,7 +170,7 @@ def explain_dataset(
                 clips = clips_of(source, list(look(range(len(source.entries))).values()), asked.classes, outputs)
                 _check_targets(asked, clips)
                 if internal_batch_size is None:
-                    asked = replace(asked, internal_batch_size=team.call(_affordable_frozen_clips))
+                    asked = replace(asked, internal_batch_size=team.call(partial(_frozen_clips, asked)))
                 if shard_clips is None:
                     minute = team.call(partial(_minute_of_clips, asked, os.fspath(source.folder), clips))
                     asked = replace(asked, shard_clips=min(minute, _fair_share(asked, clips, team.explainers)))
@@ -258,9 +258,10 @@ def _example(explainer: Explainer) -> Tensor:
     return torch.zeros(1, prepare.channels, prepare.frames, *prepare.crop, device=explainer.device)
 
 
-def _affordable_frozen_clips(explainer: Explainer, _: Processes) -> int:
-    """How many frozen clips are explained together."""
-    return min(_FROZEN_CLIPS, explainer.method.method.affordable_batch((_example(explainer),)))
+def _frozen_clips(configuration: Configuration, explainer: Explainer, _: Processes) -> int:
+    """How many frozen clips are explained together: no more than a batch of clips has."""
+    most = configuration.batch_clips * explainer.prepare.frames
+    return min(most, explainer.method.frozen_batch((_example(explainer),)))
 
 
 def _minute_of_clips(
