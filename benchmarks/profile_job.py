@@ -44,7 +44,13 @@ KINDS = {
     "z and adjoint": ("captum_dtd::z_plus_conv3d", "captum_dtd::frozen_z_plus_conv3d", "aten::convolution_backward"),
     "pixel layer": ("captum_dtd::z_beta_conv3d", "captum_dtd::frozen_z_beta_conv3d"),
     "pooling": (
-        *("captum_dtd::max_pool3d_relevance", "aten::max_pool3d", "aten::max_pool3d_with_indices", "aten::avg_pool3d"),
+        *(
+            "captum_dtd::max_pool3d_relevance",
+            "captum_dtd::frozen_max_pool3d_relevance",
+            "aten::max_pool3d",
+            "aten::max_pool3d_with_indices",
+            "aten::avg_pool3d",
+        ),
         *("aten::avg_pool3d_backward", "aten::mean", "aten::sum", "aten::adaptive_avg_pool3d"),
     ),
     "elementwise": tuple(

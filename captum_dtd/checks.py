@@ -97,11 +97,7 @@ def check_conv3d(
     check_padded(x, [n + padding[2 * a] + padding[2 * a + 1] for a, n in enumerate(x.shape[2:])], padding)
     expected = output_shape(x, weight, stride, padding, dilation)
     if times is not None:
-        check(
-            (stride[0], padding[0], padding[1], dilation[0]) == (1, 0, 0, 1),
-            "reads takes the place of stride, padding and dilation along T: they must be 1, 0 and 1, got "
-            f"{stride[0]}, ({padding[0]}, {padding[1]}) and {dilation[0]}",
-        )
+        _check_no_window_in_time(stride[0], padding[0], padding[1], dilation[0])
         expected = (*expected[:2], times, *expected[3:])
     check(
         all(size > 0 for size in expected[2:]),
@@ -114,6 +110,14 @@ def check_conv3d(
             tuple(relevance.shape) == expected,
             f"relevance must have the shape {expected} of the convolution's output, got {tuple(relevance.shape)}",
         )
+
+
+def _check_no_window_in_time(stride: int, front: int, back: int, dilation: int) -> None:
+    check(
+        (stride, front, back, dilation) == (1, 0, 0, 1),
+        "reads takes the place of stride, padding and dilation along T: they must be 1, 0 and 1, got "
+        f"{stride}, ({front}, {back}) and {dilation}",
+    )
 
 
 def times_of(relevance: Tensor) -> int:
@@ -135,10 +139,11 @@ def check_table(argument: str, table: Sequence[int], n: int, times: int, taps: i
 
 
 def check_tables(
-    x: Tensor, weight: Tensor, relevance: Tensor, reads: Sequence[int], gives: Sequence[int], times: int
+    x: Tensor, taps: int, relevance: Tensor, reads: Sequence[int], gives: Sequence[int], times: int
 ) -> None:
+    """Refuse tables that do not fit a layer of so many taps, or say of one time of the result that it stands for two of x."""
     check(times >= 1, f"times must be at least 1, got {times}")
-    n, outputs, taps = x.shape[0], relevance.shape[2], weight.shape[2]
+    n, outputs = x.shape[0], relevance.shape[2]
     check_table("reads", reads, n, outputs, taps, x.shape[2])
     check_table("gives", gives, n, outputs, taps, times)
     row = outputs * taps
@@ -174,8 +179,9 @@ def check_max_pool3d(
     dilation: Sequence[int],
     ceil_mode: bool,
     stabilizer: float,
+    times: int | None = None,
 ) -> None:
-    """Refuse what is no pooling of x, and relevance that is not of its output."""
+    """Refuse what is no pooling of x, and relevance that is not of its output, whose times a table may say."""
     check_x(x)
     check_numbers("kernel_size", kernel_size, 3, 1)
     check_numbers("stride", stride, 3, 1)
@@ -189,6 +195,9 @@ def check_max_pool3d(
     check_padded(x, [n + 2 * p for n, p in zip(x.shape[2:], padding, strict=True)], padding)
     check_tensor("relevance", relevance, 5, accumulator(x.dtype), x.device)
     expected = (*x.shape[:2], *map(_pooled, x.shape[2:], kernel_size, stride, padding, dilation, [ceil_mode] * 3))
+    if times is not None:
+        _check_no_window_in_time(stride[0], padding[0], padding[0], dilation[0])
+        expected = (*expected[:2], times, *expected[3:])
     check(
         all(size > 0 for size in expected[2:]),
         f"kernel_size {list(kernel_size)} with dilation {list(dilation)} does not fit into x of shape {tuple(x.shape)} "

@@ -31,6 +31,7 @@ from captum_dtd import fused
 from captum_dtd.bounds import Bound
 from captum_dtd.graph import plain_modes
 from captum_dtd.layers import Arguments, Call, Limits, Weighted
+from captum_dtd.operations import aten
 from captum_dtd.ops import Table, memory_format
 from captum_dtd.propagate import Activations, Box, Network, Step, ValueOf, Values
 from captum_dtd.reference import accumulator
@@ -302,6 +303,15 @@ class _Plan:
             self._routes[node, source] = from_classes, self.slots[source].route(read)
         return self._routes[node, source]
 
+    def tables(self, node: fx.Node, source: fx.Node) -> tuple[Table, Table]:
+        """The same by output time and tap, for operations that read by tables."""
+        window = self._in_time[node].window
+        assert window is not None
+        return tuple(  # type: ignore[return-value]
+            [[row[at : at + window.taps] for at in range(0, len(row), window.taps)] for row in route.rows]
+            for route in self.routes(node, source)
+        )
+
     def reading(self, along: _Convolution) -> _Reading:
         """What a convolution reads and gives to."""
         if along.node not in self._readings:
@@ -368,6 +378,8 @@ class FrozenNetwork:
         here = self.in_time[node]
         if here.way == "convolution":
             return self._convolve(node, values)
+        if here.way == "windows" and node.target is aten.max_pool3d.default:
+            return self._max_pool(node, values)
         args = here.args(here.times.distinct) if here.args is not None and here.times is not None else None
         return self.network.compute(node, self._read_distinct(node, values), args)
 
@@ -379,12 +391,36 @@ class FrozenNetwork:
             times = self._times(source)
             if times is None:
                 return values[source]
-            if (node, source) not in self._read:
-                read = here.reads(here.times.first if here.times is not None else (), times.length)
-                self._read[node, source] = Route.of([times.numbers(read)], times.distinct)
-            return self._read[node, source].gather(values[source], times.dim, here.fill)
+            return self._route(node, source).gather(values[source], times.dim, here.fill)
 
         return value_of
+
+    def _route(self, node: fx.Node, source: fx.Node) -> Route:
+        """From the classes of a source to what an operation reads for those of its output."""
+        if (node, source) not in self._read:
+            here, times = self.in_time[node], self._times(source)
+            assert times is not None
+            read = here.reads(here.times.first if here.times is not None else (), times.length)
+            self._read[node, source] = Route.of([times.numbers(read)], times.distinct)
+        return self._read[node, source]
+
+    def _max_pool(self, node: fx.Node, values: Values) -> Tensor:
+        """A max pooling along time: over H and W of every class once, then over the classes that a window reads."""
+        here, source = self.in_time[node], node.all_input_nodes[0]
+        assert here.window is not None and here.args is not None and here.times is not None
+        x, size, stride, *others = here.args(here.times.distinct)
+        pooled = self.network.compute(node, values.__getitem__, (x, [1, *size[1:]], [1, *stride[1:]], *others))
+        (read,), taps = self._route(node, source).rows, here.window.taps
+        found = _empty_like(pooled, 2, here.times.distinct)
+        for index in range(here.times.distinct):
+            first, *more = (pooled.select(2, t) for t in dict.fromkeys(read[index * taps :][:taps]) if t >= 0)
+            largest = found.select(2, index)
+            if not more:
+                largest.copy_(first)
+            for other in more:
+                torch.maximum(first, other, out=largest)
+                first = largest
+        return found
 
     def _convolve(self, node: fx.Node, values: Values) -> Tensor:
         """A convolution at the first time of every class: of equal times once where that is less, else at all times."""
@@ -396,7 +432,7 @@ class FrozenNetwork:
 
         whole_layer = along.layer(values, (0,))
         kernel = self.network.forward_kernel(whole_layer)
-        if fused.serves_frozen(kernel, values[along.source]):
+        if fused.serves_frozen(kernel, node, values[along.source]):
             return fused.forward(whole_layer, kernel, along.reads_of_classes)
 
         def one(take: Take, tap: int) -> Tensor:
@@ -434,7 +470,8 @@ class FrozenNetwork:
         def share(step: Step, values: Values, box: Box, arriving: list[Any]) -> Sequence[Sequence[Tensor | None]]:
             if self.in_time[step.node].way == "convolution":
                 return [(one,) for one in self._share_convolution(step, values, box, arriving, plan)]
-            return self._share(step, values, box, arriving, plan)
+            shared = self._share_pool(step, values, arriving, plan)
+            return shared if shared is not None else self._share(step, values, box, arriving, plan)
 
         values, seed = activations.values, seeds[0]
         with plain_modes():
@@ -521,6 +558,22 @@ class FrozenNetwork:
         leaving = self.network.share(step, lambda source: take(values, source), limits, arriving, args)
         return [[to_slots(source, part) for source, part in zip(step.sources, one, strict=True)] for one in leaving]
 
+    def _share_pool(
+        self, step: Step, values: Values, arriving: list[Any], plan: _Plan
+    ) -> Sequence[Sequence[Tensor | None]] | None:
+        """A pooling along time in one operation that reads and gives to times by tables; None where no kernel serves it."""
+        here = self.in_time[step.node]
+        if here.way != "windows" or fused.kind_of(step.node) not in ("max pool", "average pool") or step.rule is None:
+            return None
+        call = Call(step.node, step.positions, values.__getitem__)
+        (x,) = call.signals
+        kernel = self.network.kernel_of(step, call)
+        if not fused.serves_frozen(kernel, step.node, x):
+            return None
+        reads, gives = plan.tables(step.node, step.sources[0])
+        tables = reads, gives, plan.slots[step.sources[0]].count
+        return [(fused.redistribute_frozen_pool(call, one, step.rule, kernel, tables),) for one in arriving]
+
     def _share_convolution(
         self, step: Step, values: Values, box: Box, arriving: list[Tensor], plan: _Plan
     ) -> list[Tensor]:
@@ -535,7 +588,7 @@ class FrozenNetwork:
             return [_empty_like(values[along.source], 2, kept.count).to(one.dtype).zero_() for one in arriving]
         limits = box.around(step, dict.__getitem__)
         kernel = self.network.kernel_of(step, along.layer(values, step.positions))
-        if isinstance(step.rule, (ZPlus, ZBeta)) and fused.serves_frozen(kernel, values[along.source]):
+        if isinstance(step.rule, (ZPlus, ZBeta)) and fused.serves_frozen(kernel, step.node, values[along.source]):
             tables = reading.reads, reading.gives, kept.count
             return self._share_by_table(step, along.layer(values, step.positions), limits, arriving, tables, kernel)
         return self._share_by_taps(step, values, limits, arriving, along, at, kept, reading.taps)

@@ -166,9 +166,35 @@ def forward(call: Call, kernel: str, reads: Table | None = None) -> Tensor:
     return _from_3d(_convolve(_to_3d(x, conv.dims), conv, conv.weight, conv.bias, reads, kernel), x, conv.dims)
 
 
-def serves_frozen(kernel: str, x: Tensor) -> bool:
-    """Whether a kernel serves layers of frozen clips, which read times of x by a table."""
-    return kernel != "reference" and kernel in kernels.available(f"{kernels.FROZEN}conv3d", x.device.type, x.dtype)
+def serves_frozen(kernel: str, node: fx.Node, x: Tensor) -> bool:
+    """Whether a kernel serves such an operation in layers of frozen clips, which read times of x by a table."""
+    op = "max_pool3d_relevance" if kind_of(node) in ("max pool", "average pool") else "conv3d"
+    return kernel != "reference" and kernel in kernels.available(f"{kernels.FROZEN}{op}", x.device.type, x.dtype)
+
+
+def redistribute_frozen_pool(
+    call: Call, relevance: Tensor, rule: Rule | MaxPoolRule, kernel: str, tables: tuple[Table, Table, int]
+) -> Tensor:
+    """What `redistribute` is, at a 3D pooling that reads and gives to times by tables (see `ops.frozen_max_pool3d_relevance`).
+
+    Args:
+        tables: reads, gives, and how many times the result has.
+    """
+    (x,) = call.signals
+    pool = _Pool.of(call)
+    return ops.frozen_max_pool3d_relevance(
+        x,
+        relevance.to(accumulator(x.dtype)),
+        pool.kernel_size,
+        *tables,
+        stride=pool.stride[1:],
+        padding=pool.padding[1:],
+        dilation=pool.dilation[1:],
+        ceil_mode=pool.ceil_mode,
+        winner_takes_all=isinstance(rule, WinnerTakesAll),
+        stabilizer=rule.stabilizer if isinstance(rule, Proportional) else 0.0,
+        kernel=kernel,
+    )
 
 
 def redistribute_frozen(

@@ -80,7 +80,7 @@ def available(op: str, device: str, dtype: torch.dtype) -> list[str]:
     if op.startswith(FROZEN) and device != "cpu":
         return ["reference"]
     lists = {"max_pool3d_relevance": module.max_pool3d_kernels, "z_plus_add": module.add_kernels}
-    names = lists.get(op, module.conv3d_kernels)(str(dtype).removeprefix("torch."))
+    names = lists.get(op.removeprefix(FROZEN), module.conv3d_kernels)(str(dtype).removeprefix("torch."))
     return [*names, "reference"]
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "SCHEMAS",
     "conv3d",
     "frozen_conv3d",
+    "frozen_max_pool3d_relevance",
     "frozen_z_beta_conv3d",
     "frozen_z_plus_conv3d",
     "max_pool3d_relevance",
@@ -62,6 +63,8 @@ SCHEMAS = {
     "bool non_negative, float stabilizer, bool divided, str kernel) -> Tensor",
     "frozen_z_beta_conv3d": "(Tensor x, Tensor low, Tensor high, Tensor weight, Tensor? bias, Tensor relevance, "
     f"{_TABLES}, {_GEOMETRY}, int groups, float stabilizer, bool divided, str kernel) -> Tensor",
+    "frozen_max_pool3d_relevance": f"(Tensor x, Tensor relevance, {_TABLES}, int[] kernel_size, {_GEOMETRY}, bool ceil_mode, "
+    "bool winner_takes_all, float stabilizer, str kernel) -> Tensor",
     "frozen_conv3d": f"(Tensor x, Tensor weight, Tensor? bias, int[] reads, int times, {_GEOMETRY}, int groups, str kernel) "
     "-> Tensor",
 }
@@ -371,6 +374,56 @@ def frozen_z_beta_conv3d(
     return _call("frozen_z_beta_conv3d", x, low, high, weight, bias, relevance, *tables, *geometry, *options, kernel)
 
 
+def frozen_max_pool3d_relevance(
+    x: Tensor,
+    relevance: Tensor,
+    kernel_size: Triple,
+    reads: Table,
+    gives: Table,
+    times: int,
+    *,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    winner_takes_all: bool = False,
+    stabilizer: float = 0.0,
+    kernel: str = "auto",
+) -> Tensor:
+    """Relevance of a max pooling's input, in a layer of a frozen clip, whose equal times are kept once.
+
+    Window q reads by tap j along T time ``reads[q][j]`` of ``x`` (nothing for -1), and passes what falls to it on to time
+    ``gives[q][j]`` of the result (to nobody for -1).
+
+    Args:
+        x: the pooling's input (N, C, times that differ, H, W).
+        relevance: of its output (N, C, Q, H', W').
+        kernel_size: of the windows, one number or one per dimension.
+        reads: times of ``x``, as (1 or N, Q, kT).
+        gives: times of the result, likewise.
+        times: how many times the result has.
+        stride: between windows along H and W, one number or two; None: that of ``kernel_size``.
+        padding: around H and W; padded elements take no share.
+        dilation: between the elements of a window along H and W.
+        ceil_mode: as in `max_pool3d_relevance`, and so are all further arguments and the errors.
+
+    Returns:
+        Relevance of the input, (N, C, times, H, W).
+
+    Example:
+        >>> x = torch.tensor([1.0, 3.0]).view(1, 1, 2, 1, 1)
+        >>> reads = [[(-1, 0), (0, 0), (0, 1)]]
+        >>> frozen_max_pool3d_relevance(x, torch.full((1, 1, 3, 1, 1), 8.0), (2, 1, 1), reads, reads, 2).flatten()
+        tensor([18.,  6.])
+    """
+    kernel_size = _triple("kernel_size", kernel_size)
+    stride = kernel_size[1:] if stride is None else _pair("stride", stride)
+    geometry = ([1, *stride], [0, *_pair("padding", padding)], [1, *_pair("dilation", dilation)], ceil_mode)
+    tables = (_flat("reads", reads), _flat("gives", gives), times)
+    options = (winner_takes_all, stabilizer)
+    return _call("frozen_max_pool3d_relevance", x, relevance, *tables, kernel_size, *geometry, *options, kernel)
+
+
 def frozen_conv3d(
     x: Tensor,
     weight: Tensor,
@@ -544,7 +597,7 @@ def _fake_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) 
 def _fake_frozen_z_plus(x: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any) -> Tensor:
     reads, gives, times, stride, padding, dilation, groups, _, stabilizer, _, _ = options
     check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, times_of(relevance))
-    check_tables(x, weight, relevance, reads, gives, times)
+    check_tables(x, weight.shape[2], relevance, reads, gives, times)
     return _like_x(x, relevance.dtype, (*x.shape[:2], times, *x.shape[3:]))
 
 
@@ -554,7 +607,15 @@ def _fake_frozen_z_beta(
     reads, gives, times, stride, padding, dilation, groups, stabilizer, _, _ = options
     check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, times_of(relevance))
     check_bounds(x, low, high, relevance)
-    check_tables(x, weight, relevance, reads, gives, times)
+    check_tables(x, weight.shape[2], relevance, reads, gives, times)
+    return _like_x(x, relevance.dtype, (*x.shape[:2], times, *x.shape[3:]))
+
+
+def _fake_frozen_max_pool3d(x: Tensor, relevance: Tensor, *options: Any) -> Tensor:
+    reads, gives, times, kernel_size, stride, padding, dilation, ceil_mode, _, stabilizer, _ = options
+    geometry = (kernel_size, stride, padding, dilation, ceil_mode)
+    check_max_pool3d(x, relevance, *geometry, stabilizer, times_of(relevance))
+    check_tables(x, kernel_size[0], relevance, reads, gives, times)
     return _like_x(x, relevance.dtype, (*x.shape[:2], times, *x.shape[3:]))
 
 
@@ -584,6 +645,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "conv3d": _fake_conv3d,
     "frozen_z_plus_conv3d": _fake_frozen_z_plus,
     "frozen_z_beta_conv3d": _fake_frozen_z_beta,
+    "frozen_max_pool3d_relevance": _fake_frozen_max_pool3d,
     "frozen_conv3d": _fake_frozen_conv3d,
 }
 _DEFINITIONS = {name: _definition(fake, getattr(reference, name)) for name, fake in _FAKES.items()}

@@ -155,6 +155,41 @@ def max_pool3d_relevance(
     return shared.view(x.shape)
 
 
+def frozen_max_pool3d_relevance(
+    x: Tensor,
+    relevance: Tensor,
+    reads: Sequence[int],
+    gives: Sequence[int],
+    times: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    winner_takes_all: bool,
+    stabilizer: float,
+) -> Tensor:
+    """Max pooling whose windows read and give to times by a table: every window along T as a clip of its own.
+
+    What is read from nowhere is -inf: it has no positive part, and wins no window that reads anything finite.
+    """
+    x = x.to(relevance.dtype)
+    n, channels, _, *size = x.shape
+    outputs, taps = relevance.shape[2], kernel_size[0]
+    read, given = _rows(reads, n, outputs, taps), _rows(gives, n, outputs, taps)
+    shared = relevance.new_zeros((n, channels, times, *size))
+    for q in range(outputs):
+        windows = _windows(x, [row[q] for row in read], taps, -math.inf)
+        here = relevance[:, :, q : q + 1]
+        geometry = (kernel_size, stride, padding, dilation, ceil_mode, winner_takes_all, stabilizer)
+        of_window = max_pool3d_relevance(windows, here, *geometry)
+        for example in range(n):
+            for tap, (source, to) in enumerate(zip(read[example][q], given[example][q], strict=True)):
+                if source >= 0 and to >= 0:
+                    shared[example, :, to] += of_window[example, :, tap]
+    return shared
+
+
 def z_plus_add(x: Tensor, other: Tensor, relevance: Tensor, alpha: float, stabilizer: float) -> tuple[Tensor, Tensor]:
     """z+ on ``x + alpha other``: to each summand ``u R / (sum of u)``, where u is its positive part."""
     u, v = x.to(relevance.dtype).clamp(min=0), other.to(relevance.dtype).mul(alpha).clamp_(min=0)
@@ -216,9 +251,9 @@ def _rows(table: Sequence[int], n: int, times: int, taps: int) -> list[list[list
     return rows if len(rows) == n else rows * n
 
 
-def _windows(x: Tensor, read: Sequence[Sequence[int]], taps: int) -> Tensor:
-    """For every example the times that one output reads by so many taps, -1 as zeros."""
-    chosen = x.new_zeros((x.shape[0], x.shape[1], taps, *x.shape[3:]))
+def _windows(x: Tensor, read: Sequence[Sequence[int]], taps: int, fill: float = 0.0) -> Tensor:
+    """For every example the times that one output reads by so many taps; ``fill`` for -1."""
+    chosen = x.new_full((x.shape[0], x.shape[1], taps, *x.shape[3:]), fill)
     for n, times in enumerate(read):
         for tap, time in enumerate(times):
             if time >= 0:

@@ -131,6 +131,13 @@ inline int64_t windows(int64_t room, int64_t kernel, int64_t stride, int64_t dil
   return floor_divide(room - dilation * (kernel - 1) - 1, stride) + 1;
 }
 
+// Where a table says what is read.
+inline void check_no_window_in_time(int64_t stride, int64_t front, int64_t back, int64_t dilation) {
+  require(stride == 1 && front == 0 && back == 0 && dilation == 1,
+          "reads takes the place of stride, padding and dilation along T: they must be 1, 0 and 1, got ", stride, ", (", front,
+          ", ", back, ") and ", dilation);
+}
+
 }  // namespace checks
 
 // Checks a convolution's arguments and returns its geometry. `relevance` is of its output; a convolution alone has none.
@@ -174,9 +181,7 @@ inline Conv3d check_conv3d(const Tensor& x, const Tensor& weight, const std::opt
     conv.out[a] = windows(conv.in[a] + padding[2 * a] + padding[2 * a + 1], kernel[a], stride[a], dilation[a]);
   }
   if (times) {
-    require(stride[0] == 1 && padding[0] == 0 && padding[1] == 0 && dilation[0] == 1,
-            "reads takes the place of stride, padding and dilation along T: they must be 1, 0 and 1, got ", stride[0], ", (",
-            padding[0], ", ", padding[1], ") and ", dilation[0]);
+    check_no_window_in_time(stride[0], padding[0], padding[1], dilation[0]);
     conv.out[0] = *times;
   }
   require(std::all_of(conv.out, conv.out + 3, [](int64_t size) { return size > 0; }), "weight's kernel ", tuple(kernel),
@@ -229,8 +234,10 @@ inline void check_bound(const char* argument, const Tensor& bound, const Tensor&
 }
 
 // Checks a max pooling's arguments and returns its geometry; `relevance` is of its output.
+// `times` is how many times the output has where a table says so, not a window.
 inline MaxPool3d check_max_pool3d(const Tensor& x, const Tensor& relevance, const Numbers& kernel, const Numbers& stride,
-                                  const Numbers& padding, const Numbers& dilation, bool ceil_mode, double stabilizer) {
+                                  const Numbers& padding, const Numbers& dilation, bool ceil_mode, double stabilizer,
+                                  std::optional<int64_t> times = std::nullopt) {
   using namespace checks;
   check_x(x);
   check_numbers("kernel_size", kernel, 3, 1);
@@ -258,6 +265,10 @@ inline MaxPool3d check_max_pool3d(const Tensor& x, const Tensor& relevance, cons
     pool.out[a] = windows(pool.in[a] + 2 * padding[a] + over, kernel[a], stride[a], dilation[a]);
     // The last window must begin inside the input or its front padding, as torch has it.
     if (ceil_mode && (pool.out[a] - 1) * stride[a] >= pool.in[a] + padding[a]) --pool.out[a];
+  }
+  if (times) {
+    check_no_window_in_time(stride[0], padding[0], padding[0], dilation[0]);
+    pool.out[0] = *times;
   }
   require(std::all_of(pool.out, pool.out + 3, [](int64_t size) { return size > 0; }), "kernel_size ", list(kernel),
           " with dilation ", list(dilation), " does not fit into x of shape ", shape(x), " with padding ", list(padding));

@@ -68,18 +68,18 @@ struct Operators {
                                      double stabilizer, const std::string& asked) {
     MaxPool3dRelevance problem{};
     problem.pool = check_max_pool3d(x, relevance, kernel_size, stride, padding, dilation, ceil_mode, stabilizer);
-    const typename Device::Guard guard(x);
-    const std::string kernel = choose(asked, Device::max_pool3d_kernels(), x);
-    Tensor out = Device::result_like(x, relevance.scalar_type(), {x.sizes().begin(), x.sizes().end()});
-    if (out.numel() == 0) return out;
-    problem.winner_takes_all = winner_takes_all;
-    problem.stabilizer = stabilizer;
-    problem.element = element(x.scalar_type());
-    problem.x = view(x);
-    problem.relevance = view(relevance);
-    problem.out = view(out);
-    Device::run(problem, kernel, x);
-    return out;
+    return share(problem, x, relevance, winner_takes_all, stabilizer, asked);
+  }
+
+  static Tensor frozen_max_pool3d_relevance(const Tensor& x, const Tensor& relevance, const Numbers& reads, const Numbers& gives,
+                                            int64_t times, const Numbers& kernel_size, const Numbers& stride,
+                                            const Numbers& padding, const Numbers& dilation, bool ceil_mode,
+                                            bool winner_takes_all, double stabilizer, const std::string& asked) {
+    MaxPool3dRelevance problem{};
+    problem.pool =
+        check_max_pool3d(x, relevance, kernel_size, stride, padding, dilation, ceil_mode, stabilizer, times_of(relevance));
+    set_tables(problem, problem.pool, x, reads, gives, times);
+    return share(problem, x, relevance, winner_takes_all, stabilizer, asked);
   }
 
   static std::tuple<Tensor, Tensor> z_plus_add(const Tensor& x, const Tensor& other, const Tensor& relevance, double alpha,
@@ -121,7 +121,7 @@ struct Operators {
     const Conv3d conv =
         check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, times_of(relevance));
     Conv3dRelevance problem = z_plus(conv, non_negative, stabilizer, divided);
-    set_tables(problem, x, reads, gives, times);
+    set_tables(problem, problem.conv, x, reads, gives, times);
     return share(problem, x, weight, bias, relevance, kernel);
   }
 
@@ -133,7 +133,7 @@ struct Operators {
     const Conv3d conv =
         check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, times_of(relevance));
     Conv3dRelevance problem = z_beta(conv, x, low, high, stabilizer, divided);
-    set_tables(problem, x, reads, gives, times);
+    set_tables(problem, problem.conv, x, reads, gives, times);
     return share(problem, x, weight, bias, relevance, kernel);
   }
 
@@ -156,6 +156,7 @@ struct Operators {
       library.impl("frozen_conv3d", TORCH_BOX(&frozen_conv3d));
       library.impl("frozen_z_plus_conv3d", TORCH_BOX(&frozen_z_plus_conv3d));
       library.impl("frozen_z_beta_conv3d", TORCH_BOX(&frozen_z_beta_conv3d));
+      library.impl("frozen_max_pool3d_relevance", TORCH_BOX(&frozen_max_pool3d_relevance));
     }
     library.impl("conv3d", TORCH_BOX(&conv3d));
     library.impl("z_plus_conv3d", TORCH_BOX(&z_plus_conv3d));
@@ -189,19 +190,40 @@ struct Operators {
   static int64_t times_of(const Tensor& relevance) { return relevance.dim() == 5 ? relevance.size(2) : 1; }
 
   // One row for all examples, or one for each.
-  static TimeTable table(const Numbers& numbers, const Conv3d& conv) {
-    return {numbers.data(), static_cast<int64_t>(numbers.size()) > conv.out[0] * conv.kernel[0]};
+  template <typename Geometry>
+  static TimeTable table(const Numbers& numbers, const Geometry& geometry) {
+    return {numbers.data(), static_cast<int64_t>(numbers.size()) > geometry.out[0] * geometry.kernel[0]};
   }
 
-  static void set_tables(Conv3dRelevance& problem, const Tensor& x, const Numbers& reads, const Numbers& gives, int64_t times) {
-    Conv3d& conv = problem.conv;
+  // Checks tables, and takes them for what windows along T read and give to.
+  template <typename Problem, typename Geometry>
+  static void set_tables(Problem& problem, Geometry& geometry, const Tensor& x, const Numbers& reads, const Numbers& gives,
+                         int64_t times) {
     checks::require(times >= 1, "times must be at least 1, got ", times);
-    check_table("reads", reads, conv.n, conv.out[0], conv.kernel[0], x.size(2));
-    check_table("gives", gives, conv.n, conv.out[0], conv.kernel[0], times);
-    check_tables_agree(reads, gives, conv.out[0] * conv.kernel[0], times);
-    problem.reads = table(reads, conv);
-    problem.gives = table(gives, conv);
-    conv.in[0] = times;
+    check_table("reads", reads, geometry.n, geometry.out[0], geometry.kernel[0], x.size(2));
+    check_table("gives", gives, geometry.n, geometry.out[0], geometry.kernel[0], times);
+    check_tables_agree(reads, gives, geometry.out[0] * geometry.kernel[0], times);
+    problem.reads = table(reads, geometry);
+    problem.gives = table(gives, geometry);
+    geometry.in[0] = times;
+  }
+
+  static Tensor share(MaxPool3dRelevance& problem, const Tensor& x, const Tensor& relevance, bool winner_takes_all,
+                      double stabilizer, const std::string& asked) {
+    const typename Device::Guard guard(x);
+    const std::string kernel = choose(asked, Device::max_pool3d_kernels(), x);
+    const Numbers shape{x.size(0), x.size(1), problem.pool.in[0], x.size(3), x.size(4)};
+    Tensor out = Device::result_like(x, relevance.scalar_type(), shape);
+    if (out.numel() == 0) return out;
+    problem.times = x.size(2);
+    problem.winner_takes_all = winner_takes_all;
+    problem.stabilizer = stabilizer;
+    problem.element = element(x.scalar_type());
+    problem.x = view(x);
+    problem.relevance = view(relevance);
+    problem.out = view(out);
+    Device::run(problem, kernel, x);
+    return out;
   }
 
   static Tensor share(Conv3dRelevance& problem, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,

@@ -55,8 +55,12 @@ struct Conv3dForward {
 //
 //   proportional        out = u * sum over windows of  R / (sum of u in the window + stabilizer),   u = max(x, 0)
 //   winner_takes_all    each window's R goes to its maximum: the first of equals, the last of NaNs, as in torch
+//
+// With tables, windows along T read times of x and give to times of the result.
 struct MaxPool3dRelevance {
   MaxPool3d pool;
+  TimeTable reads, gives;  // pool.in has the times of the result, and the input `times` of its own
+  int64_t times;
   bool winner_takes_all;
   double stabilizer;
   Element element;

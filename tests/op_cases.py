@@ -84,8 +84,8 @@ class Frozen(Conv):
     The oracle reads every output's window as frames of its own, laid end to end.
     """
 
-    reads: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    gives: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    reads: TimeTable = ()
+    gives: TimeTable = ()
     times: int = 1
 
     @property
@@ -120,27 +120,42 @@ class Frozen(Conv):
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.spread(self.read(x), weight)
 
-    def _table(self, rows: tuple[tuple[tuple[int, ...], ...], ...]) -> list[list[int]]:
-        """For every example and frame of a window."""
-        frames = [[time for taps in row for time in taps] for row in rows]
-        return frames * (self.x[0] if len(rows) == 1 else 1)
-
     def read(self, x: Tensor) -> Tensor:
-        frames = x.new_zeros(*x.shape[:2], len(self.reads[0]) * self.weight[2], *x.shape[3:])
-        for n, row in enumerate(self._table(self.reads)):
-            for frame, time in enumerate(row):
-                if time >= 0:
-                    frames[n, :, frame] = x[n, :, time]
-        return frames
+        return read_by_table(x, self.reads, 0.0)
 
     def collect(self, shared: Tensor) -> Tensor:
-        n, c, _, *size = shared.shape
-        found = shared.new_zeros(n, c, self.times, *size)
-        for example, (reads, gives) in enumerate(zip(self._table(self.reads), self._table(self.gives), strict=True)):
-            for frame, (source, to) in enumerate(zip(reads, gives, strict=True)):
-                if source >= 0 and to >= 0:
-                    found[example, :, to] += shared[example, :, frame]
-        return found
+        return collected_by_tables(shared, self.reads, self.gives, self.times)
+
+
+TimeTable: TypeAlias = tuple[tuple[tuple[int, ...], ...], ...]
+
+
+def frames_of(table: TimeTable, examples: int) -> list[list[int]]:
+    """For every example and frame of a window."""
+    frames = [[time for taps in row for time in taps] for row in table]
+    return frames * (examples if len(table) == 1 else 1)
+
+
+def read_by_table(x: Tensor, table: TimeTable, fill: float) -> Tensor:
+    """The frames that windows along T read, end to end."""
+    rows = frames_of(table, len(x))
+    frames = x.new_full((*x.shape[:2], sum(map(len, table[0])), *x.shape[3:]), fill)
+    for n, row in enumerate(rows):
+        for frame, time in enumerate(row):
+            if time >= 0:
+                frames[n, :, frame] = x[n, :, time]
+    return frames
+
+
+def collected_by_tables(shared: Tensor, reads: TimeTable, gives: TimeTable, times: int) -> Tensor:
+    """What the frames of windows give to every time."""
+    n, c, _, *size = shared.shape
+    found = shared.new_zeros(n, c, times, *size)
+    for example, (read, given) in enumerate(zip(frames_of(reads, n), frames_of(gives, n), strict=True)):
+        for frame, (source, to) in enumerate(zip(read, given, strict=True)):
+            if source >= 0 and to >= 0:
+                found[example, :, to] += shared[example, :, frame]
+    return found
 
 
 CONVS = (
@@ -332,6 +347,54 @@ class Pool:
     def __call__(self, x: Tensor) -> Tensor:
         return F.max_pool3d(x, self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
 
+    @property
+    def spread(self) -> Pool:
+        """The pooling over what `read` makes of x."""
+        return self
+
+    def read(self, x: Tensor, fill: float = -math.inf) -> Tensor:
+        """What the windows read, and the oracle knows inputs by."""
+        return x
+
+    def collect(self, shared: Tensor) -> Tensor:
+        """The relevance of x, given that of what was read."""
+        return shared
+
+
+@dataclass(frozen=True)
+class FrozenPool(Pool):
+    """A max pooling of a frozen clip's layer; stride, padding and dilation are those of H and W.
+
+    The oracle reads every window along T as frames of its own, laid end to end.
+    """
+
+    reads: TimeTable = ()
+    gives: TimeTable = ()
+    times: int = 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        given = super().options
+        flat = {name: given[name][1:] for name in ("stride", "padding", "dilation") if isinstance(given[name], tuple)}
+        return given | flat | {"reads": self.reads, "gives": self.gives, "times": self.times}
+
+    @property
+    def spread(self) -> Pool:
+        kernel = tuples(self.kernel, 3)
+        stride = kernel if self.stride is None else tuples(self.stride, 3)
+        sides = [(first, *tuples(n, 3)[1:]) for first, n in ((0, self.padding), (1, self.dilation))]
+        x = (*self.x[:2], len(self.reads[0]) * kernel[0], *self.x[3:])
+        return Pool(self.name, x, kernel, (kernel[0], *stride[1:]), *sides, self.ceil_mode)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.spread(self.read(x))
+
+    def read(self, x: Tensor, fill: float = -math.inf) -> Tensor:
+        return read_by_table(x, self.reads, fill)
+
+    def collect(self, shared: Tensor) -> Tensor:
+        return collected_by_tables(shared, self.reads, self.gives, self.times)
+
 
 POOLS = (
     Pool("2x2x2", (2, 3, 4, 6, 6), 2),
@@ -354,6 +417,41 @@ POOLS = (
     Pool("batch of 3, 33 channels", (3, 33, 2, 2, 4), 2),
     Pool("28 wide", (1, 1, 2, 4, 28), (1, 2, 2)),
     Pool("C3D's last", (1, 16, 2, 7, 7), 2, 2, (0, 1, 1)),
+    Pool("40 channels, stride 1", (1, 40, 4, 3, 4), 3, 1, 1),
+    Pool("stride 1, dilated", (2, 3, 5, 4, 5), (3, 2, 3), 1, (1, 0, 1), (2, 1, 1)),
+)
+
+FROZEN_POOLS = (
+    FrozenPool("frozen pool", (2, 3, 1, 4, 5), 3, 1, 1, reads=ENDS, gives=ENDS),
+    FrozenPool("frozen pool of three", (1, 17, 3, 4, 3), 3, 2, 1, reads=THREE, gives=THREE, times=3),
+    FrozenPool("frozen pool, batch of 3", (3, 5, 2, 3, 4), (2, 3, 3), 1, (0, 1, 1), reads=EACH, gives=EACH, times=2),
+    FrozenPool(
+        "frozen pool, clips alike", (3, 5, 2, 3, 4), (2, 3, 3), 1, (0, 1, 1), reads=SHIFTED, gives=SHIFTED, times=2
+    ),
+    FrozenPool("frozen pool, empty batch", (0, 3, 1, 4, 4), 3, 1, 1, reads=ENDS, gives=ENDS),
+    FrozenPool("frozen pool, apart", (2, 3, 2, 4, 6), 2, reads=SHIFTED, gives=SHIFTED, times=2),
+    FrozenPool(
+        "frozen pool, one to several",
+        (1, 40, 1, 3, 3),
+        (3, 2, 2),
+        1,
+        reads=ENDS,
+        gives=(((-1, 0, 1), (0, 1, 2), (1, 2, -1)),),
+        times=3,
+    ),
+    FrozenPool(
+        "frozen pool, given to nobody",
+        (2, 3, 2, 3, 3),
+        2,
+        1,
+        reads=(((0, 1), (1, 0)),),
+        gives=(((-1, 0), (-1, -1)),),
+        times=2,
+    ),
+    FrozenPool(
+        "frozen pool, nothing read", (2, 3, 1, 3, 3), 2, 1, reads=(((-1, -1), (0, 0)),), gives=(((-1, 0), (0, 0)),)
+    ),
+    FrozenPool("frozen pool, dilated, ceil", (1, 2, 3, 7, 8), 3, (1, 2, 2), 1, (1, 1, 2), True, THREE, THREE, 3),
 )
 
 
@@ -468,9 +566,11 @@ def explicit(op: str, arguments: dict[str, Any], kernel: str = "auto") -> dict[s
         return {"alpha": 1.0, "stabilizer": 0.0, "kernel": kernel} | arguments
     given = {"kernel": kernel, **arguments}
     defaults: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "kernel": "auto"}
-    if op == "max_pool3d_relevance":
-        defaults |= {"stride": given["kernel_size"], "ceil_mode": False, "winner_takes_all": False}
+    if kind(op) == "max_pool3d_relevance":
         given["kernel_size"] = list(tuples(given["kernel_size"], 3))
+        defaults |= {"stride": given["kernel_size"], "ceil_mode": False, "winner_takes_all": False}
+        if kind(op) != op and given.get("stride") is None:
+            given["stride"] = given["kernel_size"][1:]
     else:
         defaults |= {"bias": None, "groups": 1} | ({"non_negative": False} if kind(op) == "z_plus_conv3d" else {})
         defaults |= {"divided": False} if kind(op) != "conv3d" else {}
@@ -490,7 +590,7 @@ def explicit(op: str, arguments: dict[str, Any], kernel: str = "auto") -> dict[s
     given = defaults | {name: value for name, value in given.items() if value is not None}
     for name in ("stride", "padding", "dilation"):
         given[name] = list(tuples(given[name], 3))
-    if op != "max_pool3d_relevance" and len(given["padding"]) == 3:
+    if kind(op) != "max_pool3d_relevance" and len(given["padding"]) == 3:
         given["padding"] = [side for side in given["padding"] for _ in range(2)]
     return given
 
@@ -556,7 +656,9 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
 }
 
 
-VARIANTS |= {f"frozen_{op}": VARIANTS[op] for op in ("z_plus_conv3d", "z_beta_conv3d", "conv3d")}
+VARIANTS |= {
+    f"frozen_{op}": VARIANTS[op] for op in ("z_plus_conv3d", "z_beta_conv3d", "conv3d", "max_pool3d_relevance")
+}
 
 
 def box(how: str, x: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
@@ -654,9 +756,9 @@ def windows(case: Pool) -> Tensor:
 
 def pool_problem(case: Pool, variant: Variant, x: Tensor, dtype: torch.dtype, short: bool) -> Problem:
     """Every channel of every example is a plane by itself. Short operands have ties."""
-    out = case(x).shape
+    out, read = case(x).shape, case.read(x)
     R = rounded(draw(case, "relevance", out, short), accumulator(dtype))
-    member, u = windows(case), x.reshape(math.prod(case.x[:2]), 1, math.prod(case.x[2:]))
+    member, u = windows(case.spread), read.reshape(math.prod(read.shape[:2]), 1, math.prod(read.shape[2:]))
     if variant.options.get("winner_takes_all"):
         candidates = torch.where(member, u, -math.inf)
         highest = member & (candidates == candidates.amax(2, keepdim=True))
@@ -664,10 +766,8 @@ def pool_problem(case: Pool, variant: Variant, x: Tensor, dtype: torch.dtype, sh
     else:
         Z = pos(u) * member
     expected, scale = shared(Z, R.reshape(len(Z), len(member)), 0.0, variant.stabilizer)
-    options = case.options | variant.options
-    return Problem(
-        "max_pool3d_relevance", {"x": x, "relevance": R}, options, expected.view(x.shape), scale.view(x.shape)
-    )
+    expected, scale = (case.collect(each.view(read.shape)) for each in (expected, scale))
+    return Problem("max_pool3d_relevance", {"x": x, "relevance": R}, case.options | variant.options, expected, scale)
 
 
 def add_problem(case: Add, variant: Variant, x: Tensor, dtype: torch.dtype, short: bool) -> Problem:

@@ -20,7 +20,9 @@ from op_cases import (
     CONVS,
     DEVICES,
     DTYPES,
+    EACH,
     FROZEN,
+    FROZEN_POOLS,
     LAYOUTS,
     POOLS,
     THREE,
@@ -29,6 +31,7 @@ from op_cases import (
     Case,
     Conv,
     Frozen,
+    FrozenPool,
     Pool,
     Problem,
     Variant,
@@ -49,13 +52,14 @@ from captum_dtd import kernels, native, ops
 
 CASES: dict[str, tuple[Any, ...]] = {op: FROZEN if op.startswith("frozen") else CONVS for op in VARIANTS} | {
     "max_pool3d_relevance": POOLS,
+    "frozen_max_pool3d_relevance": FROZEN_POOLS,
     "z_plus_add": ADDS,
 }
 EVERY = [pytest.param(op, case, id=f"{op}-{case.name}") for op, cases in CASES.items() for case in cases]
 CONVOLUTIONS = [op for op, cases in CASES.items() if cases is CONVS]
 RULES = [op for op in VARIANTS if kind(op) != "conv3d"]
 
-NAMES: dict[str, Any] = {case.name: case for case in (*CONVS, *FROZEN, *POOLS, *ADDS)}
+NAMES: dict[str, Any] = {case.name: case for case in (*CONVS, *FROZEN, *POOLS, *FROZEN_POOLS, *ADDS)}
 SAMPLE = {
     op: [NAMES[name] for name in names]
     for op, names in (
@@ -76,6 +80,15 @@ SAMPLE = {
             ("frozen 3x3x3", "frozen three", "frozen, each its own", "frozen, stride 2", "frozen stem"),
         ).items(),
         ("max_pool3d_relevance", ("2x2x2", "overlapping", "ceil, padded", "dilated, padded, stride 2, ceil")),
+        (
+            "frozen_max_pool3d_relevance",
+            (
+                "frozen pool",
+                "frozen pool of three",
+                "frozen pool, batch of 3",
+                "frozen pool, one to several",
+            ),
+        ),
         ("z_plus_add", ("summands", "summands of 17 channels", "summands in vectors", "summands, one frozen")),
     )
 }
@@ -228,6 +241,11 @@ def test_strides_are_free(op: str, layout: str, device: str) -> None:
 LARGE = {
     op: [Pool("overlapping", (1, 17, 5, 80, 31), 3, 2, 1), Pool("apart", (1, 17, 8, 40, 30), 2)]
     if cases is POOLS
+    else [
+        FrozenPool("wide pool", (2, 70, 3, 31, 40), 3, 1, 1, reads=THREE, gives=THREE, times=3),
+        FrozenPool("strided pool", (3, 20, 2, 40, 31), (2, 3, 3), 2, (0, 1, 1), reads=EACH, gives=EACH, times=2),
+    ]
+    if cases is FROZEN_POOLS
     else [Add("many", (2, 40, 9, 21, 60)), Add("rows that fill no vectors", (3, 17, 5, 19, 31), frozen=True)]
     if cases is ADDS
     else [
@@ -412,9 +430,12 @@ def test_calls_from_several_threads_at_once(device: str) -> None:
 @pytest.mark.parametrize("op", VARIANTS)
 def test_a_batch_is_its_clips(op: str, device: str) -> None:
     """To rounding: a kernel may choose its blocks by the size of the batch."""
-    named = {"max_pool3d_relevance": "batch of 3, 33 channels", "z_plus_add": "summands, batch of 3"}
-    name = named.get(op, "batch of 3")
-    case = NAMES[f"frozen {name}" if CASES[op] is FROZEN else name]
+    named = {
+        "max_pool3d_relevance": "batch of 3, 33 channels",
+        "frozen_max_pool3d_relevance": "frozen pool, clips alike",
+        "z_plus_add": "summands, batch of 3",
+    }
+    case = NAMES[named.get(op, "frozen batch of 3" if CASES[op] is FROZEN else "batch of 3")]
     failures = []
     for variant in VARIANTS[op]:
         for kernel, dtype in every_kernel(op, device):
@@ -507,12 +528,12 @@ def tiny_case(op: str, x: float, dtype: torch.dtype, device: str, R: float = 1.0
         "x": torch.full(shape, x, dtype=wide).to(device, dtype),
         "relevance": torch.full(shape, R, dtype=wide, device=device),
     }
-    if op == "max_pool3d_relevance":
+    if kind(op) != op:
+        arguments |= {"reads": [[(0,)]], "gives": [[(0,)]], "times": 1}
+    if kind(op) == "max_pool3d_relevance":
         return arguments | {"kernel_size": 1}
     if op == "z_plus_add":
         return arguments | {"other": torch.zeros_like(arguments["x"])}
-    if kind(op) != op:
-        arguments |= {"reads": [[(0,)]], "gives": [[(0,)]], "times": 1}
     if kind(op) == "z_beta_conv3d":
         arguments |= {
             "low": torch.zeros(1, dtype=wide, device=device),
@@ -545,7 +566,8 @@ def test_float16_range(op: str, x: float, device: str) -> None:
             arguments["weight"] = torch.ones(1, 1, 1, 1, 3, dtype=dtype, device=device)
             arguments["padding"] = (0, 0, 1) if kind(op) == op else (0, 1)
         elif "kernel_size" in arguments:
-            arguments |= {"kernel_size": (1, 1, 3), "stride": 1, "padding": (0, 0, 1)}
+            padding = (0, 0, 1) if kind(op) == op else (0, 1)
+            arguments |= {"kernel_size": (1, 1, 3), "stride": 1, "padding": padding}
         else:
             arguments["other"] = arguments["x"]
         if kind(op) == "z_beta_conv3d":
@@ -593,9 +615,9 @@ def reached(case: Case, place: int) -> Tensor:
     if isinstance(case, Add):
         return torch.cat([marked, marked], 1) > 0
     if isinstance(case, Pool):
-        member = windows(case).double()
-        rows = marked.reshape(-1, member.shape[1])
-        return ((rows @ member.T @ member) + rows > 0).view(case.x)
+        member, read = windows(case.spread).double(), case.read(marked, 0.0)
+        rows = read.reshape(-1, member.shape[1])
+        return case.collect(((rows @ member.T @ member) + rows).view(read.shape)) > 0
     read = case.read(marked)
     ones = torch.ones(case.weight, dtype=torch.float64)
     member = matrix(partial(case.spread, weight=ones), read[:1].shape)[0]

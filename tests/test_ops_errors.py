@@ -25,7 +25,10 @@ WINDOWS = (*CONVOLUTIONS, *POOLING)
 ALL = (*WINDOWS, *ADDITION)
 SHARING = (*RULES, *ADDITION)
 FROZEN_RULES = ("frozen_z_plus_conv3d", "frozen_z_beta_conv3d")
-FROZEN = (*FROZEN_RULES, "frozen_conv3d")
+FROZEN_CONVOLUTIONS = (*FROZEN_RULES, "frozen_conv3d")
+FROZEN_POOLING = ("frozen_max_pool3d_relevance",)
+FROZEN = (*FROZEN_CONVOLUTIONS, *FROZEN_POOLING)
+FROZEN_SHARING = (*FROZEN_RULES, *FROZEN_POOLING)
 
 
 @pytest.fixture(params=DEVICES)
@@ -35,6 +38,17 @@ def device(request: pytest.FixtureRequest) -> str:
 
 def valid(op: str, device: str) -> dict[str, Any]:
     """Arguments that every operation takes, to be spoiled one at a time."""
+    if op in FROZEN_POOLING:
+        return {
+            "x": torch.rand(2, 6, 3, 5, 5, device=device),
+            "relevance": torch.rand(2, 6, 5, 3, 2, device=device),
+            "kernel_size": [3, 3, 3],
+            "reads": THREE,
+            "gives": THREE,
+            "times": 3,
+            "stride": [2, 2],
+            "padding": [1, 0],
+        }
     if op in FROZEN:
         given = {
             "x": torch.rand(2, 6, 3, 5, 5, device=device),
@@ -220,8 +234,10 @@ REFUSALS = {
 OF_TWO = [[[0, 0, 0]] * 5] * 2
 FROZEN_REFUSALS = {
     "x without a batch": Refusal(FROZEN, "x", of(6, 3, 5, 5), r"x must have 5 dimensions.*\(6, 3, 5, 5\)"),
-    "weight of another type": Refusal(FROZEN, "weight", to(torch.bfloat16), r"weight must be .*float32.*bfloat16"),
-    "bias too long": Refusal(FROZEN, "bias", of(6), r"bias must have 4 .*6"),
+    "weight of another type": Refusal(
+        FROZEN_CONVOLUTIONS, "weight", to(torch.bfloat16), r"weight must be .*float32.*bfloat16"
+    ),
+    "bias too long": Refusal(FROZEN_CONVOLUTIONS, "bias", of(6), r"bias must have 4 .*6"),
     "stride zero": Refusal(FROZEN, "stride", value([0, 1]), r"stride must be at least 1.*\[1, 0, 1\]"),
     "dilation beyond x": Refusal(FROZEN, "dilation", value([4, 1]), r"dilation \[1, 4, 1\].*\(2, 6, 3, 5, 5\)"),
     "relevance of other times": Refusal(
@@ -236,8 +252,10 @@ FROZEN_REFUSALS = {
         of(2, 4, 5, 3, 3),
         r"relevance must have the shape \(2, 4, 5, 3, 2\).*\(2, 4, 5, 3, 3\)",
     ),
-    "relevance of a vector": Refusal(FROZEN_RULES, "relevance", of(8), r"relevance must have 5 dim.*\(8,\)"),
-    "stabilizer negative": Refusal(FROZEN_RULES, "stabilizer", value(-1e-6), r"stabilizer must be .*positive.*-1e-06"),
+    "relevance of a vector": Refusal(FROZEN_SHARING, "relevance", of(8), r"relevance must have 5 dim.*\(8,\)"),
+    "stabilizer negative": Refusal(
+        FROZEN_SHARING, "stabilizer", value(-1e-6), r"stabilizer must be .*positive.*-1e-06"
+    ),
     "high of another type": Refusal(
         ("frozen_z_beta_conv3d",), "high", to(torch.float64), r"high must be .*float32.*float64"
     ),
@@ -254,18 +272,18 @@ FROZEN_REFUSALS = {
         FROZEN, "reads", value([[[-2, 0, 0]] * 5]), r"reads must be times from 0 to 2, or -1.*\[-2, 0"
     ),
     "gives with too few times": Refusal(
-        FROZEN_RULES, "gives", value([[[0, 0, 0]] * 4]), r"gives must have 15 numbers.*got 12"
+        FROZEN_SHARING, "gives", value([[[0, 0, 0]] * 4]), r"gives must have 15 numbers.*got 12"
     ),
     "gives beyond the result": Refusal(
-        FROZEN_RULES, "gives", value([[[0, 1, 3]] * 5]), r"gives must be times from 0 to 2, or -1"
+        FROZEN_SHARING, "gives", value([[[0, 1, 3]] * 5]), r"gives must be times from 0 to 2, or -1"
     ),
     "gives a time to two": Refusal(
-        FROZEN_RULES,
+        FROZEN_SHARING,
         "gives",
         value(OF_TWO),
         r"gives must name a time of the result for one time of x only, got 0 for .* 0 and 1",
     ),
-    "times zero": Refusal(FROZEN_RULES, "times", value(0), r"times must be at least 1, got 0"),
+    "times zero": Refusal(FROZEN_SHARING, "times", value(0), r"times must be at least 1, got 0"),
 }
 """Those of operations on layers of frozen clips; what they check as the others do is only sampled."""
 
@@ -277,12 +295,15 @@ OPERATOR_REFUSALS = {
         POOLING, "padding", value([0] * 6), r"padding must have 3 numbers.*\[0, 0, 0, 0, 0, 0\]"
     ),
     "padding along T": Refusal(
-        FROZEN,
+        FROZEN_CONVOLUTIONS,
         "padding",
         value([1, 1, 0, 0, 0, 0]),
         r"reads takes the place of .* along T: they must be .* got 1, \(1, 1\) and 1",
     ),
     "stride along T": Refusal(FROZEN, "stride", value([2, 1, 1]), r"reads takes the place of .* got 2, \(0, 0\) and 1"),
+    "a pooling's padding along T": Refusal(
+        FROZEN_POOLING, "padding", value([1, 1, 0]), r"reads takes the place of .* got 1, \(1, 1\) and 1"
+    ),
     "two sizes of a window": Refusal(
         POOLING, "kernel_size", value([2, 2]), r"kernel_size must have 3 numbers.*\[2, 2\]"
     ),

@@ -25,12 +25,19 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kTileBytes = 1 << 16;
 constexpr int64_t kOverlappingTileBytes = 1 << 19;
 
+// Where windows overlap along T a tile has all of its times, or this many, so that their sums need not be taken again for a
+// neighbour: of these lanes, and of rows that fill so many bytes with all that is worked out on the way.
+constexpr int64_t kDeepTimes = 16;
+constexpr int64_t kDeepLanes = 32;
+constexpr int64_t kDeepTileBytes = 1 << 20;
+
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
 };
 
-// The windows of one axis and the positions that they contain.
+// The windows of one axis, the positions of the input that they read, and those of the result that they give to: the same, but
+// where tables say otherwise.
 class Axis {
  public:
   Axis(const MaxPool3d& pool, int axis)
@@ -39,28 +46,30 @@ class Axis {
         overlap((pool.kernel[axis] - 1) * pool.dilation[axis] >= pool.stride[axis]),
         stride_(pool.stride[axis]),
         padding_(pool.padding[axis]) {
-    std::vector<std::vector<Meeting>> of_position(positions);
-    first_of_window_.push_back(0);
-    for (int64_t window = 0; window < windows; ++window) {
+    std::vector<int64_t> reached;
+    for (int64_t window = 0; window < windows; ++window)
       for (int64_t tap = 0; tap < pool.kernel[axis]; ++tap) {
         const int64_t position = window * stride_ - padding_ + tap * pool.dilation[axis];
-        if (position < 0 || position >= positions) continue;
-        of_window_.push_back({position, tap});
-        of_position[position].push_back({window, tap});
+        reached.push_back(position >= 0 && position < positions ? position : -1);
       }
-      first_of_window_.push_back(of_window_.size());
-    }
-    first_of_position_.push_back(0);
-    for (const auto& met : of_position) {
-      of_position_.insert(of_position_.end(), met.begin(), met.end());
-      first_of_position_.push_back(of_position_.size());
-    }
+    meet(reached.data(), reached.data(), pool.kernel[axis]);
+    for (int64_t position = 0; position < positions; ++position) sources_[position] = position;
+  }
+
+  // T by a row of both tables.
+  Axis(const MaxPool3d& pool, const int64_t* reads, const int64_t* gives)
+      : positions(pool.in[0]), windows(pool.out[0]), overlap(true), stride_(0), padding_(0) {
+    meet(reads, gives, pool.kernel[0]);
   }
 
   Meetings of_windows() const { return {first_of_window_.data(), of_window_.data()}; }
   Meetings of_positions() const { return {first_of_position_.data(), of_position_.data()}; }
 
-  // Positions from where these windows begin to where the next begins; the first and the last window have the rest.
+  // The position of the input that one of the result stands for; -1 where nothing is given to it.
+  int64_t source(int64_t position) const { return sources_[position]; }
+
+  // Positions from where these windows begin to where the next begins; the first and the last window have the rest. Not of
+  // tables, whose windows are in no order.
   Range own(Range window) const { return {begin(window.begin), begin(window.end)}; }
 
   // Everything that one of these meets.
@@ -77,13 +86,36 @@ class Axis {
   const bool overlap;
 
  private:
+  // What each tap of each window reads and gives to; -1 is nothing.
+  void meet(const int64_t* reads, const int64_t* gives, int64_t taps) {
+    sources_.assign(positions, -1);
+    std::vector<std::vector<Meeting>> of_position(positions);
+    first_of_window_.push_back(0);
+    for (int64_t window = 0; window < windows; ++window) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t read = *reads++, given = *gives++;
+        if (read < 0) continue;
+        of_window_.push_back({read, tap});
+        if (given < 0) continue;
+        of_position[given].push_back({window, tap});
+        sources_[given] = read;
+      }
+      first_of_window_.push_back(of_window_.size());
+    }
+    first_of_position_.push_back(0);
+    for (const auto& met : of_position) {
+      of_position_.insert(of_position_.end(), met.begin(), met.end());
+      first_of_position_.push_back(of_position_.size());
+    }
+  }
+
   int64_t begin(int64_t window) const {
     if (window == 0) return 0;
     return window == windows ? positions : std::clamp<int64_t>(window * stride_ - padding_, 0, positions);
   }
 
   int64_t stride_, padding_;
-  std::vector<int64_t> first_of_window_, first_of_position_;
+  std::vector<int64_t> first_of_window_, first_of_position_, sources_;
   std::vector<Meeting> of_window_, of_position_;
 };
 
@@ -194,22 +226,30 @@ template <typename Sum>
 class Pooling {
  public:
   Pooling(const MaxPool3dRelevance& problem, Instructions<Sum> run)
-      : problem_(problem), run_(run), t_(problem.pool, 0), h_(problem.pool, 1), w_(problem.pool, 2) {
+      : problem_(problem), run_(run), t_(axes_of_time(problem)), h_(problem.pool, 1), w_(problem.pool, 2) {
     const MaxPool3d& pool = problem.pool;
     row_ = {w_.positions, w_.windows, w_.of_windows(), w_.of_positions()};
     const bool side_by_side = problem.x.stride[1] == 1 && problem.out.stride[1] == 1;
-    const bool overlap = t_.overlap || h_.overlap;
-    lanes_ = side_by_side ? pool.c : std::min(pool.c, kLanes);
+    const bool overlap = t_[0].overlap || h_.overlap;
+    deep_ = (by_table() || (pool.kernel[0] - 1) * pool.dilation[0] >= 2 * pool.stride[0]) && !problem.winner_takes_all;
+    lanes_ = side_by_side ? (deep_ ? std::min(pool.c, kDeepLanes) : pool.c) : std::min(pool.c, kLanes);
     blocks_ = (pool.c + lanes_ - 1) / lanes_;
-    const int64_t bytes = pool.n * pool.c * t_.positions * h_.positions * w_.positions * static_cast<int64_t>(sizeof(Sum));
+    const int64_t bytes = pool.n * pool.c * t_[0].positions * h_.positions * w_.positions * static_cast<int64_t>(sizeof(Sum));
     stream_ = bytes >= kStreamedBytes && Rows<Sum>(problem.out, kElement<Sum>, w_.positions, run_.memory).dense(lanes_);
     // As many windows as fill a tile, first along H and then along T.
     const int64_t row_bytes = w_.positions * lanes_ * sizeof(Sum) * pool.stride[0];
     const int64_t rows = std::max<int64_t>(1, (overlap ? kOverlappingTileBytes : kTileBytes) / row_bytes);
     tile_h_ = std::clamp<int64_t>(rows / pool.stride[1], 1, h_.windows);
-    tile_t_ = std::clamp<int64_t>(rows / h_.positions, 1, t_.windows);
+    tile_t_ = by_table() ? pool.out[0] : std::clamp<int64_t>(rows / h_.positions, 1, pool.out[0]);
+    if (deep_) {
+      if (!by_table()) tile_t_ = std::min(pool.out[0], kDeepTimes);
+      // x, the result and relevance, and of windows their sums, their shares and the totals of these.
+      const int64_t times = 2 * problem.times + 2 * pool.in[0] + 2 * pool.out[0];
+      const int64_t in_tile = std::max<int64_t>(1, times * tile_t_ / pool.out[0]) * w_.positions * lanes_ * sizeof(Sum);
+      tile_h_ = std::clamp<int64_t>(kDeepTileBytes / in_tile / pool.stride[1] - pool.kernel[1] + 1, 1, h_.windows);
+    }
     tiles_h_ = (h_.windows + tile_h_ - 1) / tile_h_;
-    tiles_t_ = (t_.windows + tile_t_ - 1) / tile_t_;
+    tiles_t_ = (pool.out[0] + tile_t_ - 1) / tile_t_;
   }
 
   int64_t tiles() const { return problem_.pool.n * blocks_ * tiles_t_ * tiles_h_; }
@@ -223,6 +263,23 @@ class Pooling {
  private:
   using Tap = typename PoolLoops<Sum>::Tap;
 
+  bool by_table() const { return problem_.reads.data != nullptr; }
+
+  // One for all examples, or one for each.
+  static std::vector<Axis> axes_of_time(const MaxPool3dRelevance& problem) {
+    const MaxPool3d& pool = problem.pool;
+    if (problem.reads.data == nullptr) return {Axis(pool, 0)};
+    std::vector<Axis> axes;
+    const int64_t row = pool.out[0] * pool.kernel[0];
+    const bool of_each = problem.reads.of_each_example || problem.gives.of_each_example;
+    for (int64_t n = 0; n < (of_each ? pool.n : 1); ++n)
+      axes.emplace_back(pool, problem.reads.data + (problem.reads.of_each_example ? n * row : 0),
+                        problem.gives.data + (problem.gives.of_each_example ? n * row : 0));
+    return axes;
+  }
+
+  const Axis& time(int64_t n) const { return t_.size() > 1 ? t_[n] : t_[0]; }
+
   // What a thread works with.
   struct Scratch {
     explicit Scratch(const Pooling& p)
@@ -235,6 +292,7 @@ class Pooling {
     Rows<Sum> x, relevance, out;
     Buffer columns, windows, column_winners;
     Buffer passed;  // shares of positions, or winners of windows
+    Buffer summed, totals;
     // The rows that one row meets.
     std::vector<const Sum*> sums;
     std::vector<const Tap*> winners;
@@ -246,44 +304,103 @@ class Pooling {
       return Range{i * size, std::min(i * size + size, count)};
     };
     const Range own_h = h_.own(windows_of(tile % tiles_h_, tile_h_, h_.windows));
-    const Range own_t = t_.own(windows_of(tile / tiles_h_ % tiles_t_, tile_t_, t_.windows));
     const int64_t block = tile / (tiles_h_ * tiles_t_);
     const int64_t n = block / blocks_, channel = block % blocks_ * lanes_;
     const int64_t lanes = std::min(lanes_, problem_.pool.c - channel);
-
-    const Range windows_t = Axis::met(t_.of_positions(), own_t), windows_h = Axis::met(h_.of_positions(), own_h);
-    const Range reached_t = Axis::met(t_.of_windows(), windows_t), reached_h = Axis::met(h_.of_windows(), windows_h);
+    const Axis& times = time(n);
     const auto also = [](Range a, Range b) { return Range{std::min(a.begin, b.begin), std::max(a.end, b.end)}; };
-    scratch.x.set(n, channel, lanes, also(own_t, reached_t), also(own_h, reached_h));
+
+    Range own_t{0, times.positions}, windows_t{0, times.windows}, read_t{0, problem_.times};
+    if (!by_table()) {
+      own_t = times.own(windows_of(tile / tiles_h_ % tiles_t_, tile_t_, times.windows));
+      windows_t = Axis::met(times.of_positions(), own_t);
+      read_t = also(own_t, Axis::met(times.of_windows(), windows_t));
+    }
+    const Range windows_h = Axis::met(h_.of_positions(), own_h), reached_h = Axis::met(h_.of_windows(), windows_h);
+    scratch.x.set(n, channel, lanes, read_t, also(own_h, reached_h));
     scratch.x.load();
     scratch.relevance.set(n, channel, lanes, windows_t, windows_h);
     scratch.relevance.load();
     scratch.out.set(n, channel, lanes, own_t, own_h);
 
+    if (deep_) return share_deeply(scratch, times, lanes, {own_t, own_h, windows_t, windows_h, read_t});
     const int64_t passed_row = (problem_.winner_takes_all ? w_.windows : w_.positions) * lanes;
     scratch.passed.reserve(windows_t.size() * windows_h.size() * passed_row * sizeof(Sum));
     const auto passed = [&](int64_t t, int64_t h) {
       return ((t - windows_t.begin) * windows_h.size() + h - windows_h.begin) * passed_row;
     };
     for (int64_t t = windows_t.begin; t < windows_t.end; ++t)
-      for (int64_t h = windows_h.begin; h < windows_h.end; ++h) pass(scratch, lanes, t, h, passed(t, h));
+      for (int64_t h = windows_h.begin; h < windows_h.end; ++h) pass(scratch, times, lanes, t, h, passed(t, h));
     for (int64_t t = own_t.begin; t < own_t.end; ++t)
-      for (int64_t h = own_h.begin; h < own_h.end; ++h) receive(scratch, lanes, t, h, passed);
+      for (int64_t h = own_h.begin; h < own_h.end; ++h) receive(scratch, times, lanes, t, h, passed);
+    scratch.out.store();
+  }
+
+  struct Box {
+    Range own_t, own_h, windows_t, windows_h, read_t;
+  };
+
+  // What is summed in one time serves all windows that read it, and what all of these give to a time is added before the rows
+  // along H gather it.
+  void share_deeply(Scratch& scratch, const Axis& times, int64_t lanes, const Box& box) const {
+    const int64_t of_windows = w_.windows * lanes, of_positions = w_.positions * lanes, rows = box.windows_h.size();
+    const auto reserved = [&](Buffer& buffer, Range t, int64_t row) {
+      buffer.reserve(t.size() * rows * row * sizeof(Sum));
+      return [=, at = buffer.template as<Sum>()](int64_t time, int64_t h) {
+        return at + ((time - t.begin) * rows + h - box.windows_h.begin) * row;
+      };
+    };
+    const auto sums = reserved(scratch.summed, box.read_t, of_windows),
+               shares = reserved(scratch.passed, box.windows_t, of_positions),
+               totals = reserved(scratch.totals, box.own_t, of_positions);
+    auto& met = scratch.sums;
+    Sum* const columns = scratch.columns.template as<Sum>();
+    for (int64_t h = box.windows_h.begin; h < box.windows_h.end; ++h) {
+      for (int64_t t = box.read_t.begin; t < box.read_t.end; ++t) {
+        met.clear();
+        each(h_.of_windows(), h, [&](Meeting b) { met.push_back(scratch.x.row(t, b.at)); });
+        run_.pool->sum(row_, lanes, met.size(), met.data(), columns, sums(t, h));
+      }
+      for (int64_t t = box.windows_t.begin; t < box.windows_t.end; ++t) {
+        met.clear();
+        each(times.of_windows(), t, [&](Meeting a) { met.push_back(sums(a.at, h)); });
+        run_.pool->share_sums(row_, lanes, met.size(), met.data(), scratch.relevance.row(t, h),
+                              static_cast<Sum>(problem_.stabilizer), columns, shares(t, h));
+      }
+      for (int64_t t = box.own_t.begin; t < box.own_t.end; ++t) {
+        met.clear();
+        each(times.of_positions(), t, [&](Meeting a) { met.push_back(shares(a.at, h)); });
+        run_.pool->total(of_positions, met.size(), met.data(), totals(t, h));
+      }
+    }
+    for (int64_t t = box.own_t.begin; t < box.own_t.end; ++t)
+      for (int64_t h = box.own_h.begin; h < box.own_h.end; ++h) {
+        if (times.source(t) < 0) {
+          std::fill_n(scratch.out.row(t, h), of_positions, Sum(0));
+          continue;
+        }
+        met.clear();
+        each(h_.of_positions(), h, [&](Meeting b) { met.push_back(totals(t, b.at)); });
+        run_.pool->gather(of_positions, met.size(), met.data(), scratch.x.row(times.source(t), h), scratch.out.row(t, h),
+                          stream_);
+      }
     scratch.out.store();
   }
 
   // What a row of windows passes on.
-  void pass(Scratch& scratch, int64_t lanes, int64_t t, int64_t h, int64_t passed) const {
+  void pass(Scratch& scratch, const Axis& times, int64_t lanes, int64_t t, int64_t h, int64_t passed) const {
     scratch.sums.clear();
     scratch.first_taps.clear();
-    each(t_.of_windows(), t, [&](Meeting a) {
+    each(times.of_windows(), t, [&](Meeting a) {
       each(h_.of_windows(), h, [&](Meeting b) {
         scratch.sums.push_back(scratch.x.row(a.at, b.at));
         scratch.first_taps.push_back(first_tap(a, b));
       });
     });
     const int64_t rows = scratch.sums.size();
-    if (problem_.winner_takes_all)
+    if (problem_.winner_takes_all && rows == 0)
+      std::fill_n(scratch.passed.template as<Tap>() + passed, w_.windows * lanes, Tap(-1));
+    else if (problem_.winner_takes_all)
       run_.pool->compete(row_, lanes, rows, scratch.sums.data(), scratch.first_taps.data(), scratch.columns.template as<Sum>(),
                          scratch.column_winners.template as<Tap>(), scratch.passed.template as<Tap>() + passed);
     else
@@ -292,13 +409,17 @@ class Pooling {
                        scratch.passed.template as<Sum>() + passed);
   }
 
-  // What an input row receives from all windows that contain it.
+  // What a row receives from all windows that give to it.
   template <typename Passed>
-  void receive(Scratch& scratch, int64_t lanes, int64_t t, int64_t h, Passed passed) const {
+  void receive(Scratch& scratch, const Axis& times, int64_t lanes, int64_t t, int64_t h, Passed passed) const {
     scratch.sums.clear();
     scratch.winners.clear();
     scratch.first_taps.clear();
-    each(t_.of_positions(), t, [&](Meeting a) {
+    if (times.source(t) < 0) {
+      std::fill_n(scratch.out.row(t, h), row_.positions * lanes, Sum(0));
+      return;
+    }
+    each(times.of_positions(), t, [&](Meeting a) {
       each(h_.of_positions(), h, [&](Meeting b) {
         if (problem_.winner_takes_all) {
           scratch.sums.push_back(scratch.relevance.row(a.at, b.at));
@@ -314,7 +435,8 @@ class Pooling {
       run_.pool->award(row_, lanes, rows, scratch.winners.data(), scratch.sums.data(), scratch.first_taps.data(),
                        scratch.out.row(t, h));
     else
-      run_.pool->gather(row_.positions * lanes, rows, scratch.sums.data(), scratch.x.row(t, h), scratch.out.row(t, h), stream_);
+      run_.pool->gather(row_.positions * lanes, rows, scratch.sums.data(), scratch.x.row(times.source(t), h),
+                        scratch.out.row(t, h), stream_);
   }
 
   // Taps are numbered in the order T, H, W.
@@ -322,8 +444,10 @@ class Pooling {
 
   const MaxPool3dRelevance& problem_;
   Instructions<Sum> run_;
-  Axis t_, h_, w_;
+  std::vector<Axis> t_;
+  Axis h_, w_;
   PoolRow row_;
+  bool deep_;                                    // whether times share their sums
   bool stream_;                                  // the result past the caches
   int64_t lanes_, blocks_;                       // of channels
   int64_t tile_t_, tile_h_, tiles_t_, tiles_h_;  // of windows

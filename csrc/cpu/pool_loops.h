@@ -32,6 +32,14 @@ struct PoolLoops {
   // a row of positions or of windows, `sums` for one of windows.
   void (*share)(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* x, const Sum* relevance, Sum stabilizer,
                 Sum* columns, Sum* sums, Sum* shares);
+  // The same in two steps, where windows overlap along T: what is summed in one of their times serves all that read it. First the
+  // sums over windows of one time, given the input rows of that time; then the shares, given the rows of sums of their times.
+  void (*sum)(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* x, Sum* columns, Sum* sums);
+  void (*share_sums)(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* sums, const Sum* relevance,
+                     Sum stabilizer, Sum* columns, Sum* shares);
+  // to = sum of rows.
+  void (*total)(int64_t count, int64_t rows, const Sum* const* from, Sum* to);
+
   // out = u * sum of the shares, given all rows of windows that contain this row of x.
   void (*gather)(int64_t count, int64_t rows, const Sum* const* shares, const Sum* x, Sum* out, bool stream);
 

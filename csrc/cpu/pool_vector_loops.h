@@ -91,27 +91,48 @@ inline void sum_met(const Meetings& meetings, int64_t count, int64_t lanes, cons
 }
 
 template <typename Sum>
-void share(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* x, const Sum* relevance, Sum stabilizer,
-           Sum* columns, Sum* sums, Sum* shares) {
+void sum(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* x, Sum* columns, Sum* sums) {
   each_vector<Sum>(row.positions * lanes, [=](int64_t i, int64_t some) {
     Vector<Sum> sum = {};
     for (int64_t r = 0; r < rows; ++r) sum += positive<Sum>(load(x[r] + i, some));
     store(sum, columns + i, some);
   });
-
   sum_met(row.of_windows, row.windows, lanes, columns, sums);
+}
 
+template <typename Sum>
+void total(int64_t count, int64_t rows, const Sum* const* from, Sum* to) {
+  each_vector<Sum>(count, [=](int64_t i, int64_t some) {
+    Vector<Sum> sum = {};
+    for (int64_t r = 0; r < rows; ++r) sum += load(from[r] + i, some);
+    store(sum, to + i, some);
+  });
+}
+
+template <typename Sum>
+void share_sums(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* sums, const Sum* relevance, Sum stabilizer,
+                Sum* columns, Sum* shares) {
   // A subnormal sum counts as zero, since the quotient would overflow; a window without a sum passes nothing.
   constexpr Sum kSmallestNormal = sizeof(Sum) == sizeof(double) ? Sum(0x1p-1022) : Sum(0x1p-126);
   const Vector<Sum> zero = {}, least = zero + (stabilizer > 0 ? Sum(0) : kSmallestNormal);
   each_vector<Sum>(row.windows * lanes, [=](int64_t o, int64_t some) {
-    const Vector<Sum> sum = load(sums + o, some) + stabilizer;
+    Vector<Sum> sum = zero;
+    for (int64_t r = 0; r < rows; ++r) sum += load(sums[r] + o, some);
+    sum += stabilizer;
     const auto vanishes = sum < least;
     const Vector<Sum> quotient = load(relevance + o, some) / (vanishes ? zero + 1 : sum);
     store(vanishes ? zero : quotient, columns + o, some);
   });
 
   sum_met(row.of_positions, row.positions, lanes, columns, shares);
+}
+
+template <typename Sum>
+void share(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* x, const Sum* relevance, Sum stabilizer,
+           Sum* columns, Sum* sums, Sum* shares) {
+  sum(row, lanes, rows, x, columns, sums);
+  const Sum* const whole = sums;
+  share_sums(row, lanes, 1, &whole, relevance, stabilizer, columns, shares);
 }
 
 template <typename Sum>
@@ -184,7 +205,7 @@ void award(const PoolRow& row, int64_t lanes, int64_t rows, const typename PoolL
 }
 
 template <typename Sum>
-constexpr PoolLoops<Sum> kPoolLoops{share<Sum>, gather<Sum>, compete<Sum>, award<Sum>};
+constexpr PoolLoops<Sum> kPoolLoops{share<Sum>, sum<Sum>, share_sums<Sum>, total<Sum>, gather<Sum>, compete<Sum>, award<Sum>};
 
 }  // namespace
 }  // namespace captum_dtd::cpu
