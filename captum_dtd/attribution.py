@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 from captum._utils.common import _select_targets
@@ -107,7 +106,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         self.precision = precision
         self._lock = threading.Lock()
         self._networks: OrderedDict[object, Network] = OrderedDict()
-        self._frozen: WeakKeyDictionary[Network, FrozenNetwork] = WeakKeyDictionary()
+        self._frozen: OrderedDict[Network, FrozenNetwork] = OrderedDict()
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,7 +114,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_networks", "_frozen")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        fresh = {"_lock": threading.Lock(), "_networks": OrderedDict(), "_frozen": WeakKeyDictionary()}
+        fresh = {"_lock": threading.Lock(), "_networks": OrderedDict(), "_frozen": OrderedDict()}
         self.__dict__.update(state, **fresh)
 
     @log_usage()  # type: ignore[untyped-decorator]
@@ -256,8 +255,12 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         with self._lock:
             if network not in self._frozen:
                 self._frozen[network] = FrozenNetwork(network, clips[0].shape[2])
-            bounds = self.bounds_of(tuple(clip[:1, :, :1] for clip in clips))
-            return FrozenClips(self, self._frozen[network], network.weights(unwrap(self.model)), bounds)
+            self._frozen.move_to_end(network)
+            while len(self._frozen) > _MOST_TRACES:
+                self._frozen.popitem(last=False)
+            frozen = self._frozen[network]
+        bounds = self.bounds_of(tuple(clip[:1, :, :1] for clip in clips))
+        return FrozenClips(self, frozen, network.weights(unwrap(self.model)), bounds)
 
     @torch.inference_mode(False)
     def ledger(
@@ -510,7 +513,7 @@ class FrozenClips:
     ) -> list[tuple[Tensor, ...]]:
         """For every target relevance of frozen clips at the times that are wanted.
 
-        Nothing here waits for a GPU: while it works on some clips, the next ones are prepared.
+        Nothing here waits for a GPU, but for what is worked out once: while it works on some clips, the next are prepared.
 
         Args:
             frames: of every explained input (N, C, 1, H, W).

@@ -129,7 +129,7 @@ def check_table(argument: str, table: Sequence[int], n: int, times: int, taps: i
     """Times from -1 to less than ``size``, for every output time and tap, in one row for all examples or a row for each."""
     row = times * taps
     check(
-        len(table) in (row, n * row),
+        len(table) in (row, max(n, 1) * row),
         f"{argument} must have {row} numbers, one for each output time and tap, or {n} times as many, got {len(table)}",
     )
     check(

@@ -28,7 +28,6 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from captum_dtd import fused
-from captum_dtd.bounds import Bound
 from captum_dtd.graph import plain_modes
 from captum_dtd.layers import Arguments, Call, Limits, Weighted
 from captum_dtd.operations import aten
@@ -182,18 +181,19 @@ class Route:
 
     def _take(self, x: Tensor, dim: int, fill: float, moved: Tensor) -> Tensor:
         """What is read, by one operation however many stretches it has."""
-        if x.device not in self._indices:
+        indices = self._indices.get(x.device)
+        if indices is None:
             rows = torch.tensor(self.rows)
-            self._indices[x.device] = rows.clamp(min=0).to(x.device), (rows < 0).to(x.device)
+            there = (each.to(x.device, non_blocking=True) for each in (rows.clamp(min=0), rows < 0))
+            indices = self._indices[x.device] = tuple(there)
         index, missing = (
-            each.view(len(self.rows), *[1] * (dim - 1), self.count, *[1] * (x.ndim - dim - 1))
-            for each in self._indices[x.device]
+            each.view(len(self.rows), *[1] * (dim - 1), self.count, *[1] * (x.ndim - dim - 1)) for each in indices
         )
         torch.gather(x, dim, index.expand(moved.shape), out=moved)
         return moved.masked_fill_(missing, fill) if self._fills else moved
 
     @cached_property
-    def _indices(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+    def _indices(self) -> dict[torch.device, tuple[Tensor, ...]]:
         """By device the source indices, and which are none."""
         return {}
 
@@ -248,7 +248,7 @@ class Route:
         return moved
 
 
-_route = lru_cache(maxsize=2**14)(Route)
+_route = lru_cache(maxsize=2**11)(Route)
 
 
 def _repeated(rows: Sequence[_Row], count: int) -> Sequence[_Row]:
@@ -262,7 +262,9 @@ def _empty_like(x: Tensor, dim: int, size: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-_MOST_PLANS = 256  # sets of wanted times whose plans are remembered
+_MOST_PLANS = (
+    32  # sets of wanted times whose plans are remembered: megabytes each, where many clips want different times
+)
 
 
 @dataclass(frozen=True)
@@ -354,7 +356,7 @@ class FrozenNetwork:
             node: _Convolution(node, self.in_time) for node, here in self.in_time.items() if here.way == "convolution"
         }
         self._read: dict[tuple[fx.Node, fx.Node], Route] = {}
-        self._plans: dict[object, _Plan] = {}
+        self._remembered = lru_cache(maxsize=_MOST_PLANS)(self._make_plan)
 
     def _times(self, node: fx.Node) -> Times | None:
         found = self.in_time.get(node)
@@ -413,13 +415,15 @@ class FrozenNetwork:
         (read,), taps = self._route(node, source).rows, here.window.taps
         found = _empty_like(pooled, 2, here.times.distinct)
         for index in range(here.times.distinct):
-            first, *more = (pooled.select(2, t) for t in dict.fromkeys(read[index * taps :][:taps]) if t >= 0)
+            chosen = [pooled.select(2, t) for t in dict.fromkeys(read[index * taps :][:taps]) if t >= 0]
             largest = found.select(2, index)
-            if not more:
-                largest.copy_(first)
-            for other in more:
-                torch.maximum(first, other, out=largest)
-                first = largest
+            if not chosen:  # the padding alone
+                largest.fill_(here.fill)
+            elif len(chosen) == 1:
+                largest.copy_(chosen[0])
+            for other in chosen[1:]:
+                torch.maximum(chosen[0], other, out=largest)
+                chosen[0] = largest
         return found
 
     def _convolve(self, node: fx.Node, values: Values) -> Tensor:
@@ -450,7 +454,7 @@ class FrozenNetwork:
         self,
         activations: Activations,
         seeds: Sequence[Tensor],
-        bounds: Sequence[tuple[Bound, Bound]],
+        bounds: Sequence[tuple[Tensor, Tensor]],
         wanted: Wanted,
     ) -> list[tuple[Tensor, ...]]:
         """Walk relevance from the output to the explained inputs, for several targets at once.
@@ -487,13 +491,10 @@ class FrozenNetwork:
             ]
 
     def _plan_for(self, wanted: Wanted) -> _Plan:
-        key = wanted if isinstance(wanted, str) else tuple(wanted)
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) >= _MOST_PLANS:
-                self._plans.clear()
-            plan = self._plans[key] = _Plan(self.in_time, self._find_slots(wanted))
-        return plan
+        return self._remembered(wanted if isinstance(wanted, str) else tuple(wanted))
+
+    def _make_plan(self, wanted: Wanted) -> _Plan:
+        return _Plan(self.in_time, self._find_slots(wanted))
 
     def _find_slots(self, wanted: Wanted) -> dict[fx.Node, Slots]:
         timed = {node: here.times for node, here in self.in_time.items() if here.times is not None}
@@ -516,6 +517,7 @@ class FrozenNetwork:
 
     def _reached(self, wanted: tuple[int, ...]) -> dict[fx.Node, list[int]]:
         """Of every value, the times at which it depends on the input at the wanted times."""
+        crossed = {step.node for step in self.network.steps}
         reached: dict[fx.Node, list[int]] = {}
         for node, here in self.in_time.items():
             if node in self.network.inputs:
@@ -524,7 +526,9 @@ class FrozenNetwork:
                 found: set[int] = set()
                 for source in node.all_input_nodes:
                     times = self._times(source)
-                    if times is not None:
+                    if times is None and source in crossed:  # a mean over time, say: it depends on every time
+                        found = set(range(here.times.length))
+                    elif times is not None:
                         own = set(reached[source])
                         found |= (
                             own

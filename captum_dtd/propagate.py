@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from captum_dtd import fused, native
-from captum_dtd.bounds import Bound
 from captum_dtd.canonizers import canonize, only_output
 from captum_dtd.composites import Composite, Selector
 from captum_dtd.graph import (
@@ -305,7 +304,7 @@ class Network:
         self,
         activations: Activations,
         seeds: Sequence[Tensor],
-        bounds: Sequence[tuple[Bound, Bound]],
+        bounds: Sequence[tuple[Tensor, Tensor]],
         observe: Observer | None = None,
     ) -> list[tuple[Tensor, ...]]:
         """Walk relevance from the output to the explained inputs, for several targets at once: they share denominators.
@@ -313,7 +312,7 @@ class Network:
         Args:
             activations: of the same examples; consumed: every value is freed once its layer is done.
             seeds: for every target relevance of the output, in the precision of the walk.
-            bounds: (low, high) of every explained input.
+            bounds: (low, high) of every explained input, which broadcast to it.
             observe: called after every step and for every target with the relevance that arrived at its output and that left
                 to its inputs.
 
@@ -396,15 +395,13 @@ class Network:
             return _WithoutNegativeParts(step.rule)
         return step.rule
 
-    def box(self, values: Values, seed: Tensor, bounds: Sequence[tuple[Bound, Bound]], compute: Compute) -> Box:
+    def box(self, values: Values, seed: Tensor, bounds: Sequence[tuple[Tensor, Tensor]], compute: Compute) -> Box:
         """The pixel bounds at every node between the inputs and their first linear layers."""
         low: Values = {}
         high: Values = {}
         for node, (lower, upper) in zip(self.inputs, bounds, strict=True):
             shape = values[node].shape
-            low[node], high[node] = (
-                torch.as_tensor(end, dtype=seed.dtype, device=seed.device).expand(shape) for end in (lower, upper)
-            )
+            low[node], high[node] = (end.to(seed.dtype).expand(shape) for end in (lower, upper))
         for step in self.steps:
             if step.node not in self._pixels:
                 continue

@@ -138,9 +138,13 @@ def max_pool3d_relevance(
     """
     x = x.to(relevance.dtype)
     if winner_takes_all:
-        _, indices = aten.max_pool3d_with_indices(x, kernel_size, stride, padding, dilation, ceil_mode)
+        geometry = (kernel_size, stride, padding, dilation, ceil_mode)
+        _, indices = aten.max_pool3d_with_indices(x, *geometry)
+        # Of a window that lies beside the input, torch's index does so, too.
+        reads = aten.max_pool3d(x.new_ones(1, 1, *x.shape[2:]), *geometry) > 0
         given = x.new_zeros(x.shape).flatten(2)
-        return given.scatter_add_(2, indices.flatten(2), relevance.flatten(2)).view(x.shape)
+        indices, relevance = (torch.where(reads, each, 0).flatten(2) for each in (indices, relevance))
+        return given.scatter_add_(2, indices, relevance).view(x.shape)
     u = x.clamp(min=0)
     after = [
         max(0, (o - 1) * s + d * (k - 1) + 1 - p - n)
@@ -171,7 +175,8 @@ def frozen_max_pool3d_relevance(
 ) -> Tensor:
     """Max pooling whose windows read and give to times by a table: every window along T as a clip of its own.
 
-    What is read from nowhere is -inf: it has no positive part, and wins no window that reads anything finite.
+    What is read from nowhere is -inf: it has no positive part, and wins no window that reads anything finite. (Where all that
+    a window reads is -inf too, its winner is left open.)
     """
     x = x.to(relevance.dtype)
     n, channels, _, *size = x.shape

@@ -130,7 +130,15 @@ def in_time(node: fx.Node, times_of: TimesOf) -> InTime:
     if all(times_of(source) is None for source in node.all_input_nodes):
         return InTime("whole", None)
     treatment = _TREATMENTS.get(node.target)
-    return (treatment(node, times_of) if treatment else None) or InTime("whole", None)
+    found = treatment(node, times_of) if treatment else None
+    return found if found and _keeps_examples(node, times_of) else InTime("whole", None)
+
+
+def _keeps_examples(node: fx.Node, times_of: TimesOf) -> bool:
+    """Whether the output's first dimension is that of what is read, as far as sizes tell: clips are told apart by it."""
+    timed = [source.meta["val"] for source in node.all_input_nodes if times_of(source) is not None]
+    values = [value for value in (*timed, node.meta["val"]) if isinstance(value, Tensor)]
+    return all(value.ndim > 0 and value.shape[0] == values[0].shape[0] for value in values)
 
 
 def numbered(keys: Iterable[Hashable]) -> tuple[int, ...]:
@@ -186,7 +194,7 @@ def _broadcast(node: fx.Node, times_of: TimesOf) -> InTime | None:
     operands = [source for source in node.all_input_nodes if isinstance(source.meta["val"], Tensor)]
     timed = [(times, len(shape_of(source))) for source in operands if (times := times_of(source)) is not None]
     from_behind = {own - times.dim for times, own in timed}
-    if len(from_behind) != 1 or len({times.length for times, _ in timed}) != 1:
+    if any(own != rank for _, own in timed) or len(from_behind) != 1 or len({times.length for times, _ in timed}) != 1:
         return None
     (behind,) = from_behind
     for source in operands:
@@ -251,6 +259,8 @@ def _permute(node: fx.Node, times_of: TimesOf) -> InTime | None:
         order[a], order[b] = order[b], order[a]
     else:
         order = [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr, arg-type]
+    if order[0] != 0:
+        return None
     return _pointwise(times, order.index(times.dim))
 
 

@@ -200,8 +200,8 @@ inline Conv3d check_conv3d(const Tensor& x, const Tensor& weight, const std::opt
 inline void check_table(const char* argument, const Numbers& table, int64_t n, int64_t times, int64_t taps, int64_t size) {
   using namespace checks;
   const int64_t count = static_cast<int64_t>(table.size()), row = times * taps;
-  require(count == row || count == n * row, argument, " must have ", row, " numbers, one for each output time and tap, or ", n,
-          " times as many, got ", count);
+  require(count == row || (n > 0 && count == n * row), argument, " must have ", row,
+          " numbers, one for each output time and tap, or ", n, " times as many, got ", count);
   require(std::all_of(table.begin(), table.end(), [&](int64_t time) { return time >= -1 && time < size; }), argument,
           " must be times from 0 to ", size - 1, ", or -1 for none, got ", list(table));
 }

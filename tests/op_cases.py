@@ -417,6 +417,7 @@ POOLS = (
     Pool("batch of 3, 33 channels", (3, 33, 2, 2, 4), 2),
     Pool("28 wide", (1, 1, 2, 4, 28), (1, 2, 2)),
     Pool("C3D's last", (1, 16, 2, 7, 7), 2, 2, (0, 1, 1)),
+    Pool("windows beside the input", (1, 2, 2, 1, 5), (1, 2, 2), 1, (0, 1, 1), (1, 2, 1)),
     Pool("40 channels, stride 1", (1, 40, 4, 3, 4), 3, 1, 1),
     Pool("stride 1, dilated", (2, 3, 5, 4, 5), (3, 2, 3), 1, (1, 0, 1), (2, 1, 1)),
 )

@@ -391,6 +391,66 @@ def test_what_mixes_times_in_an_unknown_way_runs_at_every_time_and_says_so() -> 
     }
 
 
+class Reordered(nn.Module):
+    """Examples leave the first dimension, or time takes their place, for a while; something in between looks along time."""
+
+    def __init__(self, order: tuple[int, ...], last: bool) -> None:
+        super().__init__()
+        self.order, self.last = order, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        there = x.permute(self.order)
+        time = self.order.index(2)
+        there = torch.relu(there.narrow(time, 1, there.shape[time] - 1))
+        if self.last:
+            return there.mean(time, keepdim=True).permute([self.order.index(dim) for dim in range(5)])
+        return there.permute([self.order.index(dim) for dim in range(5)])
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("order", [(1, 0, 2, 3, 4), (2, 0, 1, 3, 4), (1, 2, 0, 3, 4), (0, 2, 1, 3, 4), (3, 4, 2, 1, 0)])
+def test_examples_that_leave_the_first_dimension(order: tuple[int, ...], last: bool) -> None:
+    method = DiscriminativeDeepTaylor(small(Reordered(order, last)).eval(), LOW, HIGH, seed="one")
+    x = pixels(3, 2, 10, 5, 5)
+    for readout, normalize in READ_OUTS:
+        assert_same(*both(method, x, [0, 1, 2], readout, normalize))
+
+
+@pytest.mark.usefixtures("launched")
+def test_examples_that_leave_the_first_dimension_of_a_gpu() -> None:
+    test_examples_that_leave_the_first_dimension((2, 0, 1, 3, 4), True)
+
+
+class Context(nn.Module):
+    """Adds to every time what all times have in common, before something else looks along time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after = nn.Conv3d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.after(x + 0.5 * x.mean(2, keepdim=True) + x.amax((2, 3, 4), keepdim=True)))
+
+
+def test_what_is_the_same_at_all_times_is_reached_from_all_of_them() -> None:
+    method = DiscriminativeDeepTaylor(small(Context()).eval(), LOW, HIGH, seed="one")
+    for readout, normalize in READ_OUTS:
+        assert_same(*both(method, pixels(2, 2, 10, 5, 5), 1, readout, normalize))
+
+
+def test_windows_that_lie_in_the_padding_alone() -> None:
+    """Two taps, one before the clip and one behind it."""
+
+    class Padded(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            pooled = torch.nn.functional.max_pool3d(x, (2, 1, 1), (1, 1, 1), (1, 0, 0), (x.shape[2] + 1, 1, 1))
+            return torch.relu(pooled).mean(2, keepdim=True) + x.mean(2, keepdim=True)
+
+    method = DiscriminativeDeepTaylor(small(Padded()).eval(), LOW, HIGH, seed="one")
+    for readout, normalize in READ_OUTS:
+        assert_same(*both(method, pixels(2, 2, 10, 5, 5), 1, readout, normalize))
+
+
 @pytest.mark.parametrize("precision", ["ieee", "float32"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
 def test_float32(precision: Any, layout: torch.memory_format) -> None:

@@ -25,8 +25,8 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kTileBytes = 1 << 16;
 constexpr int64_t kOverlappingTileBytes = 1 << 19;
 
-// Where windows overlap along T a tile has all of its times, or this many, so that their sums need not be taken again for a
-// neighbour: of these lanes, and of rows that fill so many bytes with all that is worked out on the way.
+// Where windows overlap much along T, or by tables, a tile has all of its times, or this many, so that their sums need not be
+// taken again for a neighbour: of these lanes, and of rows that fill so many bytes with all that is worked out on the way.
 constexpr int64_t kDeepTimes = 16;
 constexpr int64_t kDeepLanes = 32;
 constexpr int64_t kDeepTileBytes = 1 << 20;

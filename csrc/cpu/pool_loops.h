@@ -32,8 +32,9 @@ struct PoolLoops {
   // a row of positions or of windows, `sums` for one of windows.
   void (*share)(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* x, const Sum* relevance, Sum stabilizer,
                 Sum* columns, Sum* sums, Sum* shares);
-  // The same in two steps, where windows overlap along T: what is summed in one of their times serves all that read it. First the
-  // sums over windows of one time, given the input rows of that time; then the shares, given the rows of sums of their times.
+  // The same in two steps, where windows overlap much along T: what is summed in one of their times serves all that read it.
+  // First the sums over windows of one time, given the input rows of that time; then the shares, given the rows of sums of their
+  // times.
   void (*sum)(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* x, Sum* columns, Sum* sums);
   void (*share_sums)(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* sums, const Sum* relevance,
                      Sum stabilizer, Sum* columns, Sum* shares);
