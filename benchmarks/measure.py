@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
             "seconds": protocol.seconds,
             "patience": protocol.patience,
             "clock": protocol.clock,
-            "order": "contenders in turn",
+            "order": "contenders in turn, each round in an order of its own",
             "small": given.small,
         },
         "ceilings_gflops": ceilings(64 if given.small else 1024),

@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -72,7 +73,10 @@ _LONG = 0.5
 
 
 def interleaved(contenders: Mapping[str, Callable[[], object]], protocol: Protocol) -> dict[str, Timing]:
-    """Time all contenders in turn, A B C A B C ...: what disturbs the machine disturbs all alike. They have warmed up before."""
+    """Time all contenders in turn, round after round: what disturbs the machine disturbs all alike. They have warmed up before.
+
+    Each round has an order of its own, the same in every run: who comes after a large contender finds caches without his data.
+    """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     collecting = gc.isenabled()
     gc.disable()  # a collection takes longer than most layers, so it comes before the long ones, and is not timed
@@ -81,7 +85,7 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], protocol: Protoc
     for repetition in range(protocol.most):
         if repetition >= protocol.repetitions and now() - begun > protocol.seconds:
             break
-        for name, run in contenders.items():
+        for name, run in random.Random(repetition).sample(list(contenders.items()), len(contenders)):
             if sum(samples[name]) > protocol.patience:
                 continue
             if samples[name] and samples[name][-1] > _LONG:
