@@ -32,12 +32,15 @@ inline ScalarType accumulator(ScalarType type) { return type == ScalarType::Doub
 namespace checks {
 
 template <typename... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (condition) return;
+[[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
   throw std::runtime_error(message.str());
 }
+
+// Refuses, in these words, where the condition does not hold. A macro, so that words are only found then: they take longer than a
+// small layer.
+#define CAPTUM_DTD_REQUIRE(condition, ...) ((condition) ? void() : ::captum_dtd::checks::refuse(__VA_ARGS__))
 
 // Shapes, lists, types and devices are written as Python does.
 
@@ -87,41 +90,46 @@ inline std::string device(const Tensor& tensor) {
   return text.str();
 }
 
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  return std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin(), b.sizes().end());
+}
+
 constexpr int64_t kLargestNumber = 2147483647;
 constexpr double kMostElements = 1099511627776.0;
 
 inline void check_tensor(const char* argument, const Tensor& tensor, int64_t dims, ScalarType type, const Tensor& x) {
-  require(tensor.dim() == dims, argument, " must have ", dims, " dimensions, got shape ", shape(tensor));
-  require(tensor.scalar_type() == type, argument, " must be ", name(type), ", got ", name(tensor.scalar_type()), " of shape ",
-          shape(tensor));
-  require(device(tensor) == device(x), argument, " must be on ", device(x), " as x is, got ", device(tensor));
+  CAPTUM_DTD_REQUIRE(tensor.dim() == dims, argument, " must have ", dims, " dimensions, got shape ", shape(tensor));
+  CAPTUM_DTD_REQUIRE(tensor.scalar_type() == type, argument, " must be ", name(type), ", got ", name(tensor.scalar_type()),
+                     " of shape ", shape(tensor));
+  CAPTUM_DTD_REQUIRE(tensor.device() == x.device(), argument, " must be on ", device(x), " as x is, got ", device(tensor));
 }
 
 inline void check_numbers(const char* argument, const Numbers& values, size_t count, int64_t least) {
-  require(values.size() == count, argument, " must have ", count, " numbers, got ", list(values));
-  require(std::all_of(values.begin(), values.end(), [&](int64_t value) { return value >= least; }), argument,
-          " must be at least ", least, ", got ", list(values));
-  require(std::all_of(values.begin(), values.end(), [](int64_t value) { return value <= kLargestNumber; }), argument,
-          " must be at most ", kLargestNumber, ", got ", list(values));
+  CAPTUM_DTD_REQUIRE(values.size() == count, argument, " must have ", count, " numbers, got ", list(values));
+  CAPTUM_DTD_REQUIRE(std::all_of(values.begin(), values.end(), [&](int64_t value) { return value >= least; }), argument,
+                     " must be at least ", least, ", got ", list(values));
+  CAPTUM_DTD_REQUIRE(std::all_of(values.begin(), values.end(), [](int64_t value) { return value <= kLargestNumber; }), argument,
+                     " must be at most ", kLargestNumber, ", got ", list(values));
 }
 
 // With this, no product of sizes that a kernel forms leaves 64 bits.
 inline void check_padded(const Tensor& x, const Numbers& padded, const Numbers& padding) {
   double elements = static_cast<double>(x.size(1));
   for (const int64_t size : padded) elements *= static_cast<double>(size);
-  require(elements <= kMostElements, "padding ", list(padding), " makes an example of x of shape ", shape(x),
-          " larger than 2**40 elements");
+  CAPTUM_DTD_REQUIRE(elements <= kMostElements, "padding ", list(padding), " makes an example of x of shape ", shape(x),
+                     " larger than 2**40 elements");
 }
 
 inline void check_x(const Tensor& x) {
-  require(x.dim() == 5, "x must have 5 dimensions (N, C, T, H, W), got shape ", shape(x));
+  CAPTUM_DTD_REQUIRE(x.dim() == 5, "x must have 5 dimensions (N, C, T, H, W), got shape ", shape(x));
   const ScalarType type = x.scalar_type();
-  require(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half || type == ScalarType::Double,
-          "x must be float32, bfloat16, float16 or float64, got ", name(type));
+  CAPTUM_DTD_REQUIRE(
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half || type == ScalarType::Double,
+      "x must be float32, bfloat16, float16 or float64, got ", name(type));
 }
 
 inline void check_stabilizer(double stabilizer) {
-  require(stabilizer >= 0, "stabilizer must be zero or positive, got ", stabilizer);
+  CAPTUM_DTD_REQUIRE(stabilizer >= 0, "stabilizer must be zero or positive, got ", stabilizer);
 }
 
 inline int64_t floor_divide(int64_t a, int64_t b) { return a / b - (a % b < 0); }  // b > 0
@@ -133,9 +141,9 @@ inline int64_t windows(int64_t room, int64_t kernel, int64_t stride, int64_t dil
 
 // Where a table says what is read.
 inline void check_no_window_in_time(int64_t stride, int64_t front, int64_t back, int64_t dilation) {
-  require(stride == 1 && front == 0 && back == 0 && dilation == 1,
-          "reads takes the place of stride, padding and dilation along T: they must be 1, 0 and 1, got ", stride, ", (", front,
-          ", ", back, ") and ", dilation);
+  CAPTUM_DTD_REQUIRE(stride == 1 && front == 0 && back == 0 && dilation == 1,
+                     "reads takes the place of stride, padding and dilation along T: they must be 1, 0 and 1, got ", stride,
+                     ", (", front, ", ", back, ") and ", dilation);
 }
 
 }  // namespace checks
@@ -154,14 +162,14 @@ inline Conv3d check_conv3d(const Tensor& x, const Tensor& weight, const std::opt
   check_numbers("stride", stride, 3, 1);
   check_numbers("padding", padding, 6, 0);
   check_numbers("dilation", dilation, 3, 1);
-  require(weight.size(1) >= 1, "weight must have at least one input channel, got shape ", shape(weight));
-  require(groups >= 1, "groups must be at least 1, got ", groups);
-  require(x.size(1) == weight.size(1) * groups && weight.size(0) % groups == 0, "weight of shape ", shape(weight),
-          " does not fit x of shape ", shape(x), " with groups=", groups);
+  CAPTUM_DTD_REQUIRE(weight.size(1) >= 1, "weight must have at least one input channel, got shape ", shape(weight));
+  CAPTUM_DTD_REQUIRE(groups >= 1, "groups must be at least 1, got ", groups);
+  CAPTUM_DTD_REQUIRE(x.size(1) == weight.size(1) * groups && weight.size(0) % groups == 0, "weight of shape ", shape(weight),
+                     " does not fit x of shape ", shape(x), " with groups=", groups);
   if (bias) {
     check_tensor("bias", *bias, 1, x.scalar_type(), x);
-    require(bias->size(0) == weight.size(0), "bias must have ", weight.size(0), " elements as weight has output channels, got ",
-            bias->size(0));
+    CAPTUM_DTD_REQUIRE(bias->size(0) == weight.size(0), "bias must have ", weight.size(0),
+                       " elements as weight has output channels, got ", bias->size(0));
   }
   check_stabilizer(stabilizer);
   Numbers padded;
@@ -184,13 +192,14 @@ inline Conv3d check_conv3d(const Tensor& x, const Tensor& weight, const std::opt
     check_no_window_in_time(stride[0], padding[0], padding[1], dilation[0]);
     conv.out[0] = *times;
   }
-  require(std::all_of(conv.out, conv.out + 3, [](int64_t size) { return size > 0; }), "weight's kernel ", tuple(kernel),
-          " with dilation ", list(dilation), " does not fit into x of shape ", shape(x), " with padding ", list(padding));
+  CAPTUM_DTD_REQUIRE(std::all_of(conv.out, conv.out + 3, [](int64_t size) { return size > 0; }), "weight's kernel ",
+                     tuple(kernel), " with dilation ", list(dilation), " does not fit into x of shape ", shape(x),
+                     " with padding ", list(padding));
   if (relevance) {
     check_tensor("relevance", *relevance, 5, accumulator(x.scalar_type()), x);
     const Numbers expected{conv.n, conv.c_out, conv.out[0], conv.out[1], conv.out[2]};
-    require(std::equal(expected.begin(), expected.end(), relevance->sizes().begin()), "relevance must have the shape ",
-            tuple(expected), " of the convolution's output, got ", shape(*relevance));
+    CAPTUM_DTD_REQUIRE(std::equal(expected.begin(), expected.end(), relevance->sizes().begin()), "relevance must have the shape ",
+                       tuple(expected), " of the convolution's output, got ", shape(*relevance));
   }
   return conv;
 }
@@ -200,10 +209,10 @@ inline Conv3d check_conv3d(const Tensor& x, const Tensor& weight, const std::opt
 inline void check_table(const char* argument, const Numbers& table, int64_t n, int64_t times, int64_t taps, int64_t size) {
   using namespace checks;
   const int64_t count = static_cast<int64_t>(table.size()), row = times * taps;
-  require(count == row || (n > 0 && count == n * row), argument, " must have ", row,
-          " numbers, one for each output time and tap, or ", n, " times as many, got ", count);
-  require(std::all_of(table.begin(), table.end(), [&](int64_t time) { return time >= -1 && time < size; }), argument,
-          " must be times from 0 to ", size - 1, ", or -1 for none, got ", list(table));
+  CAPTUM_DTD_REQUIRE(count == row || (n > 0 && count == n * row), argument, " must have ", row,
+                     " numbers, one for each output time and tap, or ", n, " times as many, got ", count);
+  CAPTUM_DTD_REQUIRE(std::all_of(table.begin(), table.end(), [&](int64_t time) { return time >= -1 && time < size; }), argument,
+                     " must be times from 0 to ", size - 1, ", or -1 for none, got ", list(table));
 }
 
 // Checks that a time of the result is always given to by what reads one time of x.
@@ -216,9 +225,9 @@ inline void check_tables_agree(const Numbers& reads, const Numbers& gives, int64
     for (int64_t i = 0; i < row; ++i) {
       const int64_t read = reads[from + i], given = gives[to + i];
       if (read < 0 || given < 0) continue;
-      checks::require(stored[given] < 0 || stored[given] == read,
-                      "gives must name a time of the result for one time of x only, got ", given, " for the times ",
-                      stored[given], " and ", read);
+      CAPTUM_DTD_REQUIRE(stored[given] < 0 || stored[given] == read,
+                         "gives must name a time of the result for one time of x only, got ", given, " for the times ",
+                         stored[given], " and ", read);
       stored[given] = read;
     }
   }
@@ -230,7 +239,7 @@ inline void check_bound(const char* argument, const Tensor& bound, const Tensor&
   check_tensor(argument, bound, bound.dim(), accumulator(x.scalar_type()), x);
   bool fits = bound.dim() <= 5;
   for (int64_t a = 0; fits && a < bound.dim(); ++a) fits = bound.size(a) == 1 || bound.size(a) == x.size(5 - bound.dim() + a);
-  require(fits, argument, " of shape ", shape(bound), " does not broadcast to x of shape ", shape(x));
+  CAPTUM_DTD_REQUIRE(fits, argument, " of shape ", shape(bound), " does not broadcast to x of shape ", shape(x));
 }
 
 // Checks a max pooling's arguments and returns its geometry; `relevance` is of its output.
@@ -246,7 +255,7 @@ inline MaxPool3d check_max_pool3d(const Tensor& x, const Tensor& relevance, cons
   check_numbers("dilation", dilation, 3, 1);
   bool half = true;
   for (int a = 0; a < 3; ++a) half = half && padding[a] <= kernel[a] / 2;
-  require(half, "padding must be at most half of kernel_size ", list(kernel), ", got ", list(padding));
+  CAPTUM_DTD_REQUIRE(half, "padding must be at most half of kernel_size ", list(kernel), ", got ", list(padding));
   check_stabilizer(stabilizer);
   Numbers padded;
   for (int a = 0; a < 3; ++a) padded.push_back(x.size(a + 2) + 2 * padding[a]);
@@ -270,11 +279,12 @@ inline MaxPool3d check_max_pool3d(const Tensor& x, const Tensor& relevance, cons
     check_no_window_in_time(stride[0], padding[0], padding[0], dilation[0]);
     pool.out[0] = *times;
   }
-  require(std::all_of(pool.out, pool.out + 3, [](int64_t size) { return size > 0; }), "kernel_size ", list(kernel),
-          " with dilation ", list(dilation), " does not fit into x of shape ", shape(x), " with padding ", list(padding));
+  CAPTUM_DTD_REQUIRE(std::all_of(pool.out, pool.out + 3, [](int64_t size) { return size > 0; }), "kernel_size ", list(kernel),
+                     " with dilation ", list(dilation), " does not fit into x of shape ", shape(x), " with padding ",
+                     list(padding));
   const Numbers expected{pool.n, pool.c, pool.out[0], pool.out[1], pool.out[2]};
-  require(std::equal(expected.begin(), expected.end(), relevance.sizes().begin()), "relevance must have the shape ",
-          tuple(expected), " of the pooling's output, got ", shape(relevance));
+  CAPTUM_DTD_REQUIRE(std::equal(expected.begin(), expected.end(), relevance.sizes().begin()), "relevance must have the shape ",
+                     tuple(expected), " of the pooling's output, got ", shape(relevance));
   return pool;
 }
 
@@ -283,12 +293,11 @@ inline void check_add(const Tensor& x, const Tensor& other, const Tensor& releva
   using namespace checks;
   check_x(x);
   check_tensor("other", other, 5, x.scalar_type(), x);
-  require(tuple(other.sizes()) == shape(x), "other must have the shape ", shape(x), " of x, got ", shape(other));
-  require(std::isfinite(alpha), "alpha must be finite, got ", alpha);
+  CAPTUM_DTD_REQUIRE(same_shape(other, x), "other must have the shape ", shape(x), " of x, got ", shape(other));
+  CAPTUM_DTD_REQUIRE(std::isfinite(alpha), "alpha must be finite, got ", alpha);
   check_stabilizer(stabilizer);
   check_tensor("relevance", relevance, 5, accumulator(x.scalar_type()), x);
-  require(tuple(relevance.sizes()) == shape(x), "relevance must have the shape ", shape(x), " of the sum, got ",
-          shape(relevance));
+  CAPTUM_DTD_REQUIRE(same_shape(relevance, x), "relevance must have the shape ", shape(x), " of the sum, got ", shape(relevance));
 }
 
 // Whether a part of a tensor is dense with these dimensions in this order, the innermost first.

@@ -199,7 +199,7 @@ struct Operators {
   template <typename Problem, typename Geometry>
   static void set_tables(Problem& problem, Geometry& geometry, const Tensor& x, const Numbers& reads, const Numbers& gives,
                          int64_t times) {
-    checks::require(times >= 1, "times must be at least 1, got ", times);
+    CAPTUM_DTD_REQUIRE(times >= 1, "times must be at least 1, got ", times);
     check_table("reads", reads, geometry.n, geometry.out[0], geometry.kernel[0], x.size(2));
     check_table("gives", gives, geometry.n, geometry.out[0], geometry.kernel[0], times);
     check_tables_agree(reads, gives, geometry.out[0] * geometry.kernel[0], times);
@@ -261,9 +261,9 @@ struct Operators {
   static std::string choose(const std::string& asked, const std::vector<std::string>& there, const Tensor& x) {
     for (const std::string& kernel : there)
       if (kernel == asked || (asked == "auto" && Device::serves_auto(kernel))) return kernel;
-    checks::require(!there.empty(), "no compiled kernel serves ", checks::name(x.scalar_type()),
-                    " here: use captum_dtd.ops with kernel='reference'");
-    checks::require(false, "kernel '", asked, "' does not exist here: there are ", checks::joined(there));
+    CAPTUM_DTD_REQUIRE(!there.empty(), "no compiled kernel serves ", checks::name(x.scalar_type()),
+                       " here: use captum_dtd.ops with kernel='reference'");
+    CAPTUM_DTD_REQUIRE(false, "kernel '", asked, "' does not exist here: there are ", checks::joined(there));
     return {};
   }
 };

@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t kLanes = 16;
 
 // Bytes of a tile, at least. Overlapping windows gain from bigger ones, as long as a second level cache holds them.
-constexpr int64_t kTileBytes = 1 << 16;
+constexpr int64_t kTileBytes = 1 << 17;
 constexpr int64_t kOverlappingTileBytes = 1 << 19;
 
 // Where windows overlap much along T, or by tables, a tile has all of its times, or this many, so that their sums need not be
@@ -47,6 +47,7 @@ class Axis {
         stride_(pool.stride[axis]),
         padding_(pool.padding[axis]) {
     std::vector<int64_t> reached;
+    reached.reserve(windows * pool.kernel[axis]);
     for (int64_t window = 0; window < windows; ++window)
       for (int64_t tap = 0; tap < pool.kernel[axis]; ++tap) {
         const int64_t position = window * stride_ - padding_ + tap * pool.dilation[axis];
@@ -89,24 +90,27 @@ class Axis {
   // What each tap of each window reads and gives to; -1 is nothing.
   void meet(const int64_t* reads, const int64_t* gives, int64_t taps) {
     sources_.assign(positions, -1);
-    std::vector<std::vector<Meeting>> of_position(positions);
+    first_of_window_.reserve(windows + 1);
     first_of_window_.push_back(0);
-    for (int64_t window = 0; window < windows; ++window) {
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const int64_t read = *reads++, given = *gives++;
-        if (read < 0) continue;
-        of_window_.push_back({read, tap});
-        if (given < 0) continue;
-        of_position[given].push_back({window, tap});
-        sources_[given] = read;
+    first_of_position_.assign(positions + 1, 0);
+    of_window_.reserve(windows * taps);
+    for (int64_t window = 0, i = 0; window < windows; ++window) {
+      for (int64_t tap = 0; tap < taps; ++tap, ++i) {
+        if (reads[i] < 0) continue;
+        of_window_.push_back({reads[i], tap});
+        if (gives[i] >= 0) ++first_of_position_[gives[i] + 1];
       }
       first_of_window_.push_back(of_window_.size());
     }
-    first_of_position_.push_back(0);
-    for (const auto& met : of_position) {
-      of_position_.insert(of_position_.end(), met.begin(), met.end());
-      first_of_position_.push_back(of_position_.size());
-    }
+    for (int64_t position = 0; position < positions; ++position) first_of_position_[position + 1] += first_of_position_[position];
+    of_position_.resize(first_of_position_[positions]);
+    std::vector<int64_t> next(first_of_position_.begin(), first_of_position_.end() - 1);
+    for (int64_t window = 0, i = 0; window < windows; ++window)
+      for (int64_t tap = 0; tap < taps; ++tap, ++i) {
+        if (reads[i] < 0 || gives[i] < 0) continue;
+        of_position_[next[gives[i]]++] = {window, tap};
+        sources_[gives[i]] = reads[i];
+      }
   }
 
   int64_t begin(int64_t window) const {
@@ -238,7 +242,9 @@ class Pooling {
     stream_ = bytes >= kStreamedBytes && Rows<Sum>(problem.out, kElement<Sum>, w_.positions, run_.memory).dense(lanes_);
     // As many windows as fill a tile, first along H and then along T.
     const int64_t row_bytes = w_.positions * lanes_ * sizeof(Sum) * pool.stride[0];
-    const int64_t rows = std::max<int64_t>(1, (overlap ? kOverlappingTileBytes : kTileBytes) / row_bytes);
+    const bool is_small = bytes / pool.n / blocks_ <= 2 * kTileBytes;  // not worth cutting
+    const int64_t tile_bytes = overlap ? kOverlappingTileBytes : is_small ? 2 * kTileBytes : kTileBytes;
+    const int64_t rows = std::max<int64_t>(1, tile_bytes / row_bytes);
     tile_h_ = std::clamp<int64_t>(rows / pool.stride[1], 1, h_.windows);
     tile_t_ = by_table() ? pool.out[0] : std::clamp<int64_t>(rows / h_.positions, 1, pool.out[0]);
     if (deep_) {
