@@ -35,7 +35,7 @@ from captum_dtd.ops import Table, memory_format
 from captum_dtd.propagate import Activations, Box, Network, Step, ValueOf, Values
 from captum_dtd.reference import accumulator
 from captum_dtd.rules import Group, Rule, ZBeta, ZPlus
-from captum_dtd.times import InTime, Times, in_time
+from captum_dtd.times import InTime, Times, Window, in_time
 
 Wanted: TypeAlias = Literal["all", "classes"] | Sequence[tuple[int, ...]]
 """At which times of the input relevance is wanted: at all; summed over all (every value keeps a sum per class of equal
@@ -110,6 +110,10 @@ class Route:
     def count(self) -> int:
         """How many indices read."""
         return len(self.rows[0])
+
+    def table(self, taps: int) -> Table:
+        """For windows of so many taps that are laid end to end: in every row, for every window, what each tap reads."""
+        return [[row[at : at + taps] for at in range(0, len(row), taps)] for row in self.rows]
 
     @cached_property
     def used(self) -> list[int]:
@@ -262,24 +266,8 @@ def _empty_like(x: Tensor, dim: int, size: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-_MOST_PLANS = (
-    32  # sets of wanted times whose plans are remembered: megabytes each, where many clips want different times
-)
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """A convolution as what is wanted walks through it.
-
-    Attributes:
-        reads: for every slot of its output and every tap the class of the input that is read.
-        gives: likewise the slot of the input that relevance goes to.
-        taps: for every tap where the outputs' slots give to.
-    """
-
-    reads: list[list[list[int]]]
-    gives: list[list[list[int]]]
-    taps: list[Route]
+# Sets of wanted times whose plans are remembered: megabytes each, where many clips want different times.
+_MOST_PLANS = 32
 
 
 class _Plan:
@@ -289,7 +277,8 @@ class _Plan:
         self.slots = slots
         self._in_time = in_time
         self._routes: dict[tuple[fx.Node, fx.Node], tuple[Route, Route]] = {}
-        self._readings: dict[fx.Node, _Reading] = {}
+        self._tables: dict[fx.Node, tuple[Table, Table]] = {}
+        self._taps: dict[fx.Node, list[Route]] = {}
 
     def at(self, node: fx.Node) -> tuple[tuple[int, ...], ...]:
         """The times of a node's slots; one row of none where it has no time."""
@@ -306,23 +295,26 @@ class _Plan:
         return self._routes[node, source]
 
     def tables(self, node: fx.Node, source: fx.Node) -> tuple[Table, Table]:
-        """The same by output time and tap, for operations that read by tables."""
+        """The same by slot and tap, for operations that read and give by tables."""
+        if node not in self._tables:
+            from_classes, to_slots = self.routes(node, source)
+            taps = self._window(node).taps
+            self._tables[node] = from_classes.table(taps), to_slots.table(taps)
+        return self._tables[node]
+
+    def taps(self, node: fx.Node, source: fx.Node) -> list[Route]:
+        """For every tap where a convolution's slots give to."""
+        if node not in self._taps:
+            _, to_slots = self.routes(node, source)
+            count = self._window(node).taps
+            rows = ([row[tap::count] for row in to_slots.rows] for tap in range(count))
+            self._taps[node] = [Route.of(each, to_slots.size) for each in rows]
+        return self._taps[node]
+
+    def _window(self, node: fx.Node) -> Window:
         window = self._in_time[node].window
         assert window is not None
-        return tuple(  # type: ignore[return-value]
-            [[row[at : at + window.taps] for at in range(0, len(row), window.taps)] for row in route.rows]
-            for route in self.routes(node, source)
-        )
-
-    def reading(self, along: _Convolution) -> _Reading:
-        """What a convolution reads and gives to."""
-        if along.node not in self._readings:
-            at, kept = self.slots[along.node], self.slots[along.source]
-            gives = along.gives(at.times, kept)
-            taps = range(along.window.taps)
-            routes = [Route.of([[given[tap] for given in row] for row in gives], kept.count) for tap in taps]
-            self._readings[along.node] = _Reading(along.reads(at.times), gives, routes)
-        return self._readings[along.node]
+        return window
 
 
 class FrozenNetwork:
@@ -437,7 +429,7 @@ class FrozenNetwork:
         whole_layer = along.layer(values, (0,))
         kernel = self.network.forward_kernel(whole_layer)
         if fused.serves_frozen(kernel, node, values[along.source]):
-            return fused.forward(whole_layer, kernel, along.reads_of_classes)
+            return fused.forward(whole_layer, kernel, self._route(node, along.source).table(along.window.taps))
 
         def one(take: Take, tap: int) -> Tensor:
             call = along.call(tap, values, take, (0,))
@@ -574,8 +566,8 @@ class FrozenNetwork:
         kernel = self.network.kernel_of(step, call)
         if not fused.serves_frozen(kernel, step.node, x):
             return None
-        reads, gives = plan.tables(step.node, step.sources[0])
-        tables = reads, gives, plan.slots[step.sources[0]].count
+        (source,) = step.sources
+        tables = *plan.tables(step.node, source), plan.slots[source].count
         return [(fused.redistribute_frozen_pool(call, one, step.rule, kernel, tables),) for one in arriving]
 
     def _share_convolution(
@@ -583,8 +575,8 @@ class FrozenNetwork:
     ) -> list[Tensor]:
         """Relevance of a convolution's input, in its slots: of equal times once where that is less, else at all times."""
         along = self._convolutions[step.node]
-        at, kept, reading = plan.slots[step.node], plan.slots[along.source], plan.reading(along)
-        pulled = sum(len(tap.used) for tap in reading.taps)
+        at, kept, taps = plan.slots[step.node], plan.slots[along.source], plan.taps(step.node, along.source)
+        pulled = sum(len(tap.used) for tap in taps)
         if at.is_single and pulled + along.products >= _WORTH_IT * 2 * along.multiplications:
             return self._share_at_all_times(step, values, box, arriving, plan)
 
@@ -593,9 +585,9 @@ class FrozenNetwork:
         limits = box.around(step, dict.__getitem__)
         kernel = self.network.kernel_of(step, along.layer(values, step.positions))
         if isinstance(step.rule, (ZPlus, ZBeta)) and fused.serves_frozen(kernel, step.node, values[along.source]):
-            tables = reading.reads, reading.gives, kept.count
+            tables = *plan.tables(step.node, along.source), kept.count
             return self._share_by_table(step, along.layer(values, step.positions), limits, arriving, tables, kernel)
-        return self._share_by_taps(step, values, limits, arriving, along, at, kept, reading.taps)
+        return self._share_by_taps(step, values, limits, arriving, along, at, kept, taps)
 
     def _share_by_taps(
         self,
@@ -705,23 +697,6 @@ class _Convolution:
     def layer(self, values: Values, positions: tuple[int, ...]) -> Call:
         """The convolution over the times of its input that differ, with all of its taps, as an operation by tables reads it."""
         return Call(self.node, positions, values.__getitem__, self._with_bias)
-
-    def reads(self, times: Sequence[Sequence[int]]) -> list[list[list[int]]]:
-        """The classes that outputs at some times read, tap by tap."""
-        return [[self.read.numbers(self.window.reads(time, self.read.length)) for time in row] for row in times]
-
-    @cached_property
-    def reads_of_classes(self) -> list[list[list[int]]]:
-        """What the first time of every class of the output reads."""
-        return self.reads((self.made.first,))
-
-    def gives(self, times: Sequence[Sequence[int]], kept: Slots) -> list[list[list[int]]]:
-        """The slots of the input that outputs at some times give to, tap by tap."""
-        rows = max(len(times), len(kept.of_time))
-        return [
-            [[of_time[t] if t >= 0 else -1 for t in self.window.reads(time, self.read.length)] for time in row]
-            for row, of_time in zip(_repeated(times, rows), _repeated(kept.of_time, rows), strict=True)
-        ]
 
     def call(self, tap: int, values: Values, take: Take, positions: tuple[int, ...]) -> Call:
         """The convolution with one of its taps, on some times of its input, without bias."""

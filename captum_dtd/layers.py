@@ -55,6 +55,7 @@ from captum_dtd.rules import Group, MaxPoolRule, Rule, WeightPart, WinnerTakesAl
 aten = torch.ops.aten
 
 
+# Under which name a node keeps its `Arguments`.
 _FLAT = "captum_dtd arguments"
 
 Limits: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor]]
@@ -67,41 +68,40 @@ class Arguments:
 
     Attributes:
         leaves: all of them, in the order of ``pytree.tree_leaves((args, kwargs))``.
-        places: of every argument its name (None: it is positional), and between which leaves it lies.
-        specs: how its leaves make it; None: it is the only one, or they are a list.
+        parts: of every argument its name (None: it is positional), where its leaves are, and how they make it (None: it is
+            the only one, or they are a list).
     """
 
     leaves: tuple[Any, ...]
-    places: tuple[tuple[str | None, int, int], ...]
-    specs: tuple[pytree.TreeSpec | None, ...]
+    parts: tuple[tuple[str | None, int | slice, pytree.TreeSpec | None], ...]
 
     @staticmethod
     def of(node: fx.Node, args: tuple[Any, ...] | None = None) -> Arguments:
         """Of a node, or with others in place of its positional ones."""
         leaves: list[Any] = []
-        places: list[tuple[str | None, int, int]] = []
-        specs: list[pytree.TreeSpec | None] = []
+        parts: list[tuple[str | None, int | slice, pytree.TreeSpec | None]] = []
         for name, value in (*((None, value) for value in (node.args if args is None else args)), *node.kwargs.items()):
             own, spec = pytree.tree_flatten(value)
-            is_plain = spec.is_leaf() or (isinstance(value, list) and spec.num_nodes == 1 + spec.num_leaves)
-            places.append((name, len(leaves), -1 if spec.is_leaf() else len(leaves) + len(own)))
-            specs.append(None if is_plain else spec)
+            start = len(leaves)
             leaves += own
-        return Arguments(tuple(leaves), tuple(places), tuple(specs))
+            if spec.is_leaf():
+                parts.append((name, start, None))
+            else:
+                is_list = isinstance(value, list) and spec.num_nodes == 1 + spec.num_leaves
+                parts.append((name, slice(start, len(leaves)), None if is_list else spec))
+        return Arguments(tuple(leaves), tuple(parts))
 
-    def filled(self, leaves: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+    def filled(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments with other leaves."""
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
-        for (name, start, end), spec in zip(self.places, self.specs, strict=True):
-            value = leaves[start] if end < 0 else leaves[start:end]
-            if spec is not None:
-                value = pytree.tree_unflatten(value, spec)
+        for name, place, spec in self.parts:
+            value = leaves[place] if spec is None else pytree.tree_unflatten(leaves[place], spec)
             if name is None:
                 args.append(value)
             else:
                 kwargs[name] = value
-        return args, kwargs
+        return tuple(args), kwargs
 
 
 class Call:
@@ -120,7 +120,7 @@ class Call:
     ) -> None:
         self.node = node
         if args is None:
-            self._flat = node.meta.get(_FLAT) or node.meta.setdefault(_FLAT, Arguments.of(node))
+            self._flat: Arguments = node.meta.get(_FLAT) or node.meta.setdefault(_FLAT, Arguments.of(node))
         else:
             self._flat = args if isinstance(args, Arguments) else Arguments.of(node, args)
         self.arguments = [value_of(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in self._flat.leaves]
@@ -134,12 +134,12 @@ class Call:
     @property
     def args(self) -> tuple[Any, ...]:
         """The positional arguments."""
-        return tuple(self._flat.filled(self.arguments)[0])
+        return self._flat.filled(self.arguments)[0]
 
     @property
     def kwargs(self) -> dict[str, Any]:
         """The keyword arguments."""
-        return dict(self._flat.filled(self.arguments)[1])
+        return self._flat.filled(self.arguments)[1]
 
     def to(self, dtype: torch.dtype) -> Call:
         """The same call in another precision."""

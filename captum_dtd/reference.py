@@ -6,7 +6,8 @@ Arithmetic is IEEE in the accumulator's precision: float64 for float64, float32 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ def frozen_z_plus_conv3d(
     """z+ on a convolution whose output times read and give to times by a table: every output time as a clip of its own."""
     parts = _signs(x.to(relevance.dtype), non_negative)
     geometry = (stride, padding, dilation, groups, stabilizer, divided)
-    return _share_by_table(parts, weight, bias, relevance, reads, gives, times, *geometry)
+    return _share_convolution_by_table(parts, weight, bias, relevance, reads, gives, times, *geometry)
 
 
 def frozen_z_beta_conv3d(
@@ -118,7 +119,7 @@ def frozen_z_beta_conv3d(
     """z-beta on such a convolution: z+ of the distances to the box."""
     parts = _distances(x.to(relevance.dtype), low, high)
     geometry = (stride, padding, dilation, groups, stabilizer, divided)
-    return _share_by_table(parts, weight, bias, relevance, reads, gives, times, *geometry)
+    return _share_convolution_by_table(parts, weight, bias, relevance, reads, gives, times, *geometry)
 
 
 def max_pool3d_relevance(
@@ -178,21 +179,13 @@ def frozen_max_pool3d_relevance(
     What is read from nowhere is -inf: it has no positive part, and wins no window that reads anything finite. (Where all that
     a window reads is -inf too, its winner is left open.)
     """
-    x = x.to(relevance.dtype)
-    n, channels, _, *size = x.shape
-    outputs, taps = relevance.shape[2], kernel_size[0]
-    read, given = _rows(reads, n, outputs, taps), _rows(gives, n, outputs, taps)
-    shared = relevance.new_zeros((n, channels, times, *size))
-    for q in range(outputs):
-        windows = _windows(x, [row[q] for row in read], taps, -math.inf)
-        here = relevance[:, :, q : q + 1]
-        geometry = (kernel_size, stride, padding, dilation, ceil_mode, winner_takes_all, stabilizer)
-        of_window = max_pool3d_relevance(windows, here, *geometry)
-        for example in range(n):
-            for tap, (source, to) in enumerate(zip(read[example][q], given[example][q], strict=True)):
-                if source >= 0 and to >= 0:
-                    shared[example, :, to] += of_window[example, :, tap]
-    return shared
+
+    def share(windows: Sequence[Tensor], here: Tensor) -> Tensor:
+        geometry = (kernel_size, stride, padding, dilation, ceil_mode)
+        (window,) = windows
+        return max_pool3d_relevance(window, here, *geometry, winner_takes_all, stabilizer)
+
+    return _share_by_table([x.to(relevance.dtype)], relevance, reads, gives, times, kernel_size[0], share, -math.inf)
 
 
 def z_plus_add(x: Tensor, other: Tensor, relevance: Tensor, alpha: float, stabilizer: float) -> tuple[Tensor, Tensor]:
@@ -266,7 +259,7 @@ def _windows(x: Tensor, read: Sequence[Sequence[int]], taps: int, fill: float = 
     return chosen
 
 
-def _share_by_table(
+def _share_convolution_by_table(
     parts: Sequence[tuple[Tensor, str]],
     weight: Tensor,
     bias: Tensor | None,
@@ -274,22 +267,34 @@ def _share_by_table(
     reads: Sequence[int],
     gives: Sequence[int],
     times: int,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    stabilizer: float,
-    divided: bool,
+    *geometry: Any,
 ) -> Tensor:
-    n, channels, _, *size = parts[0][0].shape
-    outputs, taps = relevance.shape[2], weight.shape[2]
+    inputs, sides = zip(*parts, strict=True)
+
+    def share(windows: Sequence[Tensor], here: Tensor) -> Tensor:
+        return _share(list(zip(windows, sides, strict=True)), weight, bias, here, *geometry)
+
+    return _share_by_table(inputs, relevance, reads, gives, times, weight.shape[2], share)
+
+
+def _share_by_table(
+    inputs: Sequence[Tensor],
+    relevance: Tensor,
+    reads: Sequence[int],
+    gives: Sequence[int],
+    times: int,
+    taps: int,
+    share: Callable[[Sequence[Tensor], Tensor], Tensor],
+    fill: float = 0.0,
+) -> Tensor:
+    """Relevance of inputs whose windows read and give by tables; ``share`` is that of one window of each, which -1 fills."""
+    n, channels, _, *size = inputs[0].shape
+    outputs = relevance.shape[2]
     read, given = _rows(reads, n, outputs, taps), _rows(gives, n, outputs, taps)
     shared = relevance.new_zeros((n, channels, times, *size))
     for q in range(outputs):
-        windows = [(_windows(u, [row[q] for row in read], taps), part) for u, part in parts]
-        here = relevance[:, :, q : q + 1]
-        geometry = (stride, padding, dilation, groups, stabilizer, divided)
-        of_window = _share(windows, weight, bias, here, *geometry)
+        windows = [_windows(x, [row[q] for row in read], taps, fill) for x in inputs]
+        of_window = share(windows, relevance[:, :, q : q + 1])
         for example in range(n):
             for tap, (source, to) in enumerate(zip(read[example][q], given[example][q], strict=True)):
                 if source >= 0 and to >= 0:

@@ -96,11 +96,7 @@ std::vector<std::string> add_kernels() {
 }
 
 void add_relevance(const AddRelevance& problem, const std::string& kernel, ParallelFor parallel_for) {
-  const std::string isa = isa_of(kernel);
-  if (problem.element == Element::Float64)
-    run<double>(problem, isa, parallel_for);
-  else
-    run<float>(problem, isa, parallel_for);
+  with_sum_of(problem.element, [&](auto sum) { run<decltype(sum)>(problem, isa_of(kernel), parallel_for); });
 }
 
 }  // namespace captum_dtd::cpu

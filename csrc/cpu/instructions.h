@@ -32,6 +32,12 @@ std::vector<std::string> ieee_kernels(Runs runs) {
   return names;
 }
 
+// Calls body with a number of the type in which sums of such elements are taken.
+template <typename Body>
+void with_sum_of(Element element, Body body) {
+  element == Element::Float64 ? body(double{}) : body(float{});
+}
+
 inline std::string isa_of(const std::string& kernel) { return kernel.substr(0, kernel.find('/')); }
 
 }  // namespace captum_dtd::cpu

@@ -370,8 +370,8 @@ class Pooling {
       for (int64_t t = box.windows_t.begin; t < box.windows_t.end; ++t) {
         met.clear();
         each(times.of_windows(), t, [&](Meeting a) { met.push_back(sums(a.at, h)); });
-        run_.pool->share_sums(row_, lanes, met.size(), met.data(), scratch.relevance.row(t, h),
-                              static_cast<Sum>(problem_.stabilizer), columns, shares(t, h));
+        run_.pool->share(row_, lanes, met.size(), met.data(), scratch.relevance.row(t, h), static_cast<Sum>(problem_.stabilizer),
+                         columns, shares(t, h));
       }
       for (int64_t t = box.own_t.begin; t < box.own_t.end; ++t) {
         met.clear();
@@ -404,15 +404,20 @@ class Pooling {
       });
     });
     const int64_t rows = scratch.sums.size();
-    if (problem_.winner_takes_all && rows == 0)
-      std::fill_n(scratch.passed.template as<Tap>() + passed, w_.windows * lanes, Tap(-1));
-    else if (problem_.winner_takes_all)
-      run_.pool->compete(row_, lanes, rows, scratch.sums.data(), scratch.first_taps.data(), scratch.columns.template as<Sum>(),
-                         scratch.column_winners.template as<Tap>(), scratch.passed.template as<Tap>() + passed);
-    else
-      run_.pool->share(row_, lanes, rows, scratch.sums.data(), scratch.relevance.row(t, h), static_cast<Sum>(problem_.stabilizer),
-                       scratch.columns.template as<Sum>(), scratch.windows.template as<Sum>(),
-                       scratch.passed.template as<Sum>() + passed);
+    Sum* const columns = scratch.columns.template as<Sum>();
+    if (problem_.winner_takes_all) {
+      Tap* const winners = scratch.passed.template as<Tap>() + passed;
+      if (rows == 0)
+        std::fill_n(winners, w_.windows * lanes, Tap(-1));
+      else
+        run_.pool->compete(row_, lanes, rows, scratch.sums.data(), scratch.first_taps.data(), columns,
+                           scratch.column_winners.template as<Tap>(), winners);
+      return;
+    }
+    Sum* const sums = scratch.windows.template as<Sum>();
+    run_.pool->sum(row_, lanes, rows, scratch.sums.data(), columns, sums);
+    run_.pool->share(row_, lanes, 1, &sums, scratch.relevance.row(t, h), static_cast<Sum>(problem_.stabilizer), columns,
+                     scratch.passed.template as<Sum>() + passed);
   }
 
   // What a row receives from all windows that give to it.
@@ -474,11 +479,7 @@ std::vector<std::string> max_pool3d_kernels() {
 }
 
 void max_pool3d_relevance(const MaxPool3dRelevance& problem, const std::string& kernel, ParallelFor parallel_for) {
-  const std::string isa = isa_of(kernel);
-  if (problem.element == Element::Float64)
-    run<double>(problem, isa, parallel_for);
-  else
-    run<float>(problem, isa, parallel_for);
+  with_sum_of(problem.element, [&](auto sum) { run<decltype(sum)>(problem, isa_of(kernel), parallel_for); });
 }
 
 }  // namespace captum_dtd::cpu

@@ -27,17 +27,13 @@ template <typename Sum>
 struct PoolLoops {
   using Tap = std::conditional_t<std::is_same_v<Sum, double>, int64_t, int32_t>;  // as wide as what it goes with
 
-  // Proportional: what a row of windows passes to a unit of u = max(x, 0) at each position, R / (sum of u + stabilizer) added up
-  // along W, given the input rows that they contain. Sums are taken along T and H first and then along W; `columns` has room for
-  // a row of positions or of windows, `sums` for one of windows.
-  void (*share)(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* x, const Sum* relevance, Sum stabilizer,
-                Sum* columns, Sum* sums, Sum* shares);
-  // The same in two steps, where windows overlap much along T: what is summed in one of their times serves all that read it.
-  // First the sums over windows of one time, given the input rows of that time; then the shares, given the rows of sums of their
-  // times.
+  // Proportional, in two steps. A row's sums over windows of u = max(x, 0), given the input rows that they contain, all of them
+  // or those of one time: added up along T and H first and then along W. And what the windows pass to a unit of u at each
+  // position, R / (sum of u + stabilizer) added up along W, given rows of sums that make theirs. `columns` has room for a row of
+  // positions or of windows.
   void (*sum)(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* x, Sum* columns, Sum* sums);
-  void (*share_sums)(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* sums, const Sum* relevance,
-                     Sum stabilizer, Sum* columns, Sum* shares);
+  void (*share)(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* sums, const Sum* relevance, Sum stabilizer,
+                Sum* columns, Sum* shares);
   // to = sum of rows.
   void (*total)(int64_t count, int64_t rows, const Sum* const* from, Sum* to);
 

@@ -110,8 +110,8 @@ void total(int64_t count, int64_t rows, const Sum* const* from, Sum* to) {
 }
 
 template <typename Sum>
-void share_sums(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* sums, const Sum* relevance, Sum stabilizer,
-                Sum* columns, Sum* shares) {
+void share(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* sums, const Sum* relevance, Sum stabilizer,
+           Sum* columns, Sum* shares) {
   // A subnormal sum counts as zero, since the quotient would overflow; a window without a sum passes nothing.
   constexpr Sum kSmallestNormal = sizeof(Sum) == sizeof(double) ? Sum(0x1p-1022) : Sum(0x1p-126);
   const Vector<Sum> zero = {}, least = zero + (stabilizer > 0 ? Sum(0) : kSmallestNormal);
@@ -125,14 +125,6 @@ void share_sums(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* cons
   });
 
   sum_met(row.of_positions, row.positions, lanes, columns, shares);
-}
-
-template <typename Sum>
-void share(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* x, const Sum* relevance, Sum stabilizer,
-           Sum* columns, Sum* sums, Sum* shares) {
-  sum(row, lanes, rows, x, columns, sums);
-  const Sum* const whole = sums;
-  share_sums(row, lanes, 1, &whole, relevance, stabilizer, columns, shares);
 }
 
 template <typename Sum>
@@ -205,7 +197,7 @@ void award(const PoolRow& row, int64_t lanes, int64_t rows, const typename PoolL
 }
 
 template <typename Sum>
-constexpr PoolLoops<Sum> kPoolLoops{share<Sum>, sum<Sum>, share_sums<Sum>, total<Sum>, gather<Sum>, compete<Sum>, award<Sum>};
+constexpr PoolLoops<Sum> kPoolLoops{sum<Sum>, share<Sum>, total<Sum>, gather<Sum>, compete<Sum>, award<Sum>};
 
 }  // namespace
 }  // namespace captum_dtd::cpu
