@@ -9,8 +9,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from emulator.agreement import assert_agrees, assert_same_bits
 from emulator.build import as_array, load, run_sanitized
-from op_cases import ADDS, DTYPES, LAYOUTS, VARIANTS, Add, disagreement, lay_out, problem, tolerance
+from op_cases import ADDS, LAYOUTS, VARIANTS, Add, disagreement, lay_out, problem
 from torch import Tensor
 
 OP = "z_plus_add"
@@ -45,16 +46,7 @@ def relevance(front: ModuleType) -> Relevance:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_agrees_with_the_oracle(case: Add, relevance: Relevance) -> None:
-    failures = []
-    for variant, short in itertools.product(VARIANTS[OP], (True, False)):
-        for dtype in DTYPES:
-            posed = problem(OP, case, variant, dtype, short)
-            for layout in ("contiguous", "channels_last"):
-                actual = relevance(**posed.on("cpu", dtype, layout), out=layout)
-                wrong = disagreement(actual, posed, tolerance(OP, "cuda/ieee", dtype, short))
-                if wrong:
-                    failures.append(f"{dtype} {variant.name}, {layout}: {wrong}")
-    assert not failures, "\n".join(failures)
+    assert_agrees(OP, case, relevance)
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=lambda case: case.name)
@@ -72,13 +64,7 @@ def test_strides_are_free(case: Add, relevance: Relevance) -> None:
 def test_bits_depend_on_neither_the_order_of_threads_nor_the_size_of_launches(
     case: Add, layout: str, relevance: Relevance, front: ModuleType
 ) -> None:
-    arguments = problem(OP, case, VARIANTS[OP][0], torch.float32, False).on("cpu", torch.float32, layout)
-    first = relevance(**arguments, out=layout)
-    for seed, threads in itertools.product((0, 1, 2), (1 << 30, 37)):
-        front.set_seed(seed)
-        again = relevance(**arguments, out=layout, threads=threads)
-        front.set_seed(0)
-        assert torch.equal(first, again)
+    assert_same_bits(OP, case, VARIANTS[OP][:1], layout, 37, relevance, front)
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=lambda case: case.name)

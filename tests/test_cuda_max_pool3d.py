@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from emulator.agreement import assert_agrees, assert_same_bits
 from emulator.build import as_array, load, run_sanitized
-from op_cases import DTYPES, LAYOUTS, POOLS, VARIANTS, Pool, disagreement, lay_out, problem, tolerance
+from op_cases import LAYOUTS, POOLS, VARIANTS, Pool, disagreement, lay_out, problem
 from oracle import tuples
 from torch import Tensor
 
@@ -81,16 +82,7 @@ def relevance(front: ModuleType) -> Relevance:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_agrees_with_the_oracle(case: Pool, relevance: Relevance) -> None:
-    failures = []
-    for variant, short in itertools.product(VARIANTS[OP], (True, False)):
-        for dtype in DTYPES:
-            posed = problem(OP, case, variant, dtype, short)
-            for layout in ("contiguous", "channels_last"):
-                actual = relevance(**posed.on("cpu", dtype, layout), out=layout)
-                wrong = disagreement(actual, posed, tolerance(OP, "cuda/ieee", dtype, short))
-                if wrong:
-                    failures.append(f"{dtype} {variant.name}, {layout}: {wrong}")
-    assert not failures, "\n".join(failures)
+    assert_agrees(OP, case, relevance)
 
 
 @pytest.mark.parametrize("case", APART_AND_OVERLAPPING, ids=lambda case: case.name)
@@ -109,14 +101,7 @@ def test_strides_are_free(case: Pool, relevance: Relevance) -> None:
 def test_bits_depend_on_neither_the_order_of_threads_nor_the_size_of_launches(
     case: Pool, layout: str, relevance: Relevance, front: ModuleType
 ) -> None:
-    for variant in VARIANTS[OP]:
-        arguments = problem(OP, case, variant, torch.float32, False).on("cpu", torch.float32, layout)
-        first = relevance(**arguments, out=layout)
-        for seed, threads in itertools.product((0, 1, 2), (1 << 30, 100)):
-            front.set_seed(seed)
-            again = relevance(**arguments, out=layout, threads=threads)
-            front.set_seed(0)
-            assert torch.equal(first, again)
+    assert_same_bits(OP, case, VARIANTS[OP], layout, 100, relevance, front)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

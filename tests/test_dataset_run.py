@@ -166,6 +166,9 @@ def test_frames_of_many_clips_are_explained_once_in_each_batch(root: Path, monke
         spatial = explained(resized(frames[start : start + FRAMES]))[1][0]
         assert np.abs(arrays["spatial"][number] - spatial.numpy()).max() <= 1e-5 * float(spatial.abs().max())
     shown = FRAMES * sum(row["looped"] is False for row in rows)
+    unlooped = [[row for row in rows[at : at + 4] if row["looped"] is False] for at in range(0, len(rows), 4)]
+    frames_of_batch = [{(row["path"], row["frame"] + t) for row in batch for t in range(FRAMES)} for batch in unlooped]
+    assert [cache.misses for cache in caches] == [len(frames) for frames in frames_of_batch]
     assert sum(cache.misses for cache in caches) < 0.7 * shown
 
 
