@@ -78,8 +78,8 @@ gpu-check:
 	$(GPU_PYTHON) benchmarks/gpu_check.py
 
 gpu-bench:
-	PYTHONPATH=build/gpu-site:. $(GPU_PYTHON) benchmarks/gpu_jobs.py --limit 180
-	PYTHONPATH=build/gpu-site:. $(GPU_PYTHON) benchmarks/gpu_bench.py --limit 240
+	PYTHONPATH=build/gpu-site:. $(GPU_PYTHON) benchmarks/gpu_jobs.py --limit 150
+	PYTHONPATH=build/gpu-site:. $(GPU_PYTHON) benchmarks/gpu_bench.py --limit 180
 
 $(VENV)/.ready: pyproject.toml setup.py $(KERNELS)
 	@test -n "$(PYTHON)" || { echo "Python 3.10 or newer is needed; name it with make PYTHON=/path/to/python"; exit 1; }

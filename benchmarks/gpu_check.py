@@ -4,6 +4,9 @@
     python benchmarks/gpu_check.py -k "cuda or ops"  # what follows goes to pytest
     python benchmarks/gpu_check.py --smoke           # without a GPU: shows that everything runs
 
+What only a GPU shows comes first. A test that would begin later than --minutes after the start fails instead, so that there is
+a record of those before.
+
 It needs Python, torch with CUDA, nvcc, a C++ compiler, ninja, pytest with its plugins xdist and timeout, and no network:
 packages that are missing are taken from the folder wheels/ (`make gpu-wheels`). compute-sanitizer is used where there is one,
 and its absence is a failure too.
@@ -26,6 +29,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build" / "gpu-site"
 STRICT = "FAIL_WITHOUT_CUDA"
+END = "GPU_CHECK_ENDS_AT"
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -38,6 +42,25 @@ def pytest_runtest_makereport() -> Generator[None, Any, None]:
         if "cuda" in reason.lower():
             report.outcome = "failed"
             report.longrepr = f"{STRICT}=1 forbids this skip: {reason}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """As a plugin of pytest: what only a GPU shows first, the longest before all; what needs none comes last."""
+
+    def rank(item: pytest.Item) -> int:
+        if "test_cuda_device" in item.nodeid:
+            return 0 if "sanitizer" in item.nodeid else 1
+        if "test_cuda" in item.nodeid or "emulator" in item.nodeid:
+            return 4
+        return 2 if "cuda" in item.nodeid else 3
+
+    items.sort(key=rank)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """As a plugin of pytest: nothing begins after the end that was set."""
+    if time.time() > float(os.environ.get(END, "inf")):
+        pytest.fail("not run: --minutes were over", pytrace=False)
 
 
 def run(step: str, *command: str) -> dict[str, Any]:
@@ -69,10 +92,12 @@ def main() -> int:
     """Install, build, test; write the record; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", default=str(min(8, os.cpu_count() or 1)), help="test processes at once")
-    parser.add_argument("--limit", type=int, default=300, help="seconds that one test may take")
+    parser.add_argument("--limit", type=int, default=240, help="seconds that one test may take")
+    parser.add_argument("--minutes", type=float, default=6, help="after which no further test begins")
     parser.add_argument("--smoke", action="store_true", help="allow skips for lack of CUDA, and build nothing")
     given, for_pytest = parser.parse_known_args()
     os.environ[STRICT] = "0" if given.smoke else "1"
+    os.environ[END] = str(time.time() + 60 * given.minutes)
 
     steps = []
     wheels = sorted(map(str, (ROOT / "wheels").glob("*.whl")))
@@ -105,7 +130,7 @@ def main() -> int:
             "-p",
             "no:cacheprovider",
         )
-        parallel = ("-n", given.jobs, "--dist", "worksteal")
+        parallel = ("-n", given.jobs, "--dist", "load", "--maxschedchunk", "4")
         steps.append(run("tests", "-m", "pytest", *options, *parallel, *for_pytest))
 
     sys.path[:0] = [str(SITE), str(ROOT)]

@@ -10,6 +10,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -27,6 +28,7 @@ from captum_dtd.composites import Composite, Selector, as_composite
 from captum_dtd.graph import InputMismatchError, operation_name, source_line, structure_of, trace, unwrap
 from captum_dtd.kernels import Precision
 from captum_dtd.propagate import Network, Observer, Step, Values
+from captum_dtd.replay import Choose, Replay
 from captum_dtd.rules import MaxPoolRule, Rule
 from captum_dtd.tables import Ledger, LedgerRow, RuleRow, RuleTable
 
@@ -61,9 +63,12 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         precision: how much the kernels may round: ``"float32"``: within 1e-4 of the input's own precision; ``"ieee"``: no more
             than that precision itself; ``"mixed"``: bfloat16 products on the walk back, with relevance in two halves;
             ``"bfloat16"``: bfloat16 products. Sums and relevance are float32, or float64 for a float64 model.
+        cuda_graphs: whether explanations on a GPU are recorded when inputs of a shape come the second time, and replayed from
+            then on: the same relevance, without what Python needs to ask for each of hundreds of operations. Recordings keep
+            the memory that they work in. On a CPU there is nothing to record.
 
     Raises:
-        TypeError: if the model is not a module, or the composite is not one.
+        TypeError: if the model is not a module, the composite is not one, or ``cuda_graphs`` is not a bool.
         ValueError: if an option does not exist.
 
     Example:
@@ -88,12 +93,15 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         seed: Seed = "logit",
         backend: Backend = "auto",
         precision: Precision = "float32",
+        cuda_graphs: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; wrap a function in a module")
         check_option("seed", seed, get_args(Seed))
         check_option("backend", backend, get_args(Backend))
         check_option("precision", precision, get_args(Precision))
+        if not isinstance(cuda_graphs, bool):
+            raise TypeError(f"cuda_graphs must be True or False, got {cuda_graphs!r}")
         if backend == "reference" and precision in ("mixed", "bfloat16"):
             raise ValueError(f"backend='reference' is IEEE arithmetic: precision={precision!r} needs backend='auto'")
         super().__init__(model)
@@ -104,18 +112,23 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         self.seed = seed
         self.backend = backend
         self.precision = precision
+        self.cuda_graphs = cuda_graphs
+        self._warned: set[str] = set()
+        self._forget()
+
+    def _forget(self) -> None:
         self._lock = threading.Lock()
         self._networks: OrderedDict[object, Network] = OrderedDict()
         self._frozen: OrderedDict[Network, FrozenNetwork] = OrderedDict()
-        self._warned: set[str] = set()
+        self._replay = Replay()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the traces, which are made again where they are needed."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_networks", "_frozen")}
+        """Everything but traces and recordings, which are made again where they are needed."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_networks", "_frozen", "_replay")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        fresh = {"_lock": threading.Lock(), "_networks": OrderedDict(), "_frozen": OrderedDict()}
-        self.__dict__.update(state, **fresh)
+        self.__dict__.update(state)
+        self._forget()
 
     @log_usage()  # type: ignore[untyped-decorator]
     @torch.inference_mode(False)
@@ -260,7 +273,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
                 self._frozen.popitem(last=False)
             frozen = self._frozen[network]
         bounds = self.bounds_of(tuple(clip[:1, :, :1] for clip in clips))
-        return FrozenClips(self, frozen, network.weights(unwrap(self.model)), bounds)
+        return FrozenClips(self, frozen, cache(partial(network.weights, unwrap(self.model))), bounds)
 
     @torch.inference_mode(False)
     def ledger(
@@ -280,7 +293,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         count = len(tensors[0])
         first = slice(0, min(1, count))
         network = self._network(take(tensors, first), take_arguments(extra, first, count))
-        weights = network.weights(unwrap(self.model))
+        weights = cache(partial(network.weights, unwrap(self.model)))
         bounds = self.bounds_of(tensors)
         columns: list[list[tuple[Step, Tensor, Tensor]]] = []
         seeds, sums = [], []
@@ -370,14 +383,14 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
                 nothing = tuple(torch.zeros_like(tensor) for tensor in tensors), bounds[0][0].new_zeros(0)
                 return [nothing for _ in targets]
             self._warn_about(self._findings(network, tensors, bounds))
-            weights = network.weights(unwrap(self.model))
+            weights = cache(partial(network.weights, unwrap(self.model)))
             size = internal_batch_size or (self._affordable(network, tensors) if network.any_batch else count)
             chunks: list[list[tuple[tuple[Tensor, ...], Tensor]]] = []
             for start in range(0, count, size):
                 rows = slice(start, min(start + size, count))
                 if not network.any_batch:
                     network = self._network(take(tensors, rows), take_arguments(extra, rows, count))
-                    weights = network.weights(unwrap(self.model))
+                    weights = cache(partial(network.weights, unwrap(self.model)))
                 chunk: list[tuple[tuple[Tensor, ...], Tensor]] = []
                 for relevance, seed in self._walk(network, weights, tensors, extra, targets, bounds, rows):
                     sums = seed.reshape(len(seed), -1).sum(1)
@@ -398,7 +411,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
     def _walk(
         self,
         network: Network,
-        weights: dict[Any, Any],
+        weights: Callable[[], Values],
         inputs: tuple[Tensor, ...],
         extra: tuple[Any, ...],
         targets: Sequence[Target],
@@ -409,17 +422,53 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         """For every target relevance of some examples' inputs, and the seed it started from."""
         count = len(inputs[0])
         arguments = pytree.tree_leaves((*take(inputs, rows), *take_arguments(extra, rows, count)))
-        activations = network.forward(weights, arguments)
-        shape, given = tuple(activations.output.shape), rows.stop - rows.start
-        if not shape or shape[0] != given:
-            raise ValueError(
-                f"the model returns scores of shape {shape} for {given} examples; their first dimension must be the examples "
-                "(does a squeeze or view in the model merge or drop it?)"
-            )
         own = [take_target(target, range(rows.start, rows.stop), count) for target in targets]
-        seeds = [self.seed_of(activations.output, target) for target in own]
         box = [(low[rows], high[rows]) for low, high in bounds]
-        return list(zip(network.backward(activations, seeds, box, observe), seeds, strict=True))
+        return self.relevance(network, weights, arguments, own, box, observe)
+
+    def relevance(
+        self,
+        network: Network | FrozenNetwork,
+        weights: Callable[[], Values],
+        arguments: Sequence[Any],
+        targets: Sequence[Target],
+        bounds: Sequence[tuple[Tensor, Tensor]],
+        asked: Any,
+    ) -> list[tuple[tuple[Tensor, ...], Tensor]]:
+        """For every target relevance of the explained inputs, and the seed it started from.
+
+        Args:
+            network: of such arguments.
+            weights: gives the model's, where they are not to be read anew.
+            arguments: the model's, the explained ones first.
+            targets: of these examples.
+            bounds: (low, high) of every explained input.
+            asked: what the network's walk back is told besides.
+        """
+
+        def run(given: Any, choose: Choose, weights: Callable[[], Values]) -> list[tuple[tuple[Tensor, ...], Tensor]]:
+            arguments, bounds = given
+            activations = network.forward(weights(), arguments)
+            seeds = [self.seed_of(activations.output, chosen) for chosen in choose(activations.output)]
+            return list(zip(network.backward(activations, seeds, bounds, asked), seeds, strict=True))
+
+        def choose(scores: Tensor) -> list[Tensor]:
+            shape, count = tuple(scores.shape), len(arguments[0])
+            if not shape or shape[0] != count:
+                raise ValueError(
+                    f"the model returns scores of shape {shape} for {count} examples; their first dimension must be the "
+                    "examples (does a squeeze or view in the model merge or drop it?)"
+                )
+            return [_chosen(scores, target) for target in targets]
+
+        given = list(arguments), list(bounds)
+        if not self.cuda_graphs or not Replay.serves(arguments[0].device) or callable(asked):
+            return run(given, choose, weights)
+        model = unwrap(self.model)
+        whole = network.network if isinstance(network, FrozenNetwork) else network
+        key = (network, self.seed, len(targets), asked if asked is None or isinstance(asked, str) else tuple(asked))
+        anew = partial(whole.weights, model)  # a part of what is recorded
+        return self._replay(key, partial(run, weights=anew), given, choose, whole.reads(model))  # type: ignore[no-any-return]
 
     def _network(self, inputs: tuple[Tensor, ...], extra: tuple[Any, ...]) -> Network:
         """The traced network for inputs of this shape, from memory where the model still has the same structure."""
@@ -458,10 +507,9 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             pairs.append((low, high))
         return pairs
 
-    def seed_of(self, output: Tensor, target: Target) -> Tensor:
-        """Relevance of the output: the target's score (or 1) where the target is, zero elsewhere."""
+    def seed_of(self, output: Tensor, chosen: Tensor) -> Tensor:
+        """Relevance of the output: the score (or 1) where one is chosen, zero elsewhere."""
         scores = output.detach() if output.dtype == torch.float64 else output.detach().float()
-        chosen = _chosen(scores, target)
         values = scores if self.seed == "logit" else torch.ones_like(scores)
         return torch.where(chosen, values, torch.zeros_like(values))
 
@@ -499,13 +547,13 @@ class FrozenClips:
     Attributes:
         method: how they are explained.
         network: the method's network on them.
-        weights: the model's, as they were when this was made.
+        weights: gives the model's, as they were when it was first asked.
         bounds: (low, high) of every input, for a frame of one example.
     """
 
     method: DeepTaylor
     network: FrozenNetwork
-    weights: Values
+    weights: Callable[[], Values]
     bounds: list[tuple[Tensor, Tensor]]
 
     def explain(
@@ -521,12 +569,12 @@ class FrozenClips:
             extra: additional arguments of the model's forward.
             wanted: as for `captum_dtd.collapse.FrozenNetwork.backward`, which also says what is returned.
         """
-        activations = self.network.forward(self.weights, pytree.tree_leaves((*frames, *extra)))
-        seeds = [self.method.seed_of(activations.output, target) for target in targets]
         bounds = [
             (low.expand_as(part), high.expand_as(part)) for (low, high), part in zip(self.bounds, frames, strict=True)
         ]
-        return self.network.backward(activations, seeds, bounds, wanted)
+        leaves = pytree.tree_leaves((*frames, *extra))
+        explained = self.method.relevance(self.network, self.weights, leaves, targets, bounds, wanted)
+        return [relevance for relevance, _ in explained]
 
 
 def _varies_in_time(bound: Bound | tuple[Bound, ...]) -> bool:

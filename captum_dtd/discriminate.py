@@ -304,6 +304,7 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
         seed: as for `DeepTaylor`.
         backend: as for `DeepTaylor`.
         precision: as for `DeepTaylor`.
+        cuda_graphs: as for `DeepTaylor`; of frozen clips as well.
 
     Raises:
         TypeError, ValueError: as `DeepTaylor` and `DiscriminativeRelevance`, and for a preset that does not exist or
@@ -334,6 +335,7 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
         seed: Seed = _LOGIT,  # type: ignore[assignment]
         backend: Backend = "auto",
         precision: Precision = "float32",
+        cuda_graphs: bool = False,
     ) -> None:
         options = {"readout": readout, "normalize": normalize, "seed": seed}
         if preset is not None:
@@ -346,7 +348,12 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
             options |= PRESETS[preset]  # type: ignore[arg-type]
         chosen: dict[str, Any] = {name: str(value) for name, value in options.items()}
         method = DeepTaylor(
-            model, low, high, composite=composite, seed=chosen["seed"], backend=backend, precision=precision
+            *(model, low, high),
+            composite=composite,
+            seed=chosen["seed"],
+            backend=backend,
+            precision=precision,
+            cuda_graphs=cuda_graphs,
         )
         super().__init__(method, readout=chosen["readout"], normalize=chosen["normalize"])
         self.model = model

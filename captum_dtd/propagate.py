@@ -243,13 +243,17 @@ class Network:
         """
         with plain_modes():
             values: Values = dict(self._traced.constants)
-            values.update((node, tensor_of(model, name).detach()) for node, name in self._traced.tensors.items())
+            values.update(zip(self._traced.tensors, self.reads(model), strict=True))
             values = {node: ordinary(value) for node, value in values.items()}
             for node in self.nodes:
                 sources = node.all_input_nodes
                 if node.op == "call_function" and all(source in values for source in sources):
                     values[node] = _run(node, values.__getitem__)
             return values
+
+    def reads(self, model: nn.Module) -> list[Tensor]:
+        """The model's tensors that the graph reads, where they lie."""
+        return [tensor_of(model, name).detach() for name in self._traced.tensors.values()]
 
     def forward(self, weights: Values, arguments: Sequence[Any], compute: Compute | None = None) -> Activations:
         """Run the network on ``arguments`` (tensors in order, explained ones first), keeping what the walk back needs.

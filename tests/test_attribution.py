@@ -158,16 +158,17 @@ def constructor(cls: type) -> tuple[list[str], dict[str, Any]]:
 
 
 def test_order_and_defaults_of_the_arguments_of_the_constructors() -> None:
-    settings = {"composite": "dtd", "seed": "logit", "backend": "auto", "precision": "float32"}
+    settings = {"composite": "dtd", "seed": "logit", "backend": "auto", "precision": "float32", "cuda_graphs": False}
     assert constructor(DeepTaylor) == (["model", "low", "high"], settings)
 
     positional, keyword = constructor(DiscriminativeDeepTaylor)
     assert positional == ["model", "low", "high"]
     assert keyword.keys() == settings.keys() | {"readout", "normalize", "preset"}
-    assert {name: keyword[name] for name in ("composite", "backend", "precision", "preset")} == {
+    assert {name: keyword[name] for name in ("composite", "backend", "precision", "cuda_graphs", "preset")} == {
         "composite": "dtd",
         "backend": "auto",
         "precision": "float32",
+        "cuda_graphs": False,
         "preset": None,
     }
 

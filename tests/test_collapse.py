@@ -6,6 +6,7 @@ The ordinary walk, which is held to the Jacobian oracle elsewhere, explains the 
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import pytest
@@ -554,21 +555,37 @@ class WatchedForWaiting(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@pytest.mark.parametrize("wanted", ["all", "classes", [(0,), (1, 2), (3,), (9,)]])
-@pytest.mark.parametrize("name", STOCK)
-def test_nothing_waits_for_a_gpu(name: str, wanted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it explains some clips the next ones are prepared. Tensors without data stand for those of a GPU."""
-    method = DeepTaylor(stock_model(name).to("meta"), LOW, HIGH)
+@pytest.fixture(params=STOCK)
+def without_data(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[DeepTaylor, Tensor]:
+    """A stock model and two clips, as tensors without data, which stand for those of a GPU."""
 
     def unchecked(_: DeepTaylor, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
         return [(part.new_zeros(()).expand(part.shape),) * 2 for part in inputs]
 
     monkeypatch.setattr(DeepTaylor, "bounds_of", unchecked)  # it reads them, once for a call
-    size = 224 if name == "s3d" else 112
-    frozen = method.frozen_clips((torch.empty(1, 3, 16, size, size, device="meta"),), ())
+    size = 224 if request.param == "s3d" else 112
+    model = stock_model(request.param).to("meta")
+    return DeepTaylor(model, LOW, HIGH), torch.empty(2, 3, 16, size, size, device="meta")
+
+
+@pytest.mark.parametrize("wanted", ["all", "classes", [(0,), (1, 2), (3,), (9,)]])
+def test_nothing_waits_for_a_gpu(without_data: tuple[DeepTaylor, Tensor], wanted: Any) -> None:
+    """While it explains some frozen clips the next ones are prepared."""
+    method, clips = without_data
+    frozen = method.frozen_clips((clips,), ())
     assert frozen is not None
-    frames = torch.empty(4, 3, 1, size, size, device="meta")
+    frames = clips[:1, :, :1].expand(4, -1, -1, -1, -1)
     for target in (1, [3, 1, 4, 1], torch.tensor([3, 1, 4, 1])):
         with WatchedForWaiting() as watched:
             frozen.explain((frames,), [target], (), wanted)
+        assert not watched.waits
+
+
+def test_nor_does_the_walk_of_whole_clips(without_data: tuple[DeepTaylor, Tensor]) -> None:
+    method, clips = without_data
+    network = method._network((clips,), ())
+    bounds = method.bounds_of((clips,))
+    for target in (1, [3, 1], torch.tensor([3, 1])):
+        with WatchedForWaiting() as watched:
+            method.relevance(network, partial(network.weights, method.model), [clips], [target], bounds, None)
         assert not watched.waits

@@ -249,6 +249,28 @@ def test_a_whole_job_is_that_of_the_cpu(precision: Any, readout: Any) -> None:
             assert (found - right).norm() <= allowed * right.norm(), (part, size)
 
 
+@pytest.mark.parametrize("readout", ["own", "mean"])
+def test_replayed_jobs_are_those_of_the_walk(readout: Any) -> None:
+    """To the bit, on whatever stream: of other clips and targets, of weights edited in place, and of others in their place."""
+    torch.manual_seed(0)
+    model = c3d_mini().eval().cuda()
+    plain, replayed = (
+        DiscriminativeDeepTaylor(model, 0.0, 1.0, readout=readout, cuda_graphs=graphs) for graphs in (False, True)
+    )
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream()]
+    for call in range(8):
+        with torch.cuda.stream(streams[call % 2]):
+            clips = torch.rand(2, 3, 16, 32, 32, device="cuda")
+            expected, actual = (method.attribute(clips, [call, 9 - call]) for method in (plain, replayed))
+            assert all(torch.equal(found, right) for found, right in zip(actual, expected, strict=True)), call
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if call == 5:
+                        parameter.data = parameter.data.clone()
+                    parameter.mul_(1.01)
+    assert len(replayed.method._replay._recorded) == 4
+
+
 def test_nothing_waits_for_the_gpu() -> None:
     """While it explains some clips, the next ones are prepared: torch itself says where anything would wait."""
     method = DeepTaylor(c3d_mini().eval().cuda(), 0.0, 1.0)

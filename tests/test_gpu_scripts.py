@@ -45,7 +45,9 @@ def test_gpu_bench_measures_every_kind_of_case(tmp_path: Path) -> None:
 
 def test_gpu_jobs_rates_everybody_who_can_be_asked(tmp_path: Path) -> None:
     (case,) = measured(tmp_path, "gpu_jobs", "C3D, 16")["cases"]
-    assert {"captum_dtd ieee", "captum_dtd bfloat16", "plain torch"} <= set(case["contenders"])
+    assert {"captum_dtd ieee", "captum_dtd bfloat16", "captum_dtd bfloat16, replayed", "plain torch"} <= set(
+        case["contenders"]
+    )
     for name, found in case["contenders"].items():
         assert found["verdict"] == "agrees", name
         fastest = max(one["clips_per_second"] for one in found["rates"])
@@ -54,7 +56,7 @@ def test_gpu_jobs_rates_everybody_who_can_be_asked(tmp_path: Path) -> None:
         for one in found["rates"]:  # of a clip: a job of ours, or 1 + T of a peer's explanations
             assert one["clips_per_second"] == pytest.approx(one["clips"] / one["median_ms"] * 1e3, rel=1e-2)
             assert one["extrapolated"] == (not name.startswith("captum_dtd"))
-    assert len(case["comparisons"]) == 4 * sum(not name.startswith("captum_dtd") for name in case["contenders"])
+    assert len(case["comparisons"]) == 2 * 4 * sum(not name.startswith("captum_dtd") for name in case["contenders"])
 
 
 def test_gpu_check_forbids_skips_for_lack_of_cuda(tmp_path: Path) -> None:
@@ -68,6 +70,18 @@ def test_gpu_check_forbids_skips_for_lack_of_cuda(tmp_path: Path) -> None:
     assert "1 passed, 2 skipped" in run(tmp_path, *plugin, FAIL_WITHOUT_CUDA="0").stdout
     strict = run(tmp_path, *plugin, FAIL_WITHOUT_CUDA="1")
     assert "1 failed, 1 passed, 1 skipped" in strict.stdout and strict.returncode == 1
+
+
+def test_gpu_check_begins_with_the_gpu_and_ends_in_time(tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text("def test_something(): pass\n")
+    (tmp_path / "test_cuda_add.py").write_text("def test_emulated(): pass\n")
+    (tmp_path / "test_cuda_device.py").write_text("def test_kernel(): pass\ndef test_compute_sanitizer(): pass\n")
+    plugin = ("-m", "pytest", "-v", "-p", "gpu_check", "-p", "no:cacheprovider", ".")
+    told = run(tmp_path, *plugin).stdout
+    order = [told.index(name) for name in ("test_compute_sanitizer", "test_kernel", "test_something", "test_emulated")]
+    assert order == sorted(order) and "4 passed" in told
+    late = run(tmp_path, *plugin, GPU_CHECK_ENDS_AT="1")
+    assert "4 errors" in late.stdout and "not run: --minutes were over" in late.stdout
 
 
 @pytest.mark.slow
