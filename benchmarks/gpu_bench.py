@@ -5,15 +5,17 @@
     python benchmarks/gpu_bench.py --device cpu --smoke  # tiny layers: shows that everything runs, measures nothing
 
 Layers are those of C3D and r3d_18 for a batch of 16 clips. The rivals of a convolution are its z+ composed of F.conv3d,
-convolution_backward and elementwise steps, in both layouts, as it is and compiled; "cuDNN alone" is the two convolutions
-without the elementwise steps. All of a rival is in the measured type, relevance too, where ours is float32. Ratios are
-of medians, best rival over ours: above 1 the fused operation is faster. Max poolings and additions are told by the bytes that
-they must move, as a share of the rate of a plain copy.
+convolution_backward and elementwise steps, in both layouts; "cuDNN alone" is the two convolutions without the elementwise
+steps. All of a rival is in the measured type, relevance too, where ours is float32. Ratios are of medians, best rival over
+ours: above 1 the fused operation is faster. Max poolings and additions are told by the bytes that they must move, as a share
+of the rate of a plain copy. What decides most comes first; then, as long as there is time, all of it against what torch.compile
+makes of the rivals.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -143,6 +145,19 @@ def _alone(
     return pulled
 
 
+def _compiled_rival(body: Callable[..., Any], arguments: tuple[Any, ...], layout: str) -> Contenders:
+    """In the layout that is the faster one, since compiling takes long."""
+    if layout != "channels last":
+        return {}
+    return {f"composed and compiled, {layout}": partial(torch.compile(body, dynamic=False), *arguments)}
+
+
+def _rival(body: Callable[..., Any], arguments: tuple[Any, ...], layout: str, compiled: bool) -> Contenders:
+    if compiled:
+        return _compiled_rival(body, arguments, layout)
+    return {f"composed, {layout}": partial(body, *arguments)}
+
+
 def convolution_case(
     layer: Convolution, grade: Grade, batch: int, device: torch.device, compiled: bool, beta: bool
 ) -> Case:
@@ -176,10 +191,8 @@ def convolution_case(
         narrow, v = there(given.to(grade.dtype)), there(positive)
         arguments: tuple[Any, ...] = (u, *(b.to(grade.dtype) for b in bounds), v, narrow, *geometry)
         body: Callable[..., Tensor] = _z_beta if beta else _z_plus
-        case.rivals[f"composed, {layout}"] = partial(body, *arguments)
-        if compiled and layout == "channels last":
-            case.rivals[f"composed and compiled, {layout}"] = partial(torch.compile(body, dynamic=False), *arguments)
-        if not beta:
+        case.rivals |= _rival(body, arguments, layout, compiled)
+        if not beta and not compiled:
             case.bounds[f"cuDNN alone, {layout}"] = partial(_alone, *arguments)
     wide = [t[:1].double() for t in (x, relevance)]  # one clip tells whether all compute the same
     options = {"stride": layer.stride, "padding": layer.padding, "kernel": "reference"}
@@ -188,6 +201,22 @@ def convolution_case(
     case.reference = partial(
         getattr(ops, op), wide[0], *(b.double() for b in bounds), weight.double(), wide[1], **options
     )
+    return case
+
+
+def forward_case(layer: Convolution, grade: Grade, batch: int, device: torch.device) -> Case:
+    """The convolution alone, as on the way forward, against torch's."""
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(batch, layer.c_in, *layer.size, generator=generator, device=device).to(grade.dtype)
+    weight = torch.randn(layer.c_out, layer.c_in, *layer.kernel, generator=generator, device=device).to(grade.dtype)
+    geometry: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding}
+    case = Case(f"{layer} forward", grade.name, "FLOP", batch * layer.flops // 2, {}, {})
+    for layout, memory_format in LAYOUTS.items():
+        u = x.contiguous(memory_format=memory_format)
+        for kernel in grade.kernels if device.type == "cuda" else ("auto",):
+            case.ours[f"{kernel}, {layout}"] = partial(ops.conv3d, u, weight, None, **geometry, kernel=kernel)
+        case.rivals[f"F.conv3d, {layout}"] = partial(F.conv3d, u, weight, None, **geometry)
+    case.reference = partial(F.conv3d, x[:1].double(), weight.double(), None, **geometry)
     return case
 
 
@@ -229,9 +258,7 @@ def pooling_case(
         case.ours[f"ours, {layout}"] = partial(ops.max_pool3d_relevance, u, given, **options)
         body: Callable[..., Tensor] = _winner if winner else _pooled
         arguments: tuple[Any, ...] = (u, given.to(dtype), *windows)
-        case.rivals[f"composed, {layout}"] = partial(body, *arguments)
-        if compiled and layout == "channels last":
-            case.rivals[f"composed and compiled, {layout}"] = partial(torch.compile(body, dynamic=False), *arguments)
+        case.rivals |= _rival(body, arguments, layout, compiled)
     clip = x[:1].double(), relevance[:1].double()
     case.reference = partial(ops.max_pool3d_relevance, *clip, **options, kernel="reference")
     return case
@@ -260,11 +287,7 @@ def addition_case(layer: Addition, dtype: torch.dtype, batch: int, device: torch
         u, v, given = (t.contiguous(memory_format=memory_format) for t in (x, other, relevance))
         case.ours[f"ours, {layout}"] = partial(ops.z_plus_add, u, v, given)
         arguments = (u, v, given.to(dtype))
-        case.rivals[f"composed, {layout}"] = partial(_summands, *arguments)
-        if compiled and layout == "channels last":
-            case.rivals[f"composed and compiled, {layout}"] = partial(
-                torch.compile(_summands, dynamic=False), *arguments
-            )
+        case.rivals |= _rival(_summands, arguments, layout, compiled)
     clip = (t[:1].double() for t in (x, other, relevance))
     case.reference = partial(ops.z_plus_add, *clip, kernel="reference")
     return case
@@ -317,26 +340,34 @@ def _mma_rate() -> dict[str, float] | str:
 
 
 def cases(
-    device: torch.device, batch: int, small: bool, compiled: bool, wanted: Callable[[str], bool]
+    device: torch.device, batch: int, small: bool, compiles: bool, wanted: Callable[[str], bool]
 ) -> Iterator[Callable[[], Case]]:
     """Every case, made when it is asked for."""
-    for pool in POOLINGS:
-        each = replace(pool, channels=4, size=(4, 8, 8)) if small else pool
-        for dtype in (torch.float32, torch.bfloat16):
-            for winner in (False, True):
-                if wanted(f"{pool} {dtype} {'winner takes all' if winner else 'proportional'}"):
-                    yield partial(pooling_case, each, dtype, winner, batch, device, compiled)
-    for addition in workloads.ADDITIONS:
-        one = workloads.reduced_addition(addition) if small else addition
-        for dtype in (torch.float32, torch.bfloat16):
-            if wanted(f"{addition} {dtype}"):
-                yield partial(addition_case, one, dtype, batch, device, compiled)
-    for beta, layers in ((False, workloads.CONVOLUTIONS), (True, workloads.PIXEL_LAYERS)):
-        for layer in layers:
-            for grade in GRADES:
-                if (beta or layer.c_in > 3) and wanted(f"{layer} {grade.name}{' pixels' if beta else ''}"):
-                    each_layer = workloads.reduced(layer) if small else layer
-                    yield partial(convolution_case, each_layer, grade, batch, device, compiled, beta)
+    decisive, others = ("float32", "bfloat16"), ("tf32", "float16")
+    for compiled in (False, True)[: 1 + compiles]:
+        for grades, winner in ((decisive, False), (others, True)):
+            for grade in (each for each in GRADES if each.name in grades):
+                for beta, layers in ((False, workloads.CONVOLUTIONS), (True, workloads.PIXEL_LAYERS)):
+                    for layer in layers:
+                        if (beta or layer.c_in > 3) and wanted(f"{layer} {grade.name}{' pixels' if beta else ''}"):
+                            each_layer = workloads.reduced(layer) if small else layer
+                            yield partial(convolution_case, each_layer, grade, batch, device, compiled, beta)
+            for pool in POOLINGS:
+                each = replace(pool, channels=4, size=(4, 8, 8)) if small else pool
+                for dtype in (torch.float32, torch.bfloat16):
+                    if wanted(f"{pool} {dtype} {'winner takes all' if winner else 'proportional'}"):
+                        yield partial(pooling_case, each, dtype, winner, batch, device, compiled)
+            if winner:
+                continue
+            for addition in workloads.ADDITIONS:
+                one = workloads.reduced_addition(addition) if small else addition
+                for dtype in (torch.float32, torch.bfloat16):
+                    if wanted(f"{addition} {dtype}"):
+                        yield partial(addition_case, one, dtype, batch, device, compiled)
+            for layer, grade in itertools.product(workloads.CONVOLUTIONS, GRADES):
+                is_alike = layer.c_in > 3 and grade.name in decisive and not compiled
+                if is_alike and wanted(f"{layer} {grade.name} forward"):
+                    yield partial(forward_case, workloads.reduced(layer) if small else layer, grade, batch, device)
 
 
 def measured(case: Case, timer: Timer, ceiling: dict[str, Any]) -> dict[str, Any]:
@@ -417,18 +448,18 @@ def show(found: dict[str, Any]) -> None:
 
 def _kind(case: dict[str, Any]) -> str:
     if case["unit"] != "byte":
-        return "convolution"
+        return "forward" if case["case"].endswith(" forward") else "convolution"
     return "addition" if " add " in case["case"] else "pooling"
 
 
 def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Worst ratio and geometric mean of every grade, of convolutions, of poolings and of additions."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
     for case in found:
         if "ratio to rival" in case:
-            groups.setdefault((_kind(case), case["grade"]), []).append(case)
+            groups.setdefault((_kind(case), case["grade"], "compiled" in case["rival"]), []).append(case)
     rows = []
-    for (kind, grade), members in groups.items():
+    for (kind, grade, compiled), members in groups.items():
         worst = min(members, key=lambda case: float(case["ratio to rival"]))
         mean = math.exp(sum(math.log(case["ratio to rival"]) for case in members) / len(members))
         shares = sorted(float(case.get("share of copy") or case["share of matmul"]) for case in members)
@@ -436,6 +467,7 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "kind": kind,
                 "grade": grade,
+                "against": "compiled" if compiled else "composed",
                 "cases": len(members),
                 "worst ratio": worst["ratio to rival"],
                 "worst case": worst["case"],

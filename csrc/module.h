@@ -40,7 +40,6 @@ inline View view(const Tensor& tensor, bool broadcasts = false) {
 // `add_kernels()`, it has
 //
 //   Guard                            whose lifetime is spent on x's device
-//   kServesFrozenClips               whether its convolutions read times by a table
 //   serves_auto(kernel)              whether "auto" may mean this kernel; the first that it may is taken
 //   result_like(x, type, shape)      a result, not yet written, in x's layout
 //   run(problem, kernel, x)          for each kind of problem
@@ -152,12 +151,10 @@ struct Operators {
   // Adds the operators' kernels to torch's dispatcher.
   template <typename Library>
   static void add_to(Library& library) {
-    if constexpr (Device::kServesFrozenClips) {
-      library.impl("frozen_conv3d", TORCH_BOX(&frozen_conv3d));
-      library.impl("frozen_z_plus_conv3d", TORCH_BOX(&frozen_z_plus_conv3d));
-      library.impl("frozen_z_beta_conv3d", TORCH_BOX(&frozen_z_beta_conv3d));
-      library.impl("frozen_max_pool3d_relevance", TORCH_BOX(&frozen_max_pool3d_relevance));
-    }
+    library.impl("frozen_conv3d", TORCH_BOX(&frozen_conv3d));
+    library.impl("frozen_z_plus_conv3d", TORCH_BOX(&frozen_z_plus_conv3d));
+    library.impl("frozen_z_beta_conv3d", TORCH_BOX(&frozen_z_beta_conv3d));
+    library.impl("frozen_max_pool3d_relevance", TORCH_BOX(&frozen_max_pool3d_relevance));
     library.impl("conv3d", TORCH_BOX(&conv3d));
     library.impl("z_plus_conv3d", TORCH_BOX(&z_plus_conv3d));
     library.impl("z_beta_conv3d", TORCH_BOX(&z_beta_conv3d));

@@ -29,8 +29,6 @@ struct Cpu {
   static std::vector<std::string> max_pool3d_kernels() { return cpu::max_pool3d_kernels(); }
   static std::vector<std::string> add_kernels() { return cpu::add_kernels(); }
 
-  static constexpr bool kServesFrozenClips = true;
-
   // "auto" rounds no more than the sums do.
   static bool serves_auto(std::string_view kernel) { return kernel.substr(kernel.find('/') + 1) == "ieee"; }
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from emulator.build import load, run_sanitized
 from numpy.typing import NDArray
-from op_cases import CONVS, LAYOUTS, VARIANTS, Conv, Problem, disagreement, problem, tolerance
+from op_cases import CONVS, FROZEN, LAYOUTS, VARIANTS, Conv, Frozen, Problem, disagreement, kind, problem, tolerance
 from oracle import tuples
 from torch import Tensor
 
@@ -26,8 +26,9 @@ KERNELS = {
 PAIRS = [(dtype, kernel) for dtype, kernels in KERNELS.items() for kernel in kernels]
 OPS = ("z_plus_conv3d", "z_beta_conv3d", "conv3d")
 EVERY_VARIANT = [(op, variant.name) for op in OPS for variant in VARIANTS[op]]
+EVERY_FROZEN_VARIANT = [(f"frozen_{op}", name) for op, name in EVERY_VARIANT]
 TILES = [(128, 128), (128, 64), (64, 64), (128, 16)]
-CASES = {case.name: case for case in CONVS}
+CASES = {case.name: case for case in (*CONVS, *FROZEN)}
 
 
 @pytest.fixture
@@ -44,7 +45,10 @@ def array(tensor: Tensor | None) -> NDArray[Any] | None:
 
 
 def triples(case: Conv) -> tuple[Any, ...]:
-    """Stride, padding before the input, and dilation."""
+    """Stride, padding before the input, and dilation; of a frozen clip's layer there are none along T."""
+    if isinstance(case, Frozen):
+        given = triples(case.spread)
+        return tuple((neutral, *flat[1:]) for neutral, flat in zip((1, 0, 1), given, strict=True))
     kernel, stride, dilation = (tuples(v, 3) for v in (case.kernel, case.stride, case.dilation))
     if case.padding == "same":
         padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
@@ -70,17 +74,21 @@ def run(
     bias = given["bias"].contiguous() if "bias" in given else None
     shared = array(x), array(weight), array(bias)
     geometry = *triples(case), case.groups
-    if posed.op == "conv3d":
+    reads, gives = (np.array(case.reads), np.array(case.gives)) if isinstance(case, Frozen) else (None, None)
+    if kind(posed.op) == "conv3d":
         out = torch.full_like(x, torch.nan).new_full(posed.expected.shape, torch.nan)
-        front.forward(*shared, array(out), *geometry, kernel, (*tile, splits))
+        front.forward(*shared, array(out), *geometry, kernel, (*tile, splits), reads)
         return out
     low, high = (given[name].expand(x.shape) if name in given else None for name in ("low", "high"))
     lift = "box" if low is not None else "none" if posed.options.get("non_negative") else "signed"
     out = torch.full_like(x, torch.nan, dtype=torch.float32)
+    if out.shape != posed.expected.shape:
+        out = out.new_full(posed.expected.shape, torch.nan)
     bounds = array(given["relevance"]), array(low), array(high)
     stabilizer = posed.options.get("stabilizer", 0.0)
     divided = posed.options.get("divided", False)
-    front.relevance(*shared, *bounds, array(out), *geometry, lift, stabilizer, divided, kernel, (*tile, splits))
+    asked = lift, stabilizer, divided, kernel, (*tile, splits), reads, gives
+    front.relevance(*shared, *bounds, array(out), *geometry, *asked)
     return out
 
 
@@ -121,6 +129,24 @@ def test_every_shape_and_arithmetic(front: ModuleType, dtype: torch.dtype, kerne
     for number, case in enumerate(CONVS):
         op, name = EVERY_VARIANT[(first + number) % len(EVERY_VARIANT)]
         assert_right(front, case, op, name, dtype, kernel, short=number % 2 == 0)
+
+
+@pytest.mark.parametrize(("op", "name"), EVERY_FROZEN_VARIANT)
+def test_layers_of_frozen_clips(front: ModuleType, op: str, name: str) -> None:
+    """By tables, one for all examples or one for each; where several outputs give to one time their quotients are added."""
+    for number, case in enumerate(FROZEN):
+        dtype, kernel = PAIRS[number % len(PAIRS)]
+        assert_right(front, case, op, name, torch.float32, "cuda/tf32x3")
+        assert_right(front, case, op, name, dtype, kernel, short=number % 2 == 0)
+        assert_right(front, case, op, name, torch.bfloat16, "cuda/bf16", layout=LAYOUTS[number % len(LAYOUTS)])
+
+
+def test_tables_of_many_examples(front: ModuleType) -> None:
+    """More numbers than the parameters of a launch hold, in each table."""
+    rows = tuple(tuple((n % 2, (n + out) % 2, -1 if n % 3 else 1) for out in range(6)) for n in range(120))
+    case = Frozen("many", (120, 4, 2, 1, 1), 5, (3, 1, 1), reads=rows, gives=rows, times=2)
+    for op, name in (("frozen_z_plus_conv3d", "non-negative"), ("frozen_conv3d", "bias")):
+        assert_right(front, case, op, name, torch.float32, "cuda/tf32x3")
 
 
 @pytest.mark.parametrize("splits", [1, 3, 9])
@@ -291,6 +317,16 @@ def test_nothing_runs_over_the_end_of_memory() -> None:
             front.relevance(x, weight, bias, given, low, high, out, *geometry, lift, 0.1, c == 3, kernel, next(tiles))
             front.forward(x, weight, bias, forward, *geometry, kernel, next(tiles))
             assert np.isfinite(out).all() and np.isfinite(forward).all()
+            # The same input in a layer of frozen clips, whose two times are read and given to by a table.
+            tables = [np.array(rows) for rows in ([[[-1, 0], [0, 0], [0, 1]]], [[[0, 0]] * 3, [[-1, 1], [1, 0], [0, 0]]])]
+            given = rng.random((2, 5, 3, *size[1:]), np.float32)
+            geometry = (1, stride, stride), (0, 1, 1), (1, dilation, dilation), 1
+            for reads in tables:
+                out, forward = np.full_like(x, np.nan), np.full_like(given, np.nan)
+                asked = lift, 0.1, c == 3, kernel, next(tiles), reads, reads
+                front.relevance(x, weight, bias, given, low, high, out, *geometry, *asked)
+                front.forward(x, weight, bias, forward, *geometry, kernel, next(tiles), reads)
+                assert np.isfinite(out).all() and np.isfinite(forward).all()
         print("all ran")
     """
     done = run_sanitized("conv3d_front", script)

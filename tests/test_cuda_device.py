@@ -39,6 +39,11 @@ def layer(name: str, op: str, x: tuple[int, ...], out: tuple[int, ...], *weight:
     return Layer(name, op, x, out, weight or None, tuple(options.items()))
 
 
+ENDS = [[[-1, 0, 0], [0, 0, 0], [0, 0, -1]]]
+"""One frame in a padded clip, by taps of three times: the first output, those in the middle, the last."""
+THREE = [[[-1, 0, 1], [0, 1, 1], [1, 1, 1], [1, 1, 2], [1, 2, -1]]]
+EACH = [[[0, 0, 1], [0, 1, 1]], [[-1, 0, 1], [1, 1, 1]]]
+
 LAYERS = (
     layer("conv4a", "z_plus_conv3d", (2, 256, 4, 14, 14), (2, 512, 4, 14, 14), 512, 256, 3, 3, 3, padding=1),
     layer("signed", "z_plus_conv3d", (2, 64, 4, 28, 28), (2, 64, 4, 28, 28), 64, 64, 3, 3, 3, padding=1),
@@ -50,12 +55,32 @@ LAYERS = (
         *("stem", "z_beta_conv3d", (1, 3, 8, 56, 56), (1, 64, 8, 28, 28), 64, 3, 3, 7, 7),
         **{"stride": (1, 2, 2), "padding": (1, 3, 3)},
     ),
+    layer(
+        *("frozen conv4a", "frozen_z_plus_conv3d", (2, 256, 3, 14, 14), (2, 512, 5, 14, 14), 512, 256, 3, 3, 3),
+        **{"padding": 1, "reads": THREE, "gives": THREE, "times": 3},
+    ),
+    layer(
+        *("each frozen", "frozen_z_plus_conv3d", (2, 64, 2, 28, 28), (2, 64, 2, 28, 28), 64, 64, 3, 3, 3),
+        **{"padding": 1, "reads": EACH, "gives": EACH, "times": 2},
+    ),
+    layer(
+        *("frozen stem", "frozen_z_beta_conv3d", (2, 3, 1, 56, 56), (2, 64, 3, 28, 28), 64, 3, 3, 7, 7),
+        **{"stride": 2, "padding": 3, "reads": ENDS, "gives": ENDS, "times": 1},
+    ),
+    layer(
+        *("frozen forward", "frozen_conv3d", (2, 64, 3, 28, 28), (2, 96, 5, 28, 28), 96, 64, 3, 3, 3),
+        **{"padding": 1, "reads": THREE},
+    ),
     layer("forward", "conv3d", (2, 64, 4, 28, 28), (2, 96, 4, 28, 28), 96, 64, 3, 3, 3, padding=1),
     layer("pool", "max_pool3d_relevance", (2, 64, 8, 28, 28), (2, 64, 4, 14, 14), kernel_size=2),
     layer("pool5", "max_pool3d_relevance", (2, 64, 2, 7, 7), (2, 64, 1, 4, 4), kernel_size=2, padding=(0, 1, 1)),
     layer(
         *("overlapping", "max_pool3d_relevance", (2, 64, 8, 28, 28), (2, 64, 8, 28, 28)),
         **{"kernel_size": 3, "stride": 1, "padding": 1},
+    ),
+    layer(
+        *("frozen pool", "frozen_max_pool3d_relevance", (2, 64, 3, 28, 28), (2, 64, 5, 14, 14)),
+        **{"kernel_size": 3, "stride": 2, "padding": 1, "reads": THREE, "gives": THREE, "times": 3},
     ),
     layer(
         *("winner", "max_pool3d_relevance", (2, 64, 8, 28, 28), (2, 64, 4, 14, 14)),
@@ -66,7 +91,7 @@ LAYERS = (
 SMALL = tuple(
     replace(each, x=(1, *each.x[1:2], *(min(n, 6) for n in each.x[2:])), out=())
     for each in LAYERS
-    if each.name != "linear"
+    if each.name not in ("linear", "each frozen")
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,18 +109,19 @@ def operands(
         return values.contiguous(memory_format=layout) if values.dim() == 5 else values
 
     given: dict[str, Any] = {**dict(layer.options), "x": random(layer.x, dtype)}
+    op = layer.op.removeprefix(kernels.FROZEN)
     if layer.weight:
         given["weight"] = random(layer.weight, dtype)
-    if layer.op == "z_plus_conv3d" and layer.name != "signed":
+    if op == "z_plus_conv3d" and layer.name != "signed":
         given |= {"x": given["x"].relu(), "non_negative": True}
-    if layer.op == "z_beta_conv3d":
+    if op == "z_beta_conv3d":
         given |= {
             "low": given["x"].float().amin((0, 2, 3, 4), keepdim=True) - 0.1,
             "high": torch.full((1,), 6.0, device=device),
         }
-    if layer.op == "z_plus_add":
+    if op == "z_plus_add":
         given["other"] = random(layer.x, dtype)
-    if layer.op != "conv3d":
+    if op != "conv3d":
         given["relevance"] = random(layer.out or output(layer, given), torch.float32)
     return given
 
@@ -106,9 +132,21 @@ def output(layer: Layer, given: dict[str, Any]) -> tuple[int, ...]:
     triples = {name: given.get(name, 0 if name == "padding" else 1) for name in ("stride", "padding")}
     if layer.weight:
         weight = torch.zeros(layer.weight, device="meta")
+        if "reads" in given:
+            windows = torch.zeros(
+                len(x), x.shape[1], layer.weight[2] * len(given["reads"][0]), *x.shape[3:], device="meta"
+            )
+            flat = {
+                name: (along, value, value)
+                for (name, value), along in zip(triples.items(), (layer.weight[2], 0), strict=True)
+            }
+            return tuple(torch.nn.functional.conv3d(windows, weight, **flat).shape)
         return tuple(torch.nn.functional.conv3d(x, weight, groups=given.get("groups", 1), **triples).shape)
     if "kernel_size" not in given:
         return layer.x
+    if "reads" in given:
+        windows = torch.zeros(*x.shape[:2], 3 * len(given["reads"][0]), *x.shape[3:], device="meta")
+        return tuple(torch.nn.functional.max_pool3d(windows, 3, (3, 2, 2), (0, 1, 1)).shape)
     triples["stride"] = given.get("stride", given["kernel_size"])
     return tuple(torch.nn.functional.max_pool3d(x, given["kernel_size"], **triples).shape)
 

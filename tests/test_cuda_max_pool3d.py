@@ -8,12 +8,25 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from emulator.agreement import assert_agrees, assert_same_bits
 from emulator.build import as_array, load, run_sanitized
-from op_cases import LAYOUTS, POOLS, VARIANTS, Pool, disagreement, lay_out, problem
+from op_cases import (
+    EACH,
+    FROZEN_POOLS,
+    LAYOUTS,
+    POOLS,
+    THREE,
+    VARIANTS,
+    FrozenPool,
+    Pool,
+    disagreement,
+    lay_out,
+    problem,
+)
 from oracle import tuples
 from torch import Tensor
 
@@ -43,6 +56,14 @@ CASES = (
     Pool("one channel, half in the padding", (1, 1, 2, 3, 4), 2, 2, 1),
 )
 NAMES = {case.name: case for case in CASES}
+FROZEN = (
+    *FROZEN_POOLS,
+    FrozenPool("vectors, frozen", (2, 8, 3, 5, 6), 3, 2, 1, reads=THREE, gives=THREE, times=3),
+    FrozenPool("vectors, each frozen", (3, 4, 2, 3, 4), (2, 3, 3), 1, (0, 1, 1), reads=EACH, gives=EACH, times=2),
+    FrozenPool(
+        "vectors, the last of three times", (1, 4, 3, 4, 4), (1, 2, 2), reads=(((2,), (2,)),), gives=(((0,), (0,)),)
+    ),
+)
 APART_AND_OVERLAPPING = [NAMES[name] for name in ("pairs", "vectors, padded", "overlapping", "vectors, overlapping")]
 
 Relevance = Callable[..., Tensor]
@@ -64,17 +85,23 @@ def relevance(front: ModuleType) -> Relevance:
         winner_takes_all: bool = False,
         ceil_mode: bool = False,
         stabilizer: float = 0.0,
+        times: int | None = None,
         **options: Any,
     ) -> Tensor:
-        result = lay_out(torch.full(x.shape, torch.nan, dtype=relevance.dtype), out)
+        size = x.shape if times is None else (*x.shape[:2], times, *x.shape[3:])
+        result = lay_out(torch.full(size, torch.nan, dtype=relevance.dtype), out)
         if options["stride"] is None:
             options["stride"] = options["kernel_size"]
+        if times is not None:  # along T there are tables, and nothing else
+            flat = {name: tuples(options[name], 2)[-2:] for name in ("stride", "padding", "dilation")}
+            options |= {name: (int(name != "padding"), *numbers) for name, numbers in flat.items()}
+            options |= {name: np.array(options[name]) for name in ("reads", "gives")}
         windows = {name: tuples(options.pop(name), 3) for name in ("kernel_size", "stride", "padding", "dilation")}
         name = str(x.dtype).removeprefix("torch.")
         arrays = [as_array(t) for t in (x, relevance, result)]
         bytes_asked = front.relevance(name, *arrays, *windows.values(), winner_takes_all, stabilizer, **options)
         number = 4 if winner_takes_all else relevance.element_size()
-        assert bytes_asked in (0, relevance.numel() * number)
+        assert times is not None or bytes_asked in (0, relevance.numel() * number)
         return result
 
     return run
@@ -83,6 +110,11 @@ def relevance(front: ModuleType) -> Relevance:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_agrees_with_the_oracle(case: Pool, relevance: Relevance) -> None:
     assert_agrees(OP, case, relevance)
+
+
+@pytest.mark.parametrize("case", FROZEN, ids=lambda case: case.name)
+def test_layers_of_frozen_clips(case: FrozenPool, relevance: Relevance) -> None:
+    assert_agrees(f"frozen_{OP}", case, relevance)
 
 
 @pytest.mark.parametrize("case", APART_AND_OVERLAPPING, ids=lambda case: case.name)

@@ -188,6 +188,21 @@ def test_stabilizer_of_an_average_is_not_that_of_a_sum() -> None:
     assert {row.module: row.kernel for row in table.rows}["layer"] == "reference"
 
 
+def test_forward_on_a_gpu_takes_tensor_units_where_torch_would_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch multiplies floats as they are; in 16 bits, and where weights are read once, it is as good as any."""
+    monkeypatch.setattr(kernels, "_table", dict)
+    monkeypatch.setattr(kernels, "available", lambda *_: ["cuda/tf32x3", "cuda/tf32", "cuda/bf16", "reference"])
+
+    def forward(dtype: torch.dtype, precision: kernels.Precision, shape: kernels.ShapeClass) -> str:
+        return kernels._choose.__wrapped__("conv3d", "cuda", dtype, precision, shape, "sm_90")
+
+    assert forward(torch.float32, "ieee", "dense") == "reference"
+    assert forward(torch.float32, "float32", "dense") == "cuda/tf32x3"
+    assert forward(torch.float32, "bfloat16", "strided") == "cuda/bf16"
+    assert forward(torch.float32, "bfloat16", "linear") == "reference"
+    assert forward(torch.bfloat16, "bfloat16", "dense") == "reference"
+
+
 @pytest.mark.parametrize("shape", ["dense", "strided"])
 def test_forward_is_torchs_own_where_nothing_was_measured_and_transforms_do_not_serve(
     monkeypatch: pytest.MonkeyPatch, shape: kernels.ShapeClass

@@ -8,6 +8,7 @@
 #include "conv3d.h"
 #include "device.h"
 #include "implicit_gemm.h"
+#include "in_time.h"
 #include "pack.h"
 
 namespace captum_dtd::cuda {
@@ -119,8 +120,15 @@ struct Layer {
   const void* weight;
   Lifted u;
   bool clips;  // its weights, to their positive and negative parts
+  TimeTables in_time;
 
   bool lifts() const { return u.lift != Lift::None; }
+  // Whether quotients of several times are added up before they are pulled back.
+  bool adds_times() const { return !in_time.members.empty(); }
+  // Times of x, as far as they are read.
+  int64_t times_of_x() const { return in_time.used() ? std::max<int64_t>(in_time.read, 1) : conv.in[0]; }
+  // What is pulled back has other times than the output, where they are added up.
+  int64_t frames() const { return in_time.used() ? in_time.frames : conv.out[0]; }
 };
 
 // All sweeps forward, or all of the adjoint, and what they share.
@@ -190,7 +198,7 @@ bool is_dense(const Layer& layer, Arithmetic arithmetic) {
 struct Plan {
   Pass forward, adjoint;
   bool arranges;  // x is copied to a dense operand first
-  int64_t arranged, weights, s, partial, bytes;
+  int64_t arranged, weights, s, quotients, tables, partial, bytes;
 };
 
 Plan make_plan(const Layer& layer, const Kernel& kernel, bool with_adjoint, Tiling tiling) {
@@ -207,8 +215,14 @@ Plan make_plan(const Layer& layer, const Kernel& kernel, bool with_adjoint, Tili
   const Pass& widest = with_adjoint ? plan.adjoint : forward;
   plan.weights = reserve(std::max(forward.sum(&Pass::weight_chunks), widest.sum(&Pass::weight_chunks)) * kChunk);
   plan.partial = reserve(std::max(forward.partial_bytes(), widest.partial_bytes()));
-  if (plan.arranges) plan.arranged = reserve(conv.n * volume(conv.in) * conv.groups * forward.tap_chunks() * kChunk);
-  if (with_adjoint) plan.s = reserve(conv.n * volume(conv.out) * conv.groups * forward.width * operand_bytes(kernel.adjoint));
+  const int64_t plane_in = conv.in[1] * conv.in[2], plane_out = conv.out[1] * conv.out[2];
+  if (plan.arranges)
+    plan.arranged = reserve(conv.n * layer.times_of_x() * plane_in * conv.groups * forward.tap_chunks() * kChunk);
+  const int64_t s_channels = conv.groups * forward.width;
+  if (with_adjoint) plan.s = reserve(conv.n * layer.frames() * plane_out * s_channels * operand_bytes(kernel.adjoint));
+  if (layer.adds_times())
+    plan.quotients = reserve(conv.n * conv.out[0] * plane_out * s_channels * static_cast<int64_t>(sizeof(float)));
+  if (layer.in_time.used()) plan.tables = reserve(layer.in_time.bytes());
   return plan;
 }
 
@@ -227,24 +241,29 @@ void copy(const From (&from)[3], To (&to)[3]) {
   std::copy(from, from + 3, to);
 }
 
-// Copies x, or relevance, of n examples to a dense operand of `padded` channels for each group.
-void launch_arrange(const View& x, Element element, int64_t n, const int64_t (&size)[3], int64_t channels, int64_t padded,
-                    int64_t groups, Arithmetic arithmetic, void* out, void* stream) {
-  Arrange arrange{};
-  arrange.x = x;
-  arrange.element = element;
+// Copies what `arrange` names to a dense operand of so many examples and positions.
+void launch_arrange(Arrange arrange, int64_t n, const int64_t (&size)[3], Arithmetic arithmetic, void* stream) {
   arrange.n = static_cast<int>(n);
   copy(size, arrange.size);
-  arrange.channels = static_cast<int>(channels);
-  arrange.padded = static_cast<int>(padded);
-  arrange.groups = static_cast<int>(groups);
-  arrange.out = out;
   dim3 grid = blocks_for(n * volume(size), kSide);
-  grid.y = blocks_for(groups * padded, kSide).x;
+  grid.y = blocks_for(int64_t(arrange.groups) * arrange.padded, kSide).x;
   const auto kernel = arithmetic == Arithmetic::BFloat16  ? arrange_input<bfloat16>
                       : arithmetic == Arithmetic::Float16 ? arrange_input<float16>
                                                           : arrange_input<float>;
   launch("arrange_input", kernel, grid, kThreads, 0, stream, arrange);
+}
+
+// A tensor's channels, to be padded in each group.
+Arrange arrangement(const View& x, Element element, int64_t channels, int64_t groups, int64_t padded, void* out) {
+  Arrange arrange{};
+  arrange.x = x;
+  arrange.element = element;
+  arrange.channels = static_cast<int>(channels / groups);
+  arrange.padded = static_cast<int>(padded);
+  arrange.groups = static_cast<int>(groups);
+  arrange.group_stride = channels / groups * x.stride[1];
+  arrange.out = out;
+  return arrange;
 }
 
 // Sweeps [first, first + gemm.phases) of a pass: packs their weights, multiplies, and adds the splits up.
@@ -336,15 +355,19 @@ Dense dense_operand(const void* data, const int64_t (&size)[3], int64_t groups, 
 }
 
 // What the forward sweep reads: the lifted input, or x as a dense operand.
-Gemm read_input(const Layer& layer, const Kernel& kernel, const Plan& plan, unsigned char* workspace, void* stream) {
+Gemm read_input(const Layer& layer, const Kernel& kernel, const Plan& plan, const DeviceTables& tables, unsigned char* workspace,
+                void* stream) {
   const Conv3d& conv = layer.conv;
   Gemm gemm{};
+  gemm.in_time = tables.reads;
   if (layer.lifts()) {
     gemm.lifted = layer.u;
   } else if (plan.arranges) {
-    launch_arrange(layer.u.x, layer.u.element, conv.n, conv.in, conv.c_in / conv.groups, plan.forward.padded, conv.groups,
-                   plan.forward.arithmetic, workspace + plan.arranged, stream);
-    gemm.dense = dense_operand(workspace + plan.arranged, conv.in, conv.groups, plan.forward.tap_chunks() * kChunk);
+    const int64_t size[3] = {layer.times_of_x(), conv.in[1], conv.in[2]};
+    const Pass& forward = plan.forward;
+    launch_arrange(arrangement(layer.u.x, layer.u.element, conv.c_in, conv.groups, forward.padded, workspace + plan.arranged),
+                   conv.n, size, forward.arithmetic, stream);
+    gemm.dense = dense_operand(workspace + plan.arranged, size, conv.groups, forward.tap_chunks() * kChunk);
   } else {
     const int bytes = operand_bytes(kernel.forward);
     const auto& stride = layer.u.x.stride;
@@ -356,9 +379,13 @@ Gemm read_input(const Layer& layer, const Kernel& kernel, const Plan& plan, unsi
   return gemm;
 }
 
-Layer layer_of(const Conv3dRelevance& p) { return {p.conv, p.weight, {p.lift, p.element, p.x, p.low, p.high}, true}; }
+Layer layer_of(const Conv3dRelevance& p) {
+  return {p.conv, p.weight, {p.lift, p.element, p.x, p.low, p.high}, true, time_tables(p.conv, p.reads, p.gives)};
+}
 
-Layer layer_of(const Conv3dForward& p) { return {p.conv, p.weight, {Lift::None, p.element, p.x, {}, {}}, false}; }
+Layer layer_of(const Conv3dForward& p) {
+  return {p.conv, p.weight, {Lift::None, p.element, p.x, {}, {}}, false, time_tables(p.conv, p.reads, {})};
+}
 
 template <typename Problem>
 size_t workspace_bytes(const Problem& problem, const std::string& kernel, bool with_adjoint, Tiling tiling) {
@@ -388,29 +415,40 @@ void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel,
   const Layer layer = layer_of(problem);
   const Plan plan = make_plan(layer, named, true, tiling);
   unsigned char* memory = static_cast<unsigned char*>(workspace);
+  const Conv3d& conv = problem.conv;
+  const int64_t width = plan.forward.width, pixel = conv.groups * width;
+  const DeviceTables tables = write_tables(layer.in_time, memory + plan.tables, stream);
+  const int64_t pulled[3] = {layer.frames(), conv.out[1], conv.out[2]};
 
-  if (problem.divided) {
-    const Conv3d& conv = problem.conv;
-    launch_arrange(problem.relevance, Element::Float32, conv.n, conv.out, conv.c_out / conv.groups, plan.forward.width,
-                   conv.groups, named.adjoint, memory + plan.s, stream);
-  } else {
-    Gemm forward = read_input(layer, named, plan, memory, stream);
+  if (!problem.divided) {
+    Gemm forward = read_input(layer, named, plan, tables, memory, stream);
     forward.epilogue = Epilogue::Divide;
     forward.divide = {problem.relevance,
                       problem.bias,
                       problem.element,
                       static_cast<float>(problem.stabilizer),
-                      named.adjoint == Arithmetic::BFloat16,
-                      memory + plan.s};
+                      named.adjoint == Arithmetic::BFloat16 && !layer.adds_times(),
+                      memory + (layer.adds_times() ? plan.quotients : plan.s)};
     launch_pass(layer, plan.forward, forward, problem.relevance, memory + plan.weights, stream);
+  }
+  if (problem.divided || layer.adds_times()) {
+    const View quotients{
+        memory + plan.quotients,
+        {conv.out[0] * conv.out[1] * conv.out[2] * pixel, 1, conv.out[1] * conv.out[2] * pixel, conv.out[2] * pixel, pixel}};
+    Arrange arrange = arrangement(problem.divided ? problem.relevance : quotients, Element::Float32, conv.c_out, conv.groups,
+                                  width, memory + plan.s);
+    if (!problem.divided) arrange.group_stride = width;
+    arrange.members = tables.members;
+    arrange.most = tables.most;
+    launch_arrange(arrange, conv.n, pulled, named.adjoint, stream);
   }
 
   Gemm adjoint{};
-  adjoint.dense =
-      dense_operand(memory + plan.s, problem.conv.out, problem.conv.groups, plan.forward.width * operand_bytes(named.adjoint));
+  adjoint.in_time = tables.gathers;
+  adjoint.dense = dense_operand(memory + plan.s, pulled, conv.groups, width * operand_bytes(named.adjoint));
   adjoint.partial = reinterpret_cast<float*>(memory + plan.partial);
   adjoint.epilogue = Epilogue::Share;
-  adjoint.share = {layer.u, problem.out};
+  adjoint.share = {layer.u, problem.out, tables.stored};
   launch_pass(layer, plan.adjoint, adjoint, problem.out, memory + plan.weights, stream);
 }
 
@@ -420,7 +458,8 @@ void conv3d_forward(const Conv3dForward& problem, const std::string& kernel, voi
   const Layer layer = layer_of(problem);
   const Plan plan = make_plan(layer, named, false, tiling);
   unsigned char* memory = static_cast<unsigned char*>(workspace);
-  Gemm forward = read_input(layer, named, plan, memory, stream);
+  const DeviceTables tables = write_tables(layer.in_time, memory + plan.tables, stream);
+  Gemm forward = read_input(layer, named, plan, tables, memory, stream);
   forward.epilogue = Epilogue::Add;
   forward.add = {problem.bias, problem.element, problem.out};
   launch_pass(layer, plan.forward, forward, problem.out, memory + plan.weights, stream);

@@ -33,8 +33,6 @@ struct Cuda {
   static std::vector<std::string> max_pool3d_kernels() { return cuda::max_pool3d_kernels(); }
   static std::vector<std::string> add_kernels() { return cuda::add_kernels(); }
 
-  static constexpr bool kServesFrozenClips = false;
-
   // The first is the one whose precision is that of the type.
   static bool serves_auto(std::string_view) { return true; }
 

@@ -14,6 +14,7 @@
 
 #include "conv3d.h"
 #include "device.h"
+#include "in_time.h"
 
 namespace captum_dtd::cuda {
 
@@ -63,6 +64,7 @@ struct Divide {
 struct Share {
   Lifted u;
   View out;
+  DeviceTable stored;  // at which time u is kept that stands for one of the result's
 };
 
 // out = acc + bias.
@@ -83,7 +85,8 @@ struct Gemm {
   int width;         // columns that the epilogue writes: even, and for s padded to whole chunks
   int column_tiles;  // of one group
   int splits;
-  Dense dense;  // what is read, unless it is lifted on the way
+  DeviceTable in_time;  // [grid time][tap]: the time that is read, or -1; none: as stride and padding say
+  Dense dense;          // what is read, unless it is lifted on the way
   Lifted lifted;
   const unsigned char* weights;  // packed: [phase][group][stage][column][chunk]
   Epilogue epilogue;
@@ -207,7 +210,9 @@ struct Cursor {
     t = tap / phase.taps[2] / phase.taps[1];
   }
 
-  __device__ __forceinline__ void advance(const Gemm& gemm, const Phase& phase) {
+  // Whether another time is read from now on.
+  __device__ __forceinline__ bool advance(const Gemm& gemm, const Phase& phase) {
+    const int before = t;
     chunk += kStageChunks;
     while (chunk >= gemm.tap_chunks) {
       chunk -= gemm.tap_chunks;
@@ -217,53 +222,68 @@ struct Cursor {
       h = 0;
       ++t;
     }
+    return t != before;
   }
 };
 
-__device__ __forceinline__ bool inside(const Gemm& gemm, int t, int h, int w) {
-  return static_cast<unsigned>(t) < static_cast<unsigned>(gemm.in[0]) &&
-         static_cast<unsigned>(h) < static_cast<unsigned>(gemm.in[1]) &&
+// The time that a row reads by a tap; -1 where there is none.
+__device__ __forceinline__ int time_read(const Gemm& gemm, const Phase& phase, int4 row, int tap) {
+  if (row.x < 0 || tap >= phase.taps[0]) return -1;
+  const DeviceTable& table = gemm.in_time;
+  if (table.data != nullptr) return __ldg(table.row(row.x) + row.y * phase.taps[0] + tap);
+  const int t = row.y * gemm.stride[0] + phase.base[0] + tap * phase.step[0];
+  return static_cast<unsigned>(t) < static_cast<unsigned>(gemm.in[0]) ? t : -1;
+}
+
+__device__ __forceinline__ bool inside(const Gemm& gemm, int h, int w) {
+  return static_cast<unsigned>(h) < static_cast<unsigned>(gemm.in[1]) &&
          static_cast<unsigned>(w) < static_cast<unsigned>(gemm.in[2]);
 }
 
-constexpr int kNowhere = -(1 << 30);  // a position that no tap brings inside
+constexpr int kNowhere = -(1 << 30);  // a row that no tap brings inside
 
 // Copies chunks as they lie in memory, past the registers.
 template <typename Operand, typename Tile>
 struct DenseLoader {
   static constexpr bool kThroughRegisters = false;
-  int64_t origin[Tile::kLoads];  // of the row's window, in bytes: it may lie outside the input
-  int t[Tile::kLoads], h[Tile::kLoads], w[Tile::kLoads];
+  const int4* rows;
+  int64_t of_group;
+  int64_t origin[Tile::kLoads];  // of the row's window at the time that is read, in bytes: it may lie outside the input
+  int h[Tile::kLoads], w[Tile::kLoads];
   Cursor cursor;
 
-  __device__ __forceinline__ void start(const Gemm& gemm, const Phase& phase, int group, const int4* rows, int stage) {
-    const Dense& dense = gemm.dense;
+  __device__ __forceinline__ void start(const Gemm& gemm, const Phase& phase, int group, const int4* of_tile, int stage) {
+    rows = of_tile;
+    of_group = group * gemm.dense.group_stride;
     cursor.move_to(stage * kStageChunks + threadIdx.x % kStageChunks, gemm, phase);
+    find_windows(gemm, phase);
+  }
+
+  __device__ __forceinline__ void find_windows(const Gemm& gemm, const Phase& phase) {
+    const Dense& dense = gemm.dense;
 #pragma unroll
     for (int i = 0; i < Tile::kLoads; ++i) {
       const int4 at = rows[(threadIdx.x + i * Tile::kThreads) / kStageChunks];
-      t[i] = at.y * gemm.stride[0] + phase.base[0];
+      const int t = time_read(gemm, phase, at, cursor.t);
       h[i] = at.z * gemm.stride[1] + phase.base[1];
       w[i] = at.w * gemm.stride[2] + phase.base[2];
-      origin[i] = group * dense.group_stride + at.x * dense.stride[0] + t[i] * dense.stride[1] + h[i] * dense.stride[2] +
-                  w[i] * dense.stride[3];
-      if (at.x < 0) t[i] = kNowhere;
+      origin[i] = of_group + at.x * dense.stride[0] + t * dense.stride[1] + h[i] * dense.stride[2] + w[i] * dense.stride[3];
+      if (t < 0) h[i] = kNowhere;
     }
   }
 
   __device__ __forceinline__ void fetch(const Gemm& gemm, const Phase& phase, unsigned char* stage) {
     const Dense& dense = gemm.dense;
-    const int dt = cursor.t * phase.step[0], dh = cursor.h * phase.step[1], dw = cursor.w * phase.step[2];
-    const int64_t offset = dt * dense.stride[1] + dh * dense.stride[2] + dw * dense.stride[3] + cursor.chunk * kChunk;
-    const bool in_depth = cursor.t < phase.taps[0];
+    const int dh = cursor.h * phase.step[1], dw = cursor.w * phase.step[2];
+    const int64_t offset = dh * dense.stride[2] + dw * dense.stride[3] + cursor.chunk * kChunk;
 #pragma unroll
     for (int i = 0; i < Tile::kLoads; ++i) {
       const int index = threadIdx.x + i * Tile::kThreads;
-      const bool present = in_depth && inside(gemm, t[i] + dt, h[i] + dh, w[i] + dw);
+      const bool present = inside(gemm, h[i] + dh, w[i] + dw);
       copy_async<kChunk>(stage + chunk_offset(index / kStageChunks, index % kStageChunks),
                          dense.data + (present ? origin[i] + offset : 0), present);
     }
-    cursor.advance(gemm, phase);
+    if (cursor.advance(gemm, phase)) find_windows(gemm, phase);
   }
 
   __device__ __forceinline__ void store(const Gemm&, unsigned char*) {}
@@ -274,33 +294,37 @@ template <typename Operand, typename Tile>
 struct LiftingLoader {
   static constexpr bool kThroughRegisters = true;
   static constexpr int kElements = kChunk / sizeof(Operand), kChannels = kElements / 2;
-  int4 at[Tile::kLoads];
+  const int4* rows;
+  int4 at[Tile::kLoads];  // the example, the time that is read, and where the row's window begins
   Cursor cursor;
   int first_channel;  // of the group
   uint32_t x[Tile::kLoads][kChannels];
   float low[Tile::kLoads][kChannels], high[Tile::kLoads][kChannels];
   unsigned present;  // one bit for each x
 
-  __device__ __forceinline__ void start(const Gemm& gemm, const Phase& phase, int group, const int4* rows, int stage) {
+  __device__ __forceinline__ void start(const Gemm& gemm, const Phase& phase, int group, const int4* of_tile, int stage) {
+    rows = of_tile;
     cursor.move_to(stage * kStageChunks + threadIdx.x % kStageChunks, gemm, phase);
     first_channel = group * gemm.channels_in;
+    find_windows(gemm, phase);
+  }
+
+  __device__ __forceinline__ void find_windows(const Gemm& gemm, const Phase& phase) {
 #pragma unroll
     for (int i = 0; i < Tile::kLoads; ++i) {
       const int4 row = rows[(threadIdx.x + i * Tile::kThreads) / kStageChunks];
-      at[i] = {row.x, row.x < 0 ? kNowhere : row.y * gemm.stride[0] + phase.base[0], row.z * gemm.stride[1] + phase.base[1],
-               row.w * gemm.stride[2] + phase.base[2]};
+      const int t = time_read(gemm, phase, row, cursor.t);
+      at[i] = {row.x, t, t < 0 ? kNowhere : row.z * gemm.stride[1] + phase.base[1], row.w * gemm.stride[2] + phase.base[2]};
     }
   }
 
   __device__ __forceinline__ void fetch(const Gemm& gemm, const Phase& phase, unsigned char*) {
     const Lifted& u = gemm.lifted;
-    const bool in_depth = cursor.t < phase.taps[0];
     present = 0;
 #pragma unroll
     for (int i = 0; i < Tile::kLoads; ++i) {
-      const int n = at[i].x, t = at[i].y + cursor.t * phase.step[0], h = at[i].z + cursor.h * phase.step[1],
-                w = at[i].w + cursor.w * phase.step[2];
-      const bool reached = in_depth && inside(gemm, t, h, w);
+      const int n = at[i].x, t = at[i].y, h = at[i].z + cursor.h * phase.step[1], w = at[i].w + cursor.w * phase.step[2];
+      const bool reached = inside(gemm, h, w);
       const int64_t x_at = offset_of(u.x, n, t, h, w), low_at = offset_of(u.low, n, t, h, w),
                     high_at = offset_of(u.high, n, t, h, w);
 #pragma unroll
@@ -316,7 +340,7 @@ struct LiftingLoader {
         }
       }
     }
-    cursor.advance(gemm, phase);
+    if (cursor.advance(gemm, phase)) find_windows(gemm, phase);
   }
 
   __device__ __forceinline__ void store(const Gemm& gemm, unsigned char* stage) {
@@ -390,7 +414,9 @@ __device__ __forceinline__ void finish_divide(const Gemm& gemm, int n, int t, in
 __device__ __forceinline__ void finish_share(const Gemm& gemm, int n, int t, int h, int w, int group, int column, float2 sums) {
   const Lifted& u = gemm.share.u;
   const View& out = gemm.share.out;
-  const int64_t x_at = offset_of(u.x, n, t, h, w), first = int64_t(group) * gemm.columns + column;
+  const DeviceTable& stored = gemm.share.stored;
+  const int kept = stored.data != nullptr ? __ldg(stored.row(n) + t) : t;
+  const int64_t x_at = offset_of(u.x, n, kept, h, w), first = int64_t(group) * gemm.columns + column;
   float* relevance = static_cast<float*>(out.data) + offset_of(out, n, t, h, w);
   if (u.lift == Lift::None) {
     relevance[first * out.stride[1]] = sums.x * load_element(u.x.data, x_at + first * u.x.stride[1], u.element);
@@ -401,8 +427,8 @@ __device__ __forceinline__ void finish_share(const Gemm& gemm, int n, int t, int
   const int64_t channel = first / 2;
   float low = 0, high = 0;
   if (u.lift == Lift::Box) {
-    low = __ldg(static_cast<const float*>(u.low.data) + offset_of(u.low, n, t, h, w) + channel * u.low.stride[1]);
-    high = __ldg(static_cast<const float*>(u.high.data) + offset_of(u.high, n, t, h, w) + channel * u.high.stride[1]);
+    low = __ldg(static_cast<const float*>(u.low.data) + offset_of(u.low, n, kept, h, w) + channel * u.low.stride[1]);
+    high = __ldg(static_cast<const float*>(u.high.data) + offset_of(u.high, n, kept, h, w) + channel * u.high.stride[1]);
   }
   const float2 parts = lift_value(u.lift, load_element(u.x.data, x_at + channel * u.x.stride[1], u.element), low, high);
   relevance[channel * out.stride[1]] = parts.x * sums.x + parts.y * sums.y;

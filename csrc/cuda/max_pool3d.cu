@@ -9,19 +9,23 @@
 // workspace twice, R and the result once. Recomputing each window for each of its members would read x once but take its
 // kernel^3 taps (kernel / stride)^3 times through the L1 cache, which by count is the tighter limit for kernels above 2.
 //
+// Layers of frozen clips read and give to times by a table (in_time.h); there every window is one of those that overlap.
+//
 // Every sum has a fixed order (T, H, W), so results do not change from run to run.
 #include <algorithm>
 #include <stdexcept>
 #include <type_traits>
 
 #include "elements.h"
+#include "in_time.h"
 #include "max_pool3d.h"
 
 namespace captum_dtd::cuda {
 namespace {
 
-constexpr int kBlocks = 8;  // of a multiprocessor, where a kernel asks for it: leaves it 64 registers
-constexpr int kBatch = 8;   // taps whose loads are in flight together: a whole 2x2x2 window
+constexpr int kBlocks = 8;         // of a multiprocessor, where a kernel asks for it: leaves it 64 registers
+constexpr int kSummaryBlocks = 6;  // leaves 80, with which nothing is spilled
+constexpr int kBatch = 8;          // taps whose loads are in flight together: a whole 2x2x2 window
 
 // The six nested loops of a tensor: two axes without windows, the three that are pooled, and lanes. Lanes are what
 // neighbouring threads take: channels in channels_last_3d; in other layouts a single one, since there the threads run along W,
@@ -42,6 +46,7 @@ struct Pooling {
   bool gaps;  // whether cells have positions that no window reads
   double stabilizer;
   Tensor x, relevance, out, workspace;
+  DeviceTables in_time;
 };
 
 // The taps of one window in the order T, H, W, and where they lie.
@@ -58,21 +63,29 @@ struct Tap {
     ++at[0];
   }
 
+  // How far it reaches along T, or by a table, the time that it reads: -1 where there is none.
+  template <bool by_table = false>
+  __device__ int time(const Pooling& p, const int16_t* times = nullptr) const {
+    if constexpr (by_table) return number < p.taps ? __ldg(times + at[0]) : -1;
+    return at[0] * p.dilation[0];
+  }
+
   // `begin` is the window's first position, perhaps in the padding.
-  __device__ bool inside(const Pooling& p, const int (&begin)[3]) const {
-    bool within = number < p.taps;
+  template <bool by_table = false>
+  __device__ bool inside(const Pooling& p, const int (&begin)[3], int time) const {
+    bool within = number < p.taps && begin[0] + time >= 0 && (by_table || begin[0] + time < p.in[0]);
 #pragma unroll
-    for (int a = 0; a < 3; ++a) {
+    for (int a = 1; a < 3; ++a) {
       const int position = begin[a] + at[a] * p.dilation[a];
       within = within && position >= 0 && position < p.in[a];
     }
     return within;
   }
 
-  __device__ int64_t offset(const Pooling& p, const Tensor& tensor) const {
-    int64_t sum = 0;
+  __device__ int64_t offset(const Pooling& p, const Tensor& tensor, int time) const {
+    int64_t sum = tensor.stride[kPooled] * time;
 #pragma unroll
-    for (int a = 0; a < 3; ++a) sum += tensor.stride[kPooled + a] * (at[a] * p.dilation[a]);
+    for (int a = 1; a < 3; ++a) sum += tensor.stride[kPooled + a] * (at[a] * p.dilation[a]);
     return sum;
   }
 };
@@ -82,13 +95,16 @@ struct Batch {
   SumOf<T> value[kBatch][vector];
   bool inside[kBatch];
 
-  // Reads the next taps of a window whose first position is at `x`; those outside the input count as zero.
-  __device__ void read(const Pooling& p, const int (&begin)[3], const T* x, Tap& tap) {
+  // Reads the next taps of a window whose first position is at `x`; those outside the input count as zero. By a table, `times`
+  // are those that its taps of T read.
+  template <bool by_table = false>
+  __device__ void read(const Pooling& p, const int (&begin)[3], const T* x, Tap& tap, const int16_t* times = nullptr) {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b, tap.next(p)) {
-      inside[b] = tap.inside(p, begin);
+      const int time = tap.time<by_table>(p, times);
+      inside[b] = tap.inside<by_table>(p, begin, time);
       if (inside[b]) {
-        load<vector>(x + tap.offset(p, p.x), value[b]);
+        load<vector>(x + tap.offset(p, p.x, time), value[b]);
       } else {
 #pragma unroll
         for (int i = 0; i < vector; ++i) value[b][i] = 0;
@@ -184,7 +200,8 @@ __global__ void __launch_bounds__(kThreads) relevance_of_cells(const Pooling p, 
     if (!winner_takes_all && pooled && p.taps > kBatch) batch.read(p, begin, x, read);
 #pragma unroll
     for (int b = 0; b < kBatch; ++b, tap.next(p)) {
-      if (!tap.inside(p, begin)) continue;
+      const int time = tap.time(p);
+      if (!tap.inside(p, begin, time)) continue;
       Sum share[vector];
 #pragma unroll
       for (int i = 0; i < vector; ++i) {
@@ -195,7 +212,7 @@ __global__ void __launch_bounds__(kThreads) relevance_of_cells(const Pooling p, 
           share[i] = pooled ? positive_part(batch.value[b][i]) * given[w] : 0;
         }
       }
-      store<vector>(out + tap.offset(p, p.out), share);
+      store<vector>(out + tap.offset(p, p.out, time), share);
     }
   }
   if (!p.gaps) return;
@@ -217,8 +234,8 @@ __global__ void __launch_bounds__(kThreads) relevance_of_cells(const Pooling p, 
 }
 
 // Windows that overlap, first pass: what each passes on for one unit of its inputs, or which of them it passes all to.
-template <int vector, bool winner_takes_all, typename T>
-__global__ void __launch_bounds__(kThreads) summarize_windows(const Pooling p, const Work<kLoops> work) {
+template <int vector, bool winner_takes_all, bool by_table, typename T>
+__global__ void __launch_bounds__(kThreads, kSummaryBlocks) summarize_windows(const Pooling p, const Work<kLoops> work) {
   using Sum = SumOf<T>;
   int at[kLoops];
   if (!coordinates(work, at)) return;
@@ -226,15 +243,16 @@ __global__ void __launch_bounds__(kThreads) summarize_windows(const Pooling p, c
   Sum given[vector];
   if constexpr (!winner_takes_all) load<vector>(locate<const Sum>(p.relevance, at), given);
   void* summary = winner_takes_all ? static_cast<void*>(locate<int>(p.workspace, at)) : locate<Sum>(p.workspace, at);
+  const int16_t* times = by_table ? p.in_time.reads.row(at[0]) + at[kPooled] * p.kernel[0] : nullptr;
   int begin[3];
 #pragma unroll
-  for (int a = 0; a < 3; ++a) at[kPooled + a] = begin[a] = at[kPooled + a] * p.stride[a] - p.padding[a];
+  for (int a = 0; a < 3; ++a) at[kPooled + a] = begin[a] = a == 0 && by_table ? 0 : at[kPooled + a] * p.stride[a] - p.padding[a];
   const T* x = locate<const T>(p.x, at);
   Batch<vector, T> batch;
   Windows<vector, 1, winner_takes_all, T> windows;
   for (Tap tap; tap.number < p.taps;) {
     const int first = tap.number;
-    batch.read(p, begin, x, tap);
+    batch.template read<by_table>(p, begin, x, tap, times);
     windows.add(batch, first);
   }
   if constexpr (winner_takes_all) {
@@ -269,22 +287,25 @@ struct Containing {
 };
 
 // Windows that overlap, second pass: every input position gathers from the windows that contain it.
-template <int vector, bool winner_takes_all, typename T>
+template <int vector, bool winner_takes_all, bool by_table, typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks) gather_from_windows(const Pooling p, const Work<kLoops> work) {
   using Sum = SumOf<T>;
   int at[kLoops];
   if (!coordinates(work, at)) return;
   at[kLane] *= vector;
-  [[maybe_unused]] const T* x = locate<const T>(p.x, at);
   Sum* out = locate<Sum>(p.out, at);
-  const Containing t(p, 0, at[2]), h(p, 1, at[3]), w(p, 2, at[4]);
+  const int time = at[kPooled];
+  if constexpr (by_table) at[kPooled] = p.in_time.stored.row(at[0])[time];
+  [[maybe_unused]] const T* x = locate<const T>(p.x, at);
+  const Containing h(p, 1, at[3]), w(p, 2, at[4]);
   at[2] = at[3] = at[4] = 0;
   using Summary = std::conditional_t<winner_takes_all, int, Sum>;
   const Summary* summary = locate<const Summary>(p.workspace, at);
   const Sum* relevance = locate<const Sum>(p.relevance, at);
 
   Sum gathered[vector] = {};
-  for (int i = t.first, tap_t = t.tap; i <= t.last; i += t.step, tap_t -= t.fall)
+  // From the windows that begin at the i-th time, of which the position is the given tap of T.
+  const auto gather = [&](int i, int tap_t) {
     for (int j = h.first, tap_h = h.tap; j <= h.last; j += h.step, tap_h -= h.fall) {
       const Summary* row = summary + p.workspace.stride[2] * i + p.workspace.stride[3] * j;
       const Sum* given_row = relevance + p.relevance.stride[2] * i + p.relevance.stride[3] * j;
@@ -302,8 +323,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gather_from_windows(const P
         }
       }
     }
+  };
+  bool contained = h.first <= h.last && w.first <= w.last;
+  if constexpr (by_table) {
+    const DeviceTables& tables = p.in_time;
+    const int16_t* frames = tables.gathers.row(at[0]) + time * p.kernel[0];
+    bool is_given = false;
+    for (int tap_t = 0; tap_t < p.kernel[0]; ++tap_t) {
+      if (frames[tap_t] < 0) continue;
+      is_given = true;
+      if (tables.members.data == nullptr) {
+        gather(frames[tap_t], tap_t);
+        continue;
+      }
+      const int16_t* members = tables.members.row(at[0]) + frames[tap_t] * tables.most;
+      for (int i = 0; i < tables.most && members[i] >= 0; ++i) gather(members[i], tap_t);
+    }
+    contained = contained && is_given;
+  } else {
+    const Containing t(p, 0, time);
+    for (int i = t.first, tap_t = t.tap; i <= t.last; i += t.step, tap_t -= t.fall) gather(i, tap_t);
+    contained = contained && t.first <= t.last;
+  }
   if constexpr (!winner_takes_all) {
-    const bool contained = t.first <= t.last && h.first <= h.last && w.first <= w.last;
     Sum value[vector];
     load<vector>(x, value);
 #pragma unroll
@@ -318,7 +360,7 @@ struct Plan {
   int64_t outer[2];
   int64_t lanes;  // of x
   int vector, pair;
-  bool overlapping;
+  bool overlapping, by_table;
 };
 
 int64_t extent(const MaxPool3d& pool, int a) { return pool.dilation[a] * (pool.kernel[a] - 1) + 1; }
@@ -330,6 +372,13 @@ bool overlapping(const MaxPool3d& pool) {
 }
 
 int64_t size_of_sum(Element element) { return element == Element::Float64 ? 8 : 4; }
+
+// Of what windows pass on, aligned so that tables may follow.
+int64_t summary_bytes(const MaxPool3dRelevance& problem) {
+  const MaxPool3d& pool = problem.pool;
+  const int64_t windows = pool.n * pool.c * pool.out[0] * pool.out[1] * pool.out[2];
+  return windows * (problem.winner_takes_all ? 4 : size_of_sum(problem.element));
+}
 
 // Whether a tensor (N, C, ...) of these sizes can be read `vector` neighbours at a time along an axis.
 bool in_vectors(const View& view, const MaxPool3d& pool, const int64_t (&size)[3], int axis, int64_t bytes, int vector) {
@@ -374,13 +423,15 @@ Plan plan_for(const MaxPool3dRelevance& problem, void* workspace) {
     if (pool.out[a] == 1) p.stride[a] = std::max(p.in[a] + p.padding[a], static_cast<int>(extent(pool, a)));
   }
   p.stabilizer = problem.stabilizer;
-  plan.overlapping = overlapping(pool);
+  plan.by_table = problem.reads.data != nullptr;
+  plan.overlapping = plan.by_table || overlapping(pool);
 
   // `relevance_vector` windows lie along a vector of x.
+  const int64_t size_of_x[3] = {plan.by_table ? problem.times : pool.in[0], pool.in[1], pool.in[2]};
   const auto vectors_along = [&](int axis, int64_t size, int relevance_vector) {
     const int64_t bytes = problem.element == Element::Float32 ? 4 : 2;
     return problem.element != Element::Float64 && size % kVector == 0 &&
-           in_vectors(problem.x, pool, pool.in, axis, bytes, kVector) &&
+           in_vectors(problem.x, pool, size_of_x, axis, bytes, kVector) &&
            in_vectors(problem.out, pool, pool.in, axis, 4, kVector) &&
            in_vectors(problem.relevance, pool, pool.out, axis, 4, relevance_vector);
   };
@@ -431,6 +482,15 @@ void launch_over(void (*kernel)(Pooling, Work<kLoops>), const Plan& plan, const 
   launch_each("max_pool3d_relevance", kernel, plan.pooling, sizes, stream, threads);
 }
 
+template <int vector, bool winner_takes_all, bool by_table, typename T>
+void run_overlapping(const Plan& plan, void* stream, int64_t threads) {
+  const Pooling& p = plan.pooling;
+  const int64_t windows[3] = {p.windows[0], p.windows[1], p.windows[2]}, in[3] = {p.in[0], p.in[1], p.in[2]};
+  launch_over(summarize_windows<vector, winner_takes_all, by_table, T>, plan, windows, stream, threads);
+  using Read = std::conditional_t<winner_takes_all, SumOf<T>, T>;  // winners are told without x: one kernel for all types
+  launch_over(gather_from_windows<vector, winner_takes_all, by_table, Read>, plan, in, stream, threads);
+}
+
 template <int vector, int pair, bool winner_takes_all, typename T>
 void run(const Plan& plan, void* stream, int64_t threads) {
   const Pooling& p = plan.pooling;
@@ -440,12 +500,9 @@ void run(const Plan& plan, void* stream, int64_t threads) {
     launch_over(relevance_of_cells<vector, pair, winner_takes_all, T>, plan, cells, stream, threads);
     return;
   }
-  if constexpr (pair == 1) {
-    const int64_t windows[3] = {p.windows[0], p.windows[1], p.windows[2]}, in[3] = {p.in[0], p.in[1], p.in[2]};
-    launch_over(summarize_windows<vector, winner_takes_all, T>, plan, windows, stream, threads);
-    using Read = std::conditional_t<winner_takes_all, SumOf<T>, T>;  // winners are told without x: one kernel for all types
-    launch_over(gather_from_windows<vector, winner_takes_all, Read>, plan, in, stream, threads);
-  }
+  if constexpr (pair == 1)
+    return plan.by_table ? run_overlapping<vector, winner_takes_all, true, T>(plan, stream, threads)
+                         : run_overlapping<vector, winner_takes_all, false, T>(plan, stream, threads);
 }
 
 template <bool winner_takes_all, typename T>
@@ -465,14 +522,16 @@ void run_type(bool winner_takes_all, const Plan& plan, void* stream, int64_t thr
 }  // namespace
 
 int64_t max_pool3d_workspace(const MaxPool3dRelevance& problem) {
-  const MaxPool3d& pool = problem.pool;
-  if (!overlapping(pool)) return 0;
-  const int64_t windows = pool.n * pool.c * pool.out[0] * pool.out[1] * pool.out[2];
-  return windows * (problem.winner_takes_all ? 4 : size_of_sum(problem.element));
+  if (problem.reads.data != nullptr)
+    return summary_bytes(problem) + time_tables(problem.pool, problem.reads, problem.gives).bytes();
+  return overlapping(problem.pool) ? summary_bytes(problem) : 0;
 }
 
 void max_pool3d_relevance(const MaxPool3dRelevance& problem, void* workspace, void* stream, int64_t threads) {
-  const Plan plan = plan_for(problem, workspace);
+  Plan plan = plan_for(problem, workspace);
+  if (plan.by_table)
+    plan.pooling.in_time = write_tables(time_tables(problem.pool, problem.reads, problem.gives),
+                                        static_cast<char*>(workspace) + summary_bytes(problem), stream);
   switch (problem.element) {
     case Element::Float32: return run_type<float>(problem.winner_takes_all, plan, stream, threads);
     case Element::Float64: return run_type<double>(problem.winner_takes_all, plan, stream, threads);

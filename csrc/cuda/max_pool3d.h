@@ -13,7 +13,7 @@ namespace captum_dtd::cuda {
 inline std::vector<std::string> max_pool3d_kernels() { return {"cuda/ieee"}; }
 
 // Bytes of device memory, aligned to 16, that are needed beside the tensors: none where no two windows overlap, else one number
-// for each window.
+// for each window; and for layers of frozen clips their tables.
 int64_t max_pool3d_workspace(const MaxPool3dRelevance& problem);
 
 // Queues the kernels on a stream (a cudaStream_t). Every element of `out` is written once; nothing is allocated and nothing

@@ -88,6 +88,9 @@ struct Arrange {
   int n, size[3];
   int channels, padded;  // of one group
   int groups;
+  int64_t group_stride;  // between groups of x, in elements
+  DeviceTable members;   // [t][most]: the times of x that are added up at a time, then -1; none: that time alone
+  int most;
   void* out;  // [n][t][h][w][group][padded]
 };
 
@@ -109,11 +112,17 @@ __global__ void __launch_bounds__(256, 1) arrange_input(const __grid_constant__ 
     float value = 0;
     if (p < positions && c < channels && c % arrange.padded < arrange.channels) {
       const int64_t h = p / arrange.size[2], t = h / arrange.size[1], n = t / arrange.size[0];
-      const int64_t at = n * arrange.x.stride[0] +
-                         (c / arrange.padded * arrange.channels + c % arrange.padded) * arrange.x.stride[1] +
-                         (t - n * arrange.size[0]) * arrange.x.stride[2] + (h - t * arrange.size[1]) * arrange.x.stride[3] +
+      const int64_t time = t - n * arrange.size[0];
+      const int64_t at = n * arrange.x.stride[0] + c / arrange.padded * arrange.group_stride +
+                         c % arrange.padded * arrange.x.stride[1] + (h - t * arrange.size[1]) * arrange.x.stride[3] +
                          (p - h * arrange.size[2]) * arrange.x.stride[4];
-      value = load_element(arrange.x.data, at, arrange.element);
+      if (arrange.members.data == nullptr) {
+        value = load_element(arrange.x.data, at + time * arrange.x.stride[2], arrange.element);
+      } else {
+        const int16_t* members = arrange.members.row(n) + time * arrange.most;
+        for (int i = 0; i < arrange.most && members[i] >= 0; ++i)
+          value += load_element(arrange.x.data, at + members[i] * arrange.x.stride[2], arrange.element);
+      }
     }
     square[position][channel] = value;
   }

@@ -26,3 +26,11 @@ inline captum_dtd::Element element_named(const std::string& dtype) {
   if (dtype == "float16") return Element::Float16;
   throw std::invalid_argument(dtype);
 }
+
+// A table [rows][output time][tap] of int64, of one row or as many as there are examples; None is none. The array is read where
+// it lies.
+inline captum_dtd::TimeTable table_of(const pybind11::object& object) {
+  if (object.is_none()) return {};
+  const auto numbers = pybind11::cast<pybind11::array_t<int64_t, pybind11::array::c_style>>(object);
+  return {numbers.data(), numbers.shape(0) > 1};
+}

@@ -10,6 +10,7 @@
 #include "arrays.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 using namespace captum_dtd;
 using namespace captum_dtd::cuda;
 
@@ -56,31 +57,25 @@ void with_workspace(const Problem& problem, const std::string& kernel, Triple ti
 
 void relevance(py::array x, py::array weight, py::object bias, py::array relevance, py::object low, py::object high,
                py::array out, Triple stride, Triple padding, Triple dilation, int64_t groups, const std::string& lift,
-               double stabilizer, bool divided, const std::string& kernel, Triple tiling) {
+               double stabilizer, bool divided, const std::string& kernel, Triple tiling, py::object reads, py::object gives) {
   const Lift lifts = lift == "box" ? Lift::Box : lift == "signed" ? Lift::Signed : Lift::None;
-  const Conv3dRelevance problem{conv_of(x, weight, relevance, stride, padding, dilation, groups),
-                                lifts,
-                                element_of(x),
-                                view_of(x),
-                                view_of(low),
-                                view_of(high),
-                                view_of(relevance),
-                                view_of(out),
-                                weight.data(),
-                                data_of(bias),
-                                stabilizer,
-                                divided};
+  Conv3d conv = conv_of(x, weight, relevance, stride, padding, dilation, groups);
+  conv.in[0] = out.shape(2);  // of which a frozen clip's x may have fewer
+  const Conv3dRelevance problem{
+      conv,         lifts,         element_of(x), view_of(x), view_of(low), view_of(high),   view_of(relevance),
+      view_of(out), weight.data(), data_of(bias), stabilizer, divided,      table_of(reads), table_of(gives)};
   with_workspace(problem, kernel, tiling, conv3d_relevance);
 }
 
 void forward(py::array x, py::array weight, py::object bias, py::array out, Triple stride, Triple padding, Triple dilation,
-             int64_t groups, const std::string& kernel, Triple tiling) {
+             int64_t groups, const std::string& kernel, Triple tiling, py::object reads) {
   const Conv3dForward problem{conv_of(x, weight, out, stride, padding, dilation, groups),
                               element_of(x),
                               view_of(x),
                               view_of(out),
                               weight.data(),
-                              data_of(bias)};
+                              data_of(bias),
+                              table_of(reads)};
   with_workspace(problem, kernel, tiling, conv3d_forward);
 }
 
@@ -90,6 +85,9 @@ PYBIND11_MODULE(conv3d_front, m) {
   m.def("set_seed", emulator::set_seed);
   m.def("take_bank_conflicts", emulator::take_bank_conflicts);
   m.def("kernels", [](const py::array& x) { return conv3d_kernels(element_of(x)); });
-  m.def("relevance", relevance);
-  m.def("forward", forward);
+  m.def("relevance", relevance, "x"_a, "weight"_a, "bias"_a, "relevance"_a, "low"_a, "high"_a, "out"_a, "stride"_a, "padding"_a,
+        "dilation"_a, "groups"_a, "lift"_a, "stabilizer"_a, "divided"_a, "kernel"_a, "tiling"_a, "reads"_a = py::none(),
+        "gives"_a = py::none());
+  m.def("forward", forward, "x"_a, "weight"_a, "bias"_a, "out"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a, "kernel"_a,
+        "tiling"_a, "reads"_a = py::none());
 }

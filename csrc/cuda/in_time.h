@@ -1,0 +1,152 @@
+// Which times a layer of frozen clips reads and gives to (TimeTable, ../problems.h), as its CUDA kernels look them up.
+//
+// Forward, an output time reads a time of x by each tap. Pulled back, a time of the result gathers, by each tap, what some output
+// times left: nothing, one of them, or several, which are added before they are multiplied. Such a sum is a *frame*.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "../problems.h"
+#include "device.h"
+
+namespace captum_dtd::cuda {
+
+// In a row for all examples, or in one for each.
+struct TimeTables {
+  int64_t rows = 0, taps = 0, outputs = 0, times = 0;  // of the result, which has as many as x where there is none
+  int64_t read = 0;                                    // times of x, as far as they are read
+  int64_t frames = 0, most = 0;                        // most output times of one frame
+  std::vector<int16_t> reads;                          // [row][output time][tap]: a time of x, or -1
+  std::vector<int16_t> gathers;                        // [row][time][tap]: a frame, or -1
+  std::vector<int16_t> stored;                         // [row][time]: the time of x that stands there
+  std::vector<int16_t> members;                        // [row][frame][most]: output times, then -1; none if these are the frames
+
+  bool used() const { return rows > 0; }
+  // On the device.
+  int64_t bytes() const {
+    return static_cast<int64_t>((reads.size() + gathers.size() + stored.size() + members.size()) * sizeof(int16_t));
+  }
+};
+
+namespace detail {
+
+inline int16_t number(int64_t time) {
+  if (time > INT16_MAX) throw std::invalid_argument("a layer of frozen clips has more times than its CUDA kernels can count");
+  return static_cast<int16_t>(time);
+}
+
+// Where several output times give to one time of the result by the same tap: numbers the frames, and says what they gather.
+// each(row, visit) calls visit(output time, place) for whatever a row gives, with its place in `gathers`.
+template <typename Each>
+void find_frames(TimeTables& tables, Each each) {
+  std::vector<std::vector<std::vector<int64_t>>> frames(static_cast<size_t>(tables.rows));  // lists of output times
+  tables.frames = 1;
+  for (int64_t row = 0; row < tables.rows; ++row) {
+    std::vector<std::vector<int64_t>> outputs(tables.gathers.size() / static_cast<size_t>(tables.rows));
+    const int64_t first = row * static_cast<int64_t>(outputs.size());
+    each(row, [&](int64_t out, int64_t place) { outputs[place - first].push_back(out); });
+    auto& own = frames[row];
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      if (outputs[i].empty()) continue;
+      const auto at = std::find(own.begin(), own.end(), outputs[i]);
+      tables.gathers[first + i] = number(at - own.begin());
+      if (at == own.end()) own.push_back(outputs[i]);
+    }
+    tables.frames = std::max(tables.frames, static_cast<int64_t>(own.size()));
+  }
+  tables.members.assign(static_cast<size_t>(tables.rows * tables.frames * tables.most), -1);
+  for (int64_t row = 0; row < tables.rows; ++row)
+    for (size_t frame = 0; frame < frames[row].size(); ++frame)
+      std::transform(frames[row][frame].begin(), frames[row][frame].end(),
+                     &tables.members[(row * tables.frames + frame) * tables.most], number);
+}
+
+}  // namespace detail
+
+// Of a convolution or a pooling. None without a table of what is read; `gives` may be absent.
+template <typename Windows>
+TimeTables time_tables(const Windows& windows, const TimeTable& reads, const TimeTable& gives) {
+  TimeTables tables;
+  if (reads.data == nullptr) return tables;
+  tables.rows = reads.of_each_example || gives.of_each_example ? windows.n : 1;
+  tables.taps = windows.kernel[0];
+  tables.outputs = tables.frames = windows.out[0];
+  tables.times = windows.in[0];
+  const int64_t size = tables.outputs * tables.taps;
+  const auto row_of = [&](const TimeTable& table, int64_t row) { return table.data + (table.of_each_example ? row * size : 0); };
+  for (int64_t row = 0; row < tables.rows; ++row)
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t time = row_of(reads, row)[i];
+      tables.reads.push_back(detail::number(time));
+      tables.read = std::max(tables.read, time + 1);
+    }
+  if (gives.data == nullptr) return tables;
+
+  tables.stored.assign(static_cast<size_t>(tables.rows * tables.times), 0);  // where nothing is given it does not matter
+  tables.gathers.assign(static_cast<size_t>(tables.rows * tables.times * tables.taps), -1);
+  const auto each = [&](int64_t row, auto visit) {
+    for (int64_t i = 0; i < size; ++i)
+      if (const int64_t read = row_of(reads, row)[i], given = row_of(gives, row)[i]; read >= 0 && given >= 0) {
+        tables.stored[row * tables.times + given] = detail::number(read);
+        visit(i / tables.taps, (row * tables.times + given) * tables.taps + i % tables.taps);
+      }
+  };
+  std::vector<int64_t> counts(tables.gathers.size(), 0);
+  for (int64_t row = 0; row < tables.rows; ++row)
+    each(row, [&](int64_t out, int64_t place) {
+      tables.gathers[place] = detail::number(out);
+      tables.most = std::max(tables.most, ++counts[place]);
+    });
+  if (tables.most > 1) detail::find_frames(tables, each);
+  return tables;
+}
+
+// A table on the device; `of_example` is how far apart the rows of examples are, 0 where they share one.
+struct DeviceTable {
+  const int16_t* data = nullptr;
+  int64_t of_example = 0;
+
+  __device__ __forceinline__ const int16_t* row(int example) const { return data + example * of_example; }
+};
+
+struct DeviceTables {
+  DeviceTable reads, gathers, stored, members;
+  int most = 0;
+};
+
+// Numbers go to the device as parameters of a launch: nothing of the host's is read later, as a captured copy would do.
+struct Numbers {
+  static constexpr int kMost = 1984;  // parameters take 4 KiB
+  int16_t values[kMost];
+  int count;
+  int16_t* to;
+};
+
+static __global__ void __launch_bounds__(256, 1) write_numbers(const __grid_constant__ Numbers numbers) {
+  for (int i = threadIdx.x; i < numbers.count; i += blockDim.x) numbers.to[i] = numbers.values[i];
+}
+
+// Brings tables to so many bytes of memory on the device.
+inline DeviceTables write_tables(const TimeTables& tables, void* memory, void* stream) {
+  if (!tables.used()) return {};
+  int16_t* to = static_cast<int16_t*>(memory);
+  const auto write = [&](const std::vector<int16_t>& numbers) {
+    const int64_t count = static_cast<int64_t>(numbers.size());
+    for (int64_t first = 0; first < count; first += Numbers::kMost) {
+      Numbers some{};
+      some.count = static_cast<int>(std::min<int64_t>(Numbers::kMost, count - first));
+      some.to = to + first;
+      std::copy_n(numbers.begin() + first, some.count, some.values);
+      launch("write_numbers", write_numbers, dim3(1), dim3(256), 0, stream, some);
+    }
+    return DeviceTable{count > 0 ? std::exchange(to, to + count) : nullptr, tables.rows > 1 ? count / tables.rows : 0};
+  };
+  const DeviceTable reads = write(tables.reads), gathers = write(tables.gathers), stored = write(tables.stored);
+  return {reads, gathers, stored, write(tables.members), static_cast<int>(tables.most)};
+}
+
+}  // namespace captum_dtd::cuda
