@@ -59,14 +59,20 @@ def device_of(given: argparse.Namespace, parser: argparse.ArgumentParser) -> tor
     return device
 
 
-def write(kind: str, record: dict[str, Any]) -> Path:
-    """Write a record to the folder that OUT names, or to benchmarks/results; its path."""
-    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+def folder() -> Path:
+    """Where records go: to the folder that OUT names, or to benchmarks/results."""
+    found = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def write(kind: str, record: dict[str, Any], done: bool = True) -> Path:
+    """Write a record, perhaps of a measurement that is not ``done``; its path."""
     level = record["about"].get("gpu", {}).get("capability", "cpu")
-    path = folder / f"{kind}_{record['about']['machine']['date']}_{level}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = folder() / f"{kind}_{record['about']['machine']['date']}_{level}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\nwritten to {path}")
+    if done:
+        print(f"\nwritten to {path}")
     return path
 
 

@@ -375,7 +375,9 @@ def measured(case: Case, timer: Timer, ceiling: dict[str, Any]) -> dict[str, Any
     tf32 = case.grade != "float32"
     torch.backends.cudnn.allow_tf32 = tf32
     assert case.reference is not None
+    torch.backends.cudnn.benchmark = False  # nobody waits for the best way to compute it once
     right = workloads.joined(case.reference())
+    torch.backends.cudnn.benchmark = True
     errors = {name: _error(workloads.joined(run())[:1], right) for name, run in case.ours.items()}
     contenders = {**case.ours, **case.rivals, **case.bounds}
     times = timer.times(contenders)
@@ -493,6 +495,7 @@ def main(arguments: list[str] | None = None) -> Path:
     record: dict[str, Any] = {"about": about(device), "batch": given.batch, "smoke": given.smoke}
     record["kernels"] = {op: kernels.available(op, device.type, torch.float32) for op in ops.SCHEMAS}
     found: list[dict[str, Any]] = []
+    failed: list[str] = []
     left_out = 0
     with torch.no_grad():
         record["ceilings"] = ceilings(device, timer, given.smoke)
@@ -508,14 +511,17 @@ def main(arguments: list[str] | None = None) -> Path:
             if time.monotonic() - begun > given.limit:
                 left_out += 1
                 continue
-            case = make()
-            found.append(measured(case, timer, record["ceilings"]))
-            show(found[-1])
-            del case
+            try:
+                found.append(measured(make(), timer, record["ceilings"]))
+                show(found[-1])
+            except Exception as error:  # a finding, not the end of the measurement
+                failed.append(f"{type(error).__name__}: {str(error)[:500]}")
+                print(f"a case failed: {failed[-1]}", flush=True)
+            write("gpu_bench", record | {"cases": found, "failed": failed}, done=False)
             torch._dynamo.reset()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    record |= {"summary": summary(found), "cases": found, "left out for lack of time": left_out}
+    record |= {"summary": summary(found), "cases": found, "failed": failed, "left out for lack of time": left_out}
     if left_out:
         print(f"{left_out} cases were left out: --limit was reached; measure them with --only")
     return write("gpu_bench", record)

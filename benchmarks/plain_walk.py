@@ -98,7 +98,8 @@ class PlainWalk:
             for name in step.last_reads:  # the way back needs their shapes alone
                 values[name] = values[name].new_empty(()).expand_as(values[name])
         logits = values[self._steps[-1].name]
-        relevance = {self._steps[-1].name: F.one_hot(torch.tensor(target), logits.shape[1]).to(logits.dtype) * logits}
+        chosen = F.one_hot(torch.tensor(target, device=logits.device), logits.shape[1])
+        relevance = {self._steps[-1].name: chosen.to(logits.dtype) * logits}
         for step in reversed(self._steps):
             shares = step.layer.share(relevance.pop(step.name), *(values[source] for source in step.sources))
             for source, share in zip(step.sources, shares, strict=True):

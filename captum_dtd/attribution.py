@@ -120,7 +120,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         self._lock = threading.Lock()
         self._networks: OrderedDict[object, Network] = OrderedDict()
         self._frozen: OrderedDict[Network, FrozenNetwork] = OrderedDict()
-        self._replay = Replay()
+        self._replay = Replay(lambda finding: self._warn_about([finding]))
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but traces and recordings, which are made again where they are needed."""
@@ -757,7 +757,10 @@ def take_target(target: Target, rows: Sequence[int], count: int) -> Target:
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device now; for a CPU what Linux says is available, or half of what the machine has."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # by torch, for the next tensors
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     info = Path("/proc/meminfo")
     if info.exists():
         fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)

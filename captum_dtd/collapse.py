@@ -28,8 +28,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from captum_dtd import fused
-from captum_dtd.graph import plain_modes
 from captum_dtd.layers import Arguments, Call, Limits, Weighted
+from captum_dtd.modes import exact_modes
 from captum_dtd.operations import aten
 from captum_dtd.ops import Table, memory_format
 from captum_dtd.propagate import Activations, Box, Network, Step, ValueOf, Values
@@ -188,8 +188,8 @@ class Route:
         indices = self._indices.get(x.device)
         if indices is None:
             rows = torch.tensor(self.rows)
-            there = (each.to(x.device, non_blocking=True) for each in (rows.clamp(min=0), rows < 0))
-            indices = self._indices[x.device] = tuple(there)
+            # Waited for, this once: other streams read them later.
+            indices = self._indices[x.device] = tuple(each.to(x.device) for each in (rows.clamp(min=0), rows < 0))
         index, missing = (
             each.view(len(self.rows), *[1] * (dim - 1), self.count, *[1] * (x.ndim - dim - 1)) for each in indices
         )
@@ -470,7 +470,7 @@ class FrozenNetwork:
             return shared if shared is not None else self._share(step, values, box, arriving, plan)
 
         values, seed = activations.values, seeds[0]
-        with plain_modes():
+        with exact_modes():
             box = self.network.box(values, seed, bounds, self._compute)
             return [
                 tuple(

@@ -546,9 +546,13 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
         )
 
     def frozen_batch(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...] = ()) -> int:
-        """As many as half of the memory that is free now allows, as far as more are faster on the clips' device."""
+        """As many as half of the memory that is free now allows, as far as more are faster on the clips' device.
+
+        Where they are more than a clip has frames, those of whole clips: the next ones then are alike.
+        """
         enough = _ENOUGH.get(clips[0].device.type, _ENOUGH_ELSEWHERE)
-        return self.method.affordable_batch(clips, extra, enough=enough)
+        size, frames = self.method.affordable_batch(clips, extra, enough=enough), clips[0].shape[2]
+        return size - size % frames if size > frames > 0 else size
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ import re
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from captum_dtd.functional import functionalize, step_over_dropout
+from captum_dtd.modes import plain_modes
 
 # torch.export patches process-wide state while it runs, so two traces never overlap.
 _EXPORT_LOCK = threading.Lock()
@@ -63,22 +63,6 @@ class TracedModel:
     constants: dict[fx.Node, Tensor]
     any_batch: bool
     batch: int
-
-
-@contextmanager
-def plain_modes() -> Iterator[None]:
-    """No gradients, no inference tensors, no autocast, no TF32: what is computed does not depend on the caller's modes."""
-    with ExitStack() as modes:
-        modes.enter_context(torch.inference_mode(False))
-        modes.enter_context(torch.no_grad())
-        modes.enter_context(torch.autocast("cpu", enabled=False))
-        if torch.cuda.is_available():
-            modes.enter_context(torch.autocast("cuda", enabled=False))
-            cudnn = torch.backends.cudnn
-            modes.enter_context(
-                cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
-            )
-        yield
 
 
 def ordinary(tensor: Tensor) -> Tensor:

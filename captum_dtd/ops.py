@@ -33,6 +33,7 @@ from captum_dtd.checks import (
     output_shape,
     times_of,
 )
+from captum_dtd.modes import exact_products
 
 __all__ = [
     "SCHEMAS",
@@ -632,7 +633,8 @@ def _definition(fake: Callable[..., Any], compute: Callable[..., Any]) -> Callab
 
     def define(*arguments: Any) -> Any:
         _only_definition(arguments[-1])
-        return tree_map(Tensor.copy_, fake(*arguments), compute(*arguments[:-1]))
+        with exact_products():
+            return tree_map(Tensor.copy_, fake(*arguments), compute(*arguments[:-1]))
 
     return define
 

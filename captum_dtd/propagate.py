@@ -22,7 +22,6 @@ from captum_dtd.graph import (
     module_path,
     operation_name,
     ordinary,
-    plain_modes,
     source_line,
     tensor_of,
 )
@@ -43,6 +42,7 @@ from captum_dtd.layers import (
     layer_for,
     signal_positions,
 )
+from captum_dtd.modes import exact_modes
 from captum_dtd.operations import CONVOLUTIONS, aten
 from captum_dtd.rules import Group, MaxPoolRule, Rule, ZBeta
 
@@ -241,7 +241,7 @@ class Network:
 
         Derived weights are made anew by every call, so they cannot be stale however the model was changed.
         """
-        with plain_modes():
+        with exact_modes():
             values: Values = dict(self._traced.constants)
             values.update(zip(self._traced.tensors, self.reads(model), strict=True))
             values = {node: ordinary(value) for node, value in values.items()}
@@ -261,7 +261,7 @@ class Network:
         ``compute`` gives a node's value, by default `compute` on the values before it.
         """
         compute = compute or (lambda node, values: self.compute(node, values.__getitem__))
-        with plain_modes():
+        with exact_modes():
             values = dict(weights)
             for node, argument in zip(self._traced.inputs, arguments, strict=True):
                 if node is not None:
@@ -332,7 +332,7 @@ class Network:
                     observe(step, arrived, left)
             return leaving
 
-        with plain_modes():
+        with exact_modes():
             box = self.box(values, seed, bounds, lambda node, values: _run(node, values.__getitem__))
             return [
                 tuple(

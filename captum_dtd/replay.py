@@ -31,24 +31,40 @@ _IDLE = 32
 _MOST_KNOWN = 64
 
 
+# Torch records one graph at a time.
+_recording = threading.Lock()
+
+
 class CudaGraph:
     """The operations of a function on a GPU.
 
     Args:
         function: launches work, waits for nothing, and reads nothing back. It has run before.
-        device: the GPU.
+        device: the GPU. Nobody may wait for the whole of it meanwhile.
+
+    Raises:
+        RuntimeError: if what the function does cannot be recorded.
     """
 
     device_type = "cuda"
 
     def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
         self._device = device
-        with torch.cuda.device(device):
-            self._graph: Any = torch.cuda.CUDAGraph()
-            self._idle: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            # Whatever other threads ask of the device meanwhile is theirs.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._made = function()
+        cuda: Any = torch.cuda  # untyped in some versions of torch
+        with _recording, torch.cuda.device(device):
+            self._graph = cuda.CUDAGraph()
+            self._idle = cuda.Event()
+            self._stream = cuda.Stream(device)
+            stream = torch.cuda.current_stream()
+            # cuBLAS keeps scratch memory for each stream. What is recorded gets its own, which nobody else writes in or frees.
+            torch._C._cuda_clearCublasWorkspaces()
+            try:
+                # Whatever other threads ask of the device meanwhile is theirs.
+                with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+                    self._made = function()
+            finally:
+                torch.cuda.set_stream(stream)  # which torch forgets where a recording fails
+                torch._C._cuda_clearCublasWorkspaces()
 
     def replay(self, load: Callable[[], None]) -> Any:
         """What the function makes of what ``load`` puts in its place, in new memory; on the current stream."""
@@ -61,11 +77,19 @@ class CudaGraph:
             self._idle.record(stream)
             return made
 
+    def finish(self) -> None:
+        """Wait until nothing is computed in this memory any more."""
+        self._idle.synchronize()
+
 
 class Replay:
     """Runs computations, and from the second time on replays them.
 
-    It is for any number of threads. Results are, to the bit, what the computation itself gives.
+    It is for any number of threads. Results are, to the bit, what the computation itself gives. What cannot be recorded is
+    run as ever, and a warning says so.
+
+    Args:
+        warn: is told what a user should know.
     """
 
     @staticmethod
@@ -73,11 +97,13 @@ class Replay:
         """Whether work on a device can be recorded."""
         return device.type == CudaGraph.device_type
 
-    def __init__(self) -> None:
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
         self._lock = threading.Lock()
         self._computations = 0
         self._known: OrderedDict[Hashable, Tensor] = OrderedDict()  # an output of each
         self._recorded: dict[Hashable, _Recording] = {}
+        self._refused: set[Hashable] = set()
 
     def __call__(self, key: Hashable, run: Run, inputs: Any, choose: Choose, reads: Sequence[Tensor]) -> Any:
         """``run(inputs, choose)``.
@@ -94,8 +120,8 @@ class Replay:
         key = (key, *of_inputs, *((each.data_ptr(), each.stride()) for each in reads))
         with self._lock, torch.no_grad():
             self._computations += 1
-            if key not in self._recorded and key in self._known and self._has_room():
-                self._recorded[key] = _Recording(run, inputs, choose, self._known[key], reads)
+            if key in self._known and key not in self._recorded and key not in self._refused and self._has_room():
+                self._record(key, run, inputs, choose, reads)
             if key in self._recorded:
                 self._recorded[key].last_used = self._computations
                 return self._recorded[key].replay(inputs, choose)
@@ -109,13 +135,20 @@ class Replay:
 
         return run(inputs, noted)
 
+    def _record(self, key: Hashable, run: Run, inputs: Any, choose: Choose, reads: Sequence[Tensor]) -> None:
+        try:
+            self._recorded[key] = _Recording(run, inputs, choose, self._known[key], reads)
+        except RuntimeError as error:
+            self._refused.add(key)
+            self._warn(f"this explanation cannot be recorded as a CUDA graph, and runs as without cuda_graphs: {error}")
+
     def _has_room(self) -> bool:
         """Whether another recording may be made; makes room for it if one has not been used for long."""
         if len(self._recorded) >= _MOST_RECORDINGS:
             oldest = min(self._recorded, key=lambda key: self._recorded[key].last_used)
             if self._computations - self._recorded[oldest].last_used <= _IDLE:
                 return False
-            del self._recorded[oldest]
+            self._recorded.pop(oldest).finish()
         return True
 
 
@@ -143,6 +176,9 @@ class _Recording:
                 _compact(place).copy_(_compact(tensor), non_blocking=True)
 
         return self._graph.replay(load)
+
+    def finish(self) -> None:
+        self._graph.finish()
 
 
 class _Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]

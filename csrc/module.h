@@ -258,7 +258,7 @@ struct Operators {
   static std::string choose(const std::string& asked, const std::vector<std::string>& there, const Tensor& x) {
     for (const std::string& kernel : there)
       if (kernel == asked || (asked == "auto" && Device::serves_auto(kernel))) return kernel;
-    CAPTUM_DTD_REQUIRE(!there.empty(), "no compiled kernel serves ", checks::name(x.scalar_type()),
+    CAPTUM_DTD_REQUIRE(!there.empty(), "kernel '", asked, "': no compiled kernel serves ", checks::name(x.scalar_type()),
                        " here: use captum_dtd.ops with kernel='reference'");
     CAPTUM_DTD_REQUIRE(false, "kernel '", asked, "' does not exist here: there are ", checks::joined(there));
     return {};

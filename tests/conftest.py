@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
+collect_ignore = [] if importlib.util.find_spec("zarr") else ["data_sets.py", "killing.py"]
+"""Helpers of tests that are skipped without zarr, in which doctest would look for examples."""
 
 _LONGEST = ("test_dataset_ray", "test_stock_models", "test_dataset_kills")
 """Files whose single tests take longest: begun last, they would keep one process busy while the others have nothing left."""

@@ -263,6 +263,19 @@ def test_quotients_beyond_float16_keep_their_precision(front: ModuleType, dtype:
     torch.testing.assert_close(out, given, rtol=2**-10, atol=0)
 
 
+@pytest.mark.parametrize("kernel", KERNELS[torch.float16])
+def test_boxes_wider_than_float16(front: ModuleType, kernel: str) -> None:
+    """Distances to a bound may leave the range of x: no infinity times zero comes of that."""
+    x = torch.tensor([1.0, -3.0], dtype=torch.float16).view(1, 1, 1, 1, 2)
+    weight = torch.tensor([[1.0], [0.0]], dtype=torch.float16).view(2, 1, 1, 1, 1)
+    given = torch.ones(1, 2, 1, 1, 2)
+    low, high = (torch.full(x.shape, bound) for bound in (-2e5, 1e5))
+    out = torch.full(x.shape, torch.nan)
+    arrays = (array(tensor) for tensor in (x, weight, None, given, low, high, out))
+    front.relevance(*arrays, (1, 1, 1), (0, 0, 0), (1, 1, 1), 1, "box", 0.0, False, kernel, (0, 0, 0))
+    torch.testing.assert_close(out, torch.ones(x.shape), rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize("lift", ["none", "signed"])
 @pytest.mark.parametrize("channels", [8, 3])
 def test_offsets_of_more_than_32_bits(front: ModuleType, tmp_path: Path, channels: int, lift: str) -> None:

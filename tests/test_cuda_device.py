@@ -1,17 +1,12 @@
-"""What only a GPU can show: streams, graphs, devices, repetition, layers of real size, and compute-sanitizer's verdict.
+"""What only a GPU can show: streams, graphs, devices, repetition, and layers of real size.
 
 The oracle meets the device in test_ops.py, shape by shape; here kernels meet the definition in float64.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -297,6 +292,7 @@ def test_replayed_jobs_are_those_of_the_walk(readout: Any) -> None:
     )
     streams = [torch.cuda.current_stream(), torch.cuda.Stream()]
     for call in range(8):
+        torch.cuda.synchronize()  # weights were edited on the other stream
         with torch.cuda.stream(streams[call % 2]):
             clips = torch.rand(2, 3, 16, 32, 32, device="cuda")
             expected, actual = (method.attribute(clips, [call, 9 - call]) for method in (plain, replayed))
@@ -326,7 +322,7 @@ def test_nothing_waits_for_the_gpu() -> None:
 
 
 def small_layers() -> None:
-    """Every kernel once on small operands: what compute-sanitizer is shown."""
+    """Every kernel once on small operands: what `make gpu-check` shows compute-sanitizer."""
     for layer in SMALL:
         for dtype in DTYPES:
             for layout in LAYOUTS:
@@ -334,17 +330,3 @@ def small_layers() -> None:
                 for kernel in names(layer, dtype):
                     call(layer, given, kernel)
     torch.cuda.synchronize()
-
-
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer_finds_nothing(tool: str) -> None:
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if sanitizer is None:
-        pytest.skip("compute-sanitizer is not on the PATH: accesses of the CUDA kernels are checked in emulation only")
-    script = "import test_cuda_device; test_cuda_device.small_layers()"
-    # Without torch's cache of memory every tensor has its own bounds.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "86", sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

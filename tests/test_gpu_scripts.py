@@ -17,7 +17,8 @@ SCRIPTS = ROOT / "benchmarks"
 
 
 def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, "OUT": str(folder), "PYTHONPATH": str(SCRIPTS), "OMP_NUM_THREADS": "1", **environment}
+    paths = os.pathsep.join(filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH")]))
+    variables = {**os.environ, "OUT": str(folder), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([sys.executable, *command], cwd=folder, env=variables, capture_output=True, text=True)
 
 
@@ -78,11 +79,13 @@ def test_gpu_check_forbids_skips_for_lack_of_cuda(tmp_path: Path) -> None:
 def test_gpu_check_begins_with_the_gpu_and_ends_in_time(tmp_path: Path) -> None:
     (tmp_path / "test_a.py").write_text("def test_something(): pass\n")
     (tmp_path / "test_cuda_add.py").write_text("def test_emulated(): pass\n")
-    (tmp_path / "test_cuda_device.py").write_text("def test_kernel(): pass\ndef test_compute_sanitizer(): pass\n")
+    (tmp_path / "test_cuda_device.py").write_text("def test_kernel(): pass\ndef test_graph(): pass\n")
     plugin = ("-m", "pytest", "-v", "-p", "gpu_check", "-p", "no:cacheprovider", ".")
     told = run(tmp_path, *plugin).stdout
-    order = [told.index(name) for name in ("test_compute_sanitizer", "test_kernel", "test_something", "test_emulated")]
+    order = [told.index(name) for name in ("test_kernel", "test_something", "test_emulated")]
     assert order == sorted(order) and "4 passed" in told
+    alone = run(tmp_path, *plugin, GPU_CHECK_GPU_ALONE="1").stdout
+    assert "2 passed, 2 deselected" in alone and "test_kernel" in alone
     late = run(tmp_path, *plugin, GPU_CHECK_ENDS_AT="1")
     assert "4 errors" in late.stdout and "not run: --minutes were over" in late.stdout
 
@@ -96,6 +99,8 @@ def test_gpu_check_writes_what_it_found(tmp_path: Path) -> None:
     record = json.loads(written.read_text())
     assert record["tests"]["passed"] == 1 and record["tests"]["failed"] == 0
     assert [step["step"] for step in record["steps"]][-1] == "tests"
+    (line,) = (tmp_path / "gpu_check_tests.jsonl").read_text().splitlines()
+    assert json.loads(line)["outcome"] == "passed"
 
 
 def test_the_rate_of_tensor_cores_compiles(tmp_path: Path) -> None:

@@ -383,7 +383,8 @@ def test_a_weight_is_read_at_every_call(op: str, device: str) -> None:
         assert not torch.equal(before, after), f"{kernel} {dtype}"
         fresh = call(op, arguments | {"weight": arguments["weight"].clone()}, kernel)
         assert torch.equal(after, fresh), f"{kernel} {dtype}"
-    for kernel in kernels.available(op, device, torch.float16):
+    serve_all = (set(kernels.available(op, device, dtype)) for dtype in (torch.float16, torch.bfloat16, torch.float32))
+    for kernel in sorted(set.intersection(*serve_all)):
         half = problem(op, NAMES["3x3x3"], VARIANTS[op][0], torch.float16, True).on(device, torch.float16)
         brain = half | {name: half[name].view(torch.bfloat16) for name in ("x", "weight")}
         wide = brain | {name: brain[name].float() for name in ("x", "weight")}
@@ -413,7 +414,9 @@ def test_calls_from_several_threads_at_once(device: str) -> None:
     for op in VARIANTS:
         for case in SAMPLE[op]:
             arguments = problem(op, case, VARIANTS[op][0], torch.float32, False).on(device, torch.float32)
-            calls += [(op, arguments, kernel) for kernel in kernels.available(op, device, torch.float32)]
+            names = kernels.available(op, device, torch.float32)
+            # A GPU may take the definition's sums in any order.
+            calls += [(op, arguments, kernel) for kernel in names if device == "cpu" or kernel != "reference"]
     expected = [call(*each) for each in calls]
     with ThreadPoolExecutor(4) as pool:
         actual = list(pool.map(lambda each: call(*each), calls * 4))
@@ -821,6 +824,8 @@ def operator(op: str) -> Any:
 )
 @pytest.mark.parametrize("op", VARIANTS)
 def test_opcheck(op: str, layout: str, dtype: torch.dtype, device: str) -> None:
+    if len(kernels.available(op, device, dtype)) == 1 < len(kernels.available(op, device, torch.float32)):
+        dtype = torch.float32  # the operators themselves have no kernel for this one: functions ask for the definition
     for case, variant in zip(SAMPLE[op][1:3], VARIANTS[op], strict=False):
         opcheck(operator(op), (), explicit(op, problem(op, case, variant, dtype, False).on(device, dtype, layout)))
 

@@ -10,6 +10,7 @@ import copy
 import gc
 import pickle
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +54,7 @@ class Repeated:
     """What stands for a CUDA graph."""
 
     device_type = "cpu"
-    made = 0
+    made = finished = 0
 
     def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
         assert device.type == "cpu"
@@ -66,11 +67,15 @@ class Repeated:
         self._operations.repeat()
         return pytree.tree_map_only(Tensor, torch.clone, self._results)
 
+    def finish(self) -> None:
+        Repeated.finished += 1
+
 
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "CudaGraph", Repeated)
     monkeypatch.setattr(Repeated, "made", 0)
+    monkeypatch.setattr(Repeated, "finished", 0)
     monkeypatch.setattr(collapse, "_MOVED_IN_RUNS", {"meta"})  # times move as they do on a GPU
 
 
@@ -165,12 +170,13 @@ def test_recordings_are_few_and_go_only_when_they_are_idle() -> None:
     for seed in range(replay._IDLE):
         explain(shapes[-2:-1], seed)
     assert Repeated.made == replay._MOST_RECORDINGS + 1 == len(method._replay._recorded) + 1
+    assert Repeated.finished == 1
 
 
 def test_what_a_recording_reads_stays_while_it_lives() -> None:
     reads = [torch.rand(3), torch.rand(3)]
     gone = [weakref.ref(tensor) for tensor in reads]
-    kept = replay.Replay()
+    kept = replay.Replay(pytest.fail)
 
     def run(inputs: Any, choose: replay.Choose) -> Tensor:
         return choose(inputs[0])[0] * inputs[0] + reads[1] * 2
@@ -217,6 +223,27 @@ def test_errors_are_those_of_the_first_time_and_change_nothing() -> None:
         assert_equal(recording.attribute(x, 1), plain.attribute(x, 1))
         with pytest.raises(ValueError, match="classes are 0 to 9"):
             recording.attribute(x, 10)
+
+
+def test_what_cannot_be_recorded_runs_as_ever_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    recording, plain = explainers(c3d_mini().eval())
+    x = clips(1, 3, 4, 16, 16)
+
+    def refuse(function: Callable[[], Any], device: torch.device) -> None:
+        Repeated.made += 1
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(replay.CudaGraph, "__init__", lambda self, function, device: refuse(function, device))
+    assert_equal(recording.attribute(x, 1), plain.attribute(x, 1))
+    with pytest.warns(
+        UserWarning, match="cannot be recorded as a CUDA graph, and runs as without cuda_graphs: operation"
+    ) as told:
+        assert_equal(recording.attribute(x, 1), plain.attribute(x, 1))
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_equal(recording.attribute(x, 1), plain.attribute(x, 1))
+    assert Repeated.made == 1
 
 
 def test_callers_tensors_are_left_alone() -> None:

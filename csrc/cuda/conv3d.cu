@@ -26,6 +26,11 @@ constexpr Kernel kTf32{"cuda/tf32", Arithmetic::Tf32, Arithmetic::Tf32};
 constexpr Kernel kBf16{"cuda/bf16", Arithmetic::BFloat16, Arithmetic::BFloat16};
 constexpr Kernel kF16{"cuda/f16", Arithmetic::Float16, Arithmetic::Tf32};
 
+// Distances to a box may leave float16's range, though x is in it.
+Arithmetic forward_arithmetic(const Kernel& kernel, Lift lift) {
+  return lift == Lift::Box && kernel.forward == Arithmetic::Float16 ? Arithmetic::Tf32 : kernel.forward;
+}
+
 std::vector<Kernel> kernels_of(Element element) {
   switch (element) {
     case Element::Float32: return {kTf32x3, kTf32, kBf16};
@@ -204,7 +209,7 @@ struct Plan {
 Plan make_plan(const Layer& layer, const Kernel& kernel, bool with_adjoint, Tiling tiling) {
   const Conv3d& conv = layer.conv;
   Plan plan{};
-  plan.forward = make_pass(layer, false, kernel.forward, with_adjoint ? kChunk / operand_bytes(kernel.adjoint) : 2, tiling);
+  plan.forward = make_pass(layer, false, forward_arithmetic(kernel, layer.u.lift), with_adjoint ? kChunk / operand_bytes(kernel.adjoint) : 2, tiling);
   if (with_adjoint) plan.adjoint = make_pass(layer, true, kernel.adjoint, 2, tiling);
   plan.arranges = !layer.lifts() && !is_dense(layer, kernel.forward);
   const auto reserve = [&plan](int64_t bytes) {
@@ -247,6 +252,7 @@ void launch_arrange(Arrange arrange, int64_t n, const int64_t (&size)[3], Arithm
   copy(size, arrange.size);
   dim3 grid = blocks_for(n * volume(size), kSide);
   grid.y = blocks_for(int64_t(arrange.groups) * arrange.padded, kSide).x;
+  if (grid.y > UINT16_MAX) throw std::invalid_argument("this convolution has more channels than its CUDA kernels can count");
   const auto kernel = arithmetic == Arithmetic::BFloat16  ? arrange_input<bfloat16>
                       : arithmetic == Arithmetic::Float16 ? arrange_input<float16>
                                                           : arrange_input<float>;

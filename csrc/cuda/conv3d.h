@@ -21,7 +21,7 @@ struct Tiling {
 //   cuda/tf32x3   float32-grade: both operands split in two tfloat32, three products
 //   cuda/tf32     operands rounded to tfloat32
 //   cuda/bf16     operands rounded to bfloat16
-//   cuda/f16      z from float16 operands; the adjoint as cuda/tf32, since R / z leaves float16's range
+//   cuda/f16      z from float16 operands; the adjoint as cuda/tf32, since R / z leaves float16's range, and so are boxes
 // They need compute capability 8.0.
 std::vector<std::string> conv3d_kernels(Element element);
 

@@ -254,10 +254,9 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   cudaError_t error = cudaSuccess;
   if (shared_bytes > kWithoutAsking)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (error == cudaSuccess) {
-    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-    error = cudaGetLastError();
-  }
+  if (error == cudaSuccess) kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  const cudaError_t last = cudaGetLastError();  // asked in any case: what is left there would fail the next launch
+  if (error == cudaSuccess) error = last;
   if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 #else
   static_cast<void>(name);
