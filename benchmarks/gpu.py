@@ -123,10 +123,14 @@ class Timer:
         with torch.cuda.stream(side):
             for _ in range(3):  # libraries choose their kernels, compilers compile
                 run()
-        torch.cuda.current_stream().wait_stream(side)
+        before = torch.cuda.current_stream()
+        before.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
+        try:
+            with torch.cuda.graph(graph):
+                run()
+        finally:
+            torch.cuda.set_stream(before)  # which torch forgets where a recording fails
         return graph.replay
 
     def _sample(self, run: Callable[[], object], count: int) -> float:
