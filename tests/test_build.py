@@ -73,11 +73,8 @@ def test_loaded_modules_have_registered_every_operation_of_their_device() -> Non
         pytest.skip(f"this installation has no compiled kernels to register: {'; '.join(native.missing.values())}")
     for device in native.loaded:
         for op in SCHEMAS:
-            is_compiled = device == "cpu" or not op.startswith(
-                kernels.FROZEN
-            )  # CUDA leaves the others to the definition
             found = torch._C._dispatch_has_kernel_for_dispatch_key(f"captum_dtd::{op}", device.upper())
-            assert found == is_compiled, (device, op)
+            assert found, (device, op)
 
 
 def test_devices_are_loaded_or_have_a_reason() -> None:

@@ -141,6 +141,9 @@ def posed(device: str, rule: type, kind: str) -> list[tuple[DeepTaylor, Tensor, 
     found = []
     for pixel, layer, shape in CASES[rule, kind]:
         torch.manual_seed(1)
+        for module in (*pixel.modules(), *layer.modules()):  # they were made before anything was seeded
+            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+                module.reset_parameters()
         model = Net(pixel, layer, shape).eval()
         x = between(LOW, HIGH, (2, *shape), 3, torch.float32)
         expected = explain(model, x, LOW, HIGH, [0, 2], walk=partial(Walk, winner=rule is WinnerTakesAll))
