@@ -139,6 +139,8 @@ class Replay:
         try:
             self._recorded[key] = _Recording(run, inputs, choose, self._known[key], reads)
         except RuntimeError as error:
+            if len(self._refused) == _MOST_KNOWN:
+                self._refused.clear()
             self._refused.add(key)
             self._warn(f"this explanation cannot be recorded as a CUDA graph, and runs as without cuda_graphs: {error}")
 
