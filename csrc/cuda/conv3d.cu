@@ -209,7 +209,8 @@ struct Plan {
 Plan make_plan(const Layer& layer, const Kernel& kernel, bool with_adjoint, Tiling tiling) {
   const Conv3d& conv = layer.conv;
   Plan plan{};
-  plan.forward = make_pass(layer, false, forward_arithmetic(kernel, layer.u.lift), with_adjoint ? kChunk / operand_bytes(kernel.adjoint) : 2, tiling);
+  plan.forward = make_pass(layer, false, forward_arithmetic(kernel, layer.u.lift),
+                           with_adjoint ? kChunk / operand_bytes(kernel.adjoint) : 2, tiling);
   if (with_adjoint) plan.adjoint = make_pass(layer, true, kernel.adjoint, 2, tiling);
   plan.arranges = !layer.lifts() && !is_dense(layer, kernel.forward);
   const auto reserve = [&plan](int64_t bytes) {
