@@ -344,30 +344,40 @@ def cases(
 ) -> Iterator[Callable[[], Case]]:
     """Every case, made when it is asked for."""
     decisive, others = ("float32", "bfloat16"), ("tf32", "float16")
-    for compiled in (False, True)[: 1 + compiles]:
-        for grades, winner in ((decisive, False), (others, True)):
-            for grade in (each for each in GRADES if each.name in grades):
-                for beta, layers in ((False, workloads.CONVOLUTIONS), (True, workloads.PIXEL_LAYERS)):
-                    for layer in layers:
-                        if (beta or layer.c_in > 3) and wanted(f"{layer} {grade.name}{' pixels' if beta else ''}"):
-                            each_layer = workloads.reduced(layer) if small else layer
-                            yield partial(convolution_case, each_layer, grade, batch, device, compiled, beta)
-            for pool in POOLINGS:
-                each = replace(pool, channels=4, size=(4, 8, 8)) if small else pool
-                for dtype in (torch.float32, torch.bfloat16):
-                    if wanted(f"{pool} {dtype} {'winner takes all' if winner else 'proportional'}"):
-                        yield partial(pooling_case, each, dtype, winner, batch, device, compiled)
-            if winner:
-                continue
-            for addition in workloads.ADDITIONS:
+    layers = [layer for layer in workloads.CONVOLUTIONS if layer.c_in > 3]
+
+    def convolutions(grades: tuple[str, ...], compiled: bool) -> Iterator[Callable[[], Case]]:
+        for grade in (each for each in GRADES if each.name in grades):
+            for layer, beta in [(each, False) for each in layers] + [(each, True) for each in workloads.PIXEL_LAYERS]:
+                if wanted(f"{layer} {grade.name}{' pixels' if beta else ''}"):
+                    one = workloads.reduced(layer) if small else layer
+                    yield partial(convolution_case, one, grade, batch, device, compiled, beta)
+
+    def poolings(winner: bool, compiled: bool) -> Iterator[Callable[[], Case]]:
+        for pool, dtype in itertools.product(POOLINGS, (torch.float32, torch.bfloat16)):
+            if wanted(f"{pool} {dtype} {'winner takes all' if winner else 'proportional'}"):
+                one = replace(pool, channels=4, size=(4, 8, 8)) if small else pool
+                yield partial(pooling_case, one, dtype, winner, batch, device, compiled)
+
+    def additions(compiled: bool) -> Iterator[Callable[[], Case]]:
+        for addition, dtype in itertools.product(workloads.ADDITIONS, (torch.float32, torch.bfloat16)):
+            if wanted(f"{addition} {dtype}"):
                 one = workloads.reduced_addition(addition) if small else addition
-                for dtype in (torch.float32, torch.bfloat16):
-                    if wanted(f"{addition} {dtype}"):
-                        yield partial(addition_case, one, dtype, batch, device, compiled)
-            for layer, grade in itertools.product(workloads.CONVOLUTIONS, GRADES):
-                is_alike = layer.c_in > 3 and grade.name in decisive and not compiled
-                if is_alike and wanted(f"{layer} {grade.name} forward"):
-                    yield partial(forward_case, workloads.reduced(layer) if small else layer, grade, batch, device)
+                yield partial(addition_case, one, dtype, batch, device, compiled)
+
+    def forwards() -> Iterator[Callable[[], Case]]:
+        for layer, grade in itertools.product(layers, GRADES):
+            if grade.name in decisive and wanted(f"{layer} {grade.name} forward"):
+                yield partial(forward_case, workloads.reduced(layer) if small else layer, grade, batch, device)
+
+    for compiled in (False, True) if compiles else (False,):
+        yield from convolutions(decisive, compiled)
+        yield from poolings(False, compiled)
+        yield from additions(compiled)
+        if not compiled:
+            yield from forwards()
+        yield from convolutions(others, compiled)
+        yield from poolings(True, compiled)
 
 
 def measured(case: Case, timer: Timer, ceiling: dict[str, Any]) -> dict[str, Any]:

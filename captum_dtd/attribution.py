@@ -273,7 +273,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
                 self._frozen.popitem(last=False)
             frozen = self._frozen[network]
         bounds = self.bounds_of(tuple(clip[:1, :, :1] for clip in clips))
-        return FrozenClips(self, frozen, cache(partial(network.weights, unwrap(self.model))), bounds)
+        return FrozenClips(self, frozen, self._weights_of(network), bounds)
 
     @torch.inference_mode(False)
     def ledger(
@@ -293,7 +293,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         count = len(tensors[0])
         first = slice(0, min(1, count))
         network = self._network(take(tensors, first), take_arguments(extra, first, count))
-        weights = cache(partial(network.weights, unwrap(self.model)))
+        weights = self._weights_of(network)
         bounds = self.bounds_of(tensors)
         columns: list[list[tuple[Step, Tensor, Tensor]]] = []
         seeds, sums = [], []
@@ -383,14 +383,14 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
                 nothing = tuple(torch.zeros_like(tensor) for tensor in tensors), bounds[0][0].new_zeros(0)
                 return [nothing for _ in targets]
             self._warn_about(self._findings(network, tensors, bounds))
-            weights = cache(partial(network.weights, unwrap(self.model)))
+            weights = self._weights_of(network)
             size = internal_batch_size or (self._affordable(network, tensors) if network.any_batch else count)
             chunks: list[list[tuple[tuple[Tensor, ...], Tensor]]] = []
             for start in range(0, count, size):
                 rows = slice(start, min(start + size, count))
                 if not network.any_batch:
                     network = self._network(take(tensors, rows), take_arguments(extra, rows, count))
-                    weights = cache(partial(network.weights, unwrap(self.model)))
+                    weights = self._weights_of(network)
                 chunk: list[tuple[tuple[Tensor, ...], Tensor]] = []
                 for relevance, seed in self._walk(network, weights, tensors, extra, targets, bounds, rows):
                     sums = seed.reshape(len(seed), -1).sum(1)
@@ -469,6 +469,10 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         key = (network, self.seed, len(targets), asked if asked is None or isinstance(asked, str) else tuple(asked))
         anew = partial(whole.weights, model)  # a part of what is recorded
         return self._replay(key, partial(run, weights=anew), given, choose, whole.reads(model))  # type: ignore[no-any-return]
+
+    def _weights_of(self, network: Network) -> Callable[[], Values]:
+        """Gives the model's weights, as they are when it is first asked: a recording reads its own."""
+        return cache(partial(network.weights, unwrap(self.model)))
 
     def _network(self, inputs: tuple[Tensor, ...], extra: tuple[Any, ...]) -> Network:
         """The traced network for inputs of this shape, from memory where the model still has the same structure."""
@@ -757,10 +761,9 @@ def take_target(target: Target, rows: Sequence[int], count: int) -> Target:
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device now; for a CPU what Linux says is available, or half of what the machine has."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )  # by torch, for the next tensors
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
+        # What torch has, but no tensor takes, is there for the next ones.
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + idle
     info = Path("/proc/meminfo")
     if info.exists():
         fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)

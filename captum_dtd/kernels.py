@@ -115,8 +115,8 @@ def feature_level(device: str) -> str:
 def choose(op: str, device: str, dtype: torch.dtype, precision: Precision, shape: ShapeClass | None = None) -> str:
     """The kernel that serves an operation: the table's where it has an entry, else the first that the precision allows.
 
-    The convolution on the way forward is torch's own where the table has no entry, Winograd's transforms do not serve, and no
-    GPU would multiply floats faster by halves. At pixels "mixed" is "float32".
+    The convolution on the way forward is torch's own where the table has no entry and neither Winograd's transforms serve nor a
+    GPU's tensor units, which torch does not give floats to. At pixels "mixed" is "float32".
 
     Args:
         op: its name, a key of `captum_dtd.ops.SCHEMAS`.
@@ -149,8 +149,8 @@ def _choose(
         usable = [name for name in usable if not name.endswith("/winograd")]
     if op == "conv3d" and dtype != torch.float64:
         # What torch calls was tuned for this machine, but multiplies by definition, and floats not on a GPU's tensor units.
-        by_halves = device == "cuda" and dtype == torch.float32 and shape != "linear"
-        usable = [name for name in usable if name.endswith("/winograd") or by_halves or name == "reference"]
+        on_tensor_units = device == "cuda" and dtype == torch.float32 and shape != "linear"
+        usable = [name for name in usable if name.endswith("/winograd") or on_tensor_units or name == "reference"]
     return min(usable, key=lambda name: _unmeasured_order(name, shape))
 
 

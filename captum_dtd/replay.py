@@ -188,19 +188,19 @@ class _Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._read = {_place(tensor): tensor for tensor in tensors}
+        self._read = {_address(tensor): tensor for tensor in tensors}
         self._made: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((args, kwargs)):
-            if _place(tensor) not in self._made:
-                self._read.setdefault(_place(tensor), tensor)
+            if _address(tensor) not in self._made:
+                self._read.setdefault(_address(tensor), tensor)
         made = func(*args, **(kwargs or {}))
-        self._made.update({_place(tensor) for tensor in _tensors(made)} - self._read.keys())
+        self._made.update({_address(tensor) for tensor in _tensors(made)} - self._read.keys())
         return made
 
 
-def _place(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 

@@ -203,7 +203,8 @@ def kernel(request: pytest.FixtureRequest, folder: Path) -> Kernel:
         )
     found = Kernel(build(folder, request.param))
     if not found.available:
-        pytest.skip(f"cannot be run: this processor lacks the bfloat16 instructions of {request.param}")
+        emulated = "; the same source runs as 'amx emulated'" if request.param == "amx" else ""
+        pytest.skip(f"cannot be run: this processor lacks the bfloat16 instructions of {request.param}{emulated}")
     return found
 
 

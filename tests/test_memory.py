@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import captum_dtd.discriminate
 from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor
+from captum_dtd.attribution import free_memory
 
 MIB = 2**20
 
@@ -141,6 +142,25 @@ def test_large_frozen_clips_are_explained_four_at_a_time_by_default(monkeypatch:
     )
     method.attribute(x, 1)
     assert explained == [1, 4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("affordable", "frames", "expected"), [(64, 16, 64), (64, 24, 48), (55, 16, 48), (10, 16, 10), (3, 2, 2)]
+)
+def test_more_frozen_clips_than_a_clip_has_frames_are_those_of_whole_clips(
+    monkeypatch: pytest.MonkeyPatch, affordable: int, frames: int, expected: int
+) -> None:
+    monkeypatch.setattr(DeepTaylor, "affordable_batch", lambda *_, **__: affordable)
+    method = DiscriminativeDeepTaylor(deep(), 0, 1)
+    assert method.frozen_batch((torch.zeros(1, 1, frames, 8, 8),)) == expected
+
+
+def test_memory_that_torch_keeps_for_the_next_tensors_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or chunks would shrink from one call to the next."""
+    told = {"mem_get_info": (70, 80), "memory_reserved": 9, "memory_allocated": 4}
+    for name, number in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, number=number: number)
+    assert free_memory(torch.device("cuda")) == 75
 
 
 @pytest.mark.parametrize("readout", ["own", "mean"])

@@ -125,13 +125,14 @@ struct Layer {
   const void* weight;
   Lifted u;
   bool clips;  // its weights, to their positive and negative parts
+  bool divided;
   TimeTables in_time;
 
   bool lifts() const { return u.lift != Lift::None; }
-  // Whether quotients of several times are added up before they are pulled back.
-  bool adds_times() const { return !in_time.members.empty(); }
+  // Whether quotients are computed here, and those of several times added up before they are pulled back.
+  bool adds_quotients() const { return !divided && !in_time.members.empty(); }
   // Times of x, as far as they are read.
-  int64_t times_of_x() const { return in_time.used() ? std::max<int64_t>(in_time.read, 1) : conv.in[0]; }
+  int64_t times_of_x() const { return in_time.used() ? std::max<int64_t>(in_time.times_of_x, 1) : conv.in[0]; }
   // What is pulled back has other times than the output, where they are added up.
   int64_t frames() const { return in_time.used() ? in_time.frames : conv.out[0]; }
 };
@@ -226,7 +227,7 @@ Plan make_plan(const Layer& layer, const Kernel& kernel, bool with_adjoint, Tili
     plan.arranged = reserve(conv.n * layer.times_of_x() * plane_in * conv.groups * forward.tap_chunks() * kChunk);
   const int64_t s_channels = conv.groups * forward.width;
   if (with_adjoint) plan.s = reserve(conv.n * layer.frames() * plane_out * s_channels * operand_bytes(kernel.adjoint));
-  if (layer.adds_times())
+  if (layer.adds_quotients())
     plan.quotients = reserve(conv.n * conv.out[0] * plane_out * s_channels * static_cast<int64_t>(sizeof(float)));
   if (layer.in_time.used()) plan.tables = reserve(layer.in_time.bytes());
   return plan;
@@ -387,11 +388,11 @@ Gemm read_input(const Layer& layer, const Kernel& kernel, const Plan& plan, cons
 }
 
 Layer layer_of(const Conv3dRelevance& p) {
-  return {p.conv, p.weight, {p.lift, p.element, p.x, p.low, p.high}, true, time_tables(p.conv, p.reads, p.gives)};
+  return {p.conv, p.weight, {p.lift, p.element, p.x, p.low, p.high}, true, p.divided, time_tables(p.conv, p.reads, p.gives)};
 }
 
 Layer layer_of(const Conv3dForward& p) {
-  return {p.conv, p.weight, {Lift::None, p.element, p.x, {}, {}}, false, time_tables(p.conv, p.reads, {})};
+  return {p.conv, p.weight, {Lift::None, p.element, p.x, {}, {}}, false, false, time_tables(p.conv, p.reads, {})};
 }
 
 template <typename Problem>
@@ -434,11 +435,11 @@ void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel,
                       problem.bias,
                       problem.element,
                       static_cast<float>(problem.stabilizer),
-                      named.adjoint == Arithmetic::BFloat16 && !layer.adds_times(),
-                      memory + (layer.adds_times() ? plan.quotients : plan.s)};
+                      named.adjoint == Arithmetic::BFloat16 && !layer.adds_quotients(),
+                      memory + (layer.adds_quotients() ? plan.quotients : plan.s)};
     launch_pass(layer, plan.forward, forward, problem.relevance, memory + plan.weights, stream);
   }
-  if (problem.divided || layer.adds_times()) {
+  if (problem.divided || layer.adds_quotients()) {
     const View quotients{
         memory + plan.quotients,
         {conv.out[0] * conv.out[1] * conv.out[2] * pixel, 1, conv.out[1] * conv.out[2] * pixel, conv.out[2] * pixel, pixel}};

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../problems.h"
+#include "../time_sums.h"
 #include "device.h"
 
 namespace captum_dtd::cuda {
@@ -18,7 +19,7 @@ namespace captum_dtd::cuda {
 // In a row for all examples, or in one for each.
 struct TimeTables {
   int64_t rows = 0, taps = 0, outputs = 0, times = 0;  // of the result, which has as many as x where there is none
-  int64_t read = 0;                                    // times of x, as far as they are read
+  int64_t times_of_x = 0;                              // as far as they are read
   int64_t frames = 0, most = 0;                        // most output times of one frame
   std::vector<int16_t> reads;                          // [row][output time][tap]: a time of x, or -1
   std::vector<int16_t> gathers;                        // [row][time][tap]: a frame, or -1
@@ -39,30 +40,29 @@ inline int16_t number(int64_t time) {
   return static_cast<int16_t>(time);
 }
 
-// Where several output times give to one time of the result by the same tap: numbers the frames, and says what they gather.
+// Where several output times give to one time of the result by the same tap: the sums that ../time_sums.h makes of them.
 // each(row, visit) calls visit(output time, place) for whatever a row gives, with its place in `gathers`.
 template <typename Each>
 void find_frames(TimeTables& tables, Each each) {
-  std::vector<std::vector<std::vector<int64_t>>> frames(static_cast<size_t>(tables.rows));  // lists of output times
+  std::vector<TimeSums> rows;
   tables.frames = 1;
   for (int64_t row = 0; row < tables.rows; ++row) {
-    std::vector<std::vector<int64_t>> outputs(tables.gathers.size() / static_cast<size_t>(tables.rows));
-    const int64_t first = row * static_cast<int64_t>(outputs.size());
-    each(row, [&](int64_t out, int64_t place) { outputs[place - first].push_back(out); });
-    auto& own = frames[row];
-    for (size_t i = 0; i < outputs.size(); ++i) {
-      if (outputs[i].empty()) continue;
-      const auto at = std::find(own.begin(), own.end(), outputs[i]);
-      tables.gathers[first + i] = number(at - own.begin());
-      if (at == own.end()) own.push_back(outputs[i]);
-    }
-    tables.frames = std::max(tables.frames, static_cast<int64_t>(own.size()));
+    const int64_t first = row * tables.times * tables.taps;
+    std::vector<Reach> reaches;
+    each(row, [&](int64_t out, int64_t place) { reaches.push_back({place % tables.taps, out, (place - first) / tables.taps}); });
+    rows.push_back(time_sums(reaches, tables.taps, tables.times));
+    for (const TimeSum& sum : rows.back().sums)
+      for (const TimeSum::Output& output : sum.outputs)
+        std::transform(sum.frames.begin(), sum.frames.end(),
+                       tables.gathers.begin() + first + output.time * tables.taps + sum.first_tap, number);
+    tables.frames = std::max(tables.frames, rows.back().slab_frames());
   }
   tables.members.assign(static_cast<size_t>(tables.rows * tables.frames * tables.most), -1);
   for (int64_t row = 0; row < tables.rows; ++row)
-    for (size_t frame = 0; frame < frames[row].size(); ++frame)
-      std::transform(frames[row][frame].begin(), frames[row][frame].end(),
-                     &tables.members[(row * tables.frames + frame) * tables.most], number);
+    for (size_t frame = 0; frame < rows[row].frames.size(); ++frame) {
+      const std::vector<int64_t>& outputs = rows[row].frames[frame];
+      std::transform(outputs.begin(), outputs.end(), &tables.members[(row * tables.frames + frame) * tables.most], number);
+    }
 }
 
 }  // namespace detail
@@ -82,7 +82,7 @@ TimeTables time_tables(const Windows& windows, const TimeTable& reads, const Tim
     for (int64_t i = 0; i < size; ++i) {
       const int64_t time = row_of(reads, row)[i];
       tables.reads.push_back(detail::number(time));
-      tables.read = std::max(tables.read, time + 1);
+      tables.times_of_x = std::max(tables.times_of_x, time + 1);
     }
   if (gives.data == nullptr) return tables;
 
