@@ -35,6 +35,10 @@ _EXPORT_LOCK = threading.Lock()
 # torch.export treats sizes 0 and 1 as special.
 _FREE_BATCH = 2
 
+# A limit of so many examples is none of the model's: cuDNN's batch normalization has one, of 65,535, which decides who computes
+# it and nothing else.
+_ANY = 2**15
+
 
 class UnsupportedOperationError(ValueError):
     """The model does something that no layer covers; the message lists every such operation and where it stands."""
@@ -250,8 +254,7 @@ def _is_free(size: int | torch.SymInt, constraints: Mapping[Any, Any]) -> bool:
     if not isinstance(size, torch.SymInt) or size.node.expr.is_number:
         return False
     limits = constraints.get(size.node.expr)
-    # export writes infinity in its own way: no batch is that large.
-    return limits is None or bool(limits.lower <= _FREE_BATCH and limits.upper >= 2**31)
+    return limits is None or bool(limits.lower <= _FREE_BATCH and limits.upper >= _ANY)
 
 
 def _has_tensor(model: nn.Module, name: str) -> bool:

@@ -19,7 +19,7 @@ from oracle import assert_agrees, explain
 from torch import Tensor, nn
 
 from captum_dtd import DeepTaylor
-from captum_dtd.graph import UnsupportedOperationError
+from captum_dtd.graph import UnsupportedOperationError, trace
 from captum_dtd.rules import Epsilon
 
 NAMES = [case.name for case in ZOO]
@@ -139,6 +139,22 @@ def test_shapes_may_change_between_calls() -> None:
     for shape in ((2, 3, 4, 6, 6), (1, 3, 1, 5, 7), (3, 3, 2, 4, 4), (2, 3, 4, 6, 6)):
         x = between(case.low, case.high, shape, 3)
         assert_agrees(method.attribute(x, 1), explain(model, x, case.low, case.high, 1))
+
+
+@pytest.mark.parametrize(("limit", "is_free"), [(65_535, True), (100, False)])
+def test_a_librarys_limit_to_the_batch_is_not_the_models(limit: int, is_free: bool) -> None:
+    """On a GPU tracing a batch norm finds that cuDNN takes at most 65,535 examples; frozen clips are batched all the same."""
+
+    class Limited(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv3d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch._check(x.shape[0] <= limit)
+            return self.layer(x).mean((2, 3, 4))
+
+    assert trace(Limited().eval(), [torch.rand(1, 3, 2, 2, 2)], 1).any_batch is is_free
 
 
 def test_an_empty_batch_has_an_empty_explanation() -> None:
