@@ -57,6 +57,9 @@ CPU_SOURCES = (
 CUDA_SOURCES = ("csrc/cuda/add.cu", "csrc/cuda/conv3d.cu", "csrc/cuda/max_pool3d.cu")
 """Files that run on any machine. Each module has one more, which alone includes torch's headers and needs C++20."""
 
+HOPPER_SOURCE = "csrc/cuda/warpgroup.cu"
+"""For compute capability 9.0 alone; where that is not built for, it says that it has no kernel."""
+
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 X86_SOURCES = {
@@ -111,8 +114,8 @@ def nvcc() -> str:
     return found
 
 
-def gencode() -> Iterator[str]:
-    """The flags of nvcc for every GPU that TORCH_CUDA_ARCH_LIST names."""
+def gpus() -> Iterator[tuple[str, bool]]:
+    """Every GPU that TORCH_CUDA_ARCH_LIST names, as "90" or "90a", and whether later ones shall have its code."""
     names = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
     for name, numbers in CUDA_ARCHITECTURES.items():
         names = names.replace(name, numbers)
@@ -123,10 +126,24 @@ def gencode() -> Iterator[str]:
             raise CannotBuildError(
                 f"TORCH_CUDA_ARCH_LIST has {entry!r}: it takes 9.0, 9.0a, 9.0+PTX or names ({known})"
             )
-        number = parsed[1] + parsed[2]
-        yield f"-gencode=arch=compute_{number},code=sm_{number}"
-        if parsed[3]:
-            yield f"-gencode=arch=compute_{number},code=compute_{number}"
+        yield parsed[1] + parsed[2], bool(parsed[3])
+
+
+def gencode() -> list[str]:
+    """The flags of nvcc for all of them."""
+    flags = []
+    for number, for_later in gpus():
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if for_later:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def hopper_flags() -> list[str]:
+    """The flags of `HOPPER_SOURCE`."""
+    if any(number in ("90", "90a") for number, _ in gpus()):
+        return ["-gencode=arch=compute_90a,code=sm_90a"]
+    return [*gencode(), "-DCAPTUM_DTD_WITHOUT_WARPGROUPS"]
 
 
 def ninja() -> list[str]:
@@ -236,7 +253,7 @@ def build_cuda(folder: Path, output: str) -> Path:
     compiler = shlex.quote(nvcc())
     file = NinjaFile(folder)
     host = "-O3 -DNDEBUG -Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"
-    file.rule("compile", compiler, host, *gencode(), "-MMD -MF $out.d $flags -c $in -o $out", depfile=True)
+    file.rule("compile", compiler, host, "-MMD -MF $out.d $flags -c $in -o $out", depfile=True)
     stub = "libtorch_cuda.so"
     empty = f"-shared -x c++ /dev/null -Wl,-soname,{stub} -o $out"
     file.rule("empty", " ".join(map(shlex.quote, cxx())), empty, depfile=False)
@@ -245,7 +262,8 @@ def build_cuda(folder: Path, output: str) -> Path:
     file.rule("link", compiler, "-shared -cudart=static $in -o $out", libraries, depfile=False)
     file.compile("csrc/cuda/dispatch.cpp", *torch_flags())
     for source in CUDA_SOURCES:
-        file.compile(source, "-std=c++17")
+        file.compile(source, "-std=c++17", *gencode())
+    file.compile(HOPPER_SOURCE, "-std=c++17", *hopper_flags())
     return file.run(output, stub)
 
 

@@ -1,8 +1,8 @@
 """Which kernel serves which operation: a committed table by device and shape, never a timing at run time.
 
-A kernel is named ``"<instruction set>/<arithmetic>"``: ``"avx512/ieee"``, ``"amx/bf16x3"``, ``"cuda/tf32x3"``; ``"reference"`` is
-the definition in plain ATen. How a kernel multiplies is its *arithmetic*; sums are always taken in float32 (float64 for
-float64):
+A kernel is named ``"<instruction set>/<arithmetic>"``: ``"avx512/ieee"``, ``"amx/bf16x3"``, ``"cuda/tf32x3"``, ``"wgmma/bf16"``
+(``wgmma`` are the products of Hopper's warpgroups); ``"reference"`` is the definition in plain ATen. How a kernel multiplies is
+its *arithmetic*; sums are always taken in float32 (float64 for float64):
 
 ==========  =====================================================================================  ===============
 arithmetic  products                                                                               precision
@@ -156,6 +156,7 @@ def _choose(
 
 # Cheapest first. Tensor units gain even from three products; vector units of bfloat16 only from fewer than two.
 _CHEAPEST_FIRST = {
+    "wgmma": ("f16", "bf16", "bf16x3"),
     "cuda": ("f16", "bf16", "tf32", "mixed", "bf16x3", "tf32x3", "ieee"),
     "amx": ("bf16", "mixed", "bf16x3"),
     "avx512": ("bf16", "mixed", "winograd", "ieee", "bf16x3"),

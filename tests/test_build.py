@@ -138,7 +138,7 @@ def test_required_kernels_that_cannot_be_built_are_an_error(checkout: Path) -> N
 
 def test_every_source_of_a_module_is_listed(setup: dict[str, Any]) -> None:
     cpu = {"csrc/ops.cpp", *setup["CPU_SOURCES"], *setup["X86_SOURCES"]}
-    cuda = {"csrc/cuda/dispatch.cpp", *setup["CUDA_SOURCES"]}
+    cuda = {"csrc/cuda/dispatch.cpp", setup["HOPPER_SOURCE"], *setup["CUDA_SOURCES"]}
     there = {path.relative_to(ROOT).as_posix() for kind in ("cpp", "cu") for path in ROOT.glob(f"csrc/**/*.{kind}")}
     assert cpu | cuda == there
 
@@ -157,20 +157,23 @@ def test_flags_that_the_compiler_does_not_know_are_left_out(
 
 
 @pytest.mark.parametrize(
-    ("listed", "expected"),
+    ("listed", "expected", "warpgroups"),
     [
-        ("", ["80/sm_80", "90/sm_90", "90/compute_90"]),
-        ("9.0a", ["90a/sm_90a"]),
-        ("8.6+PTX 12.0", ["86/sm_86", "86/compute_86", "120/sm_120"]),
-        ("Ampere;Hopper", ["80/sm_80", "86/sm_86", "86/compute_86", "90/sm_90", "90/compute_90"]),
+        ("", ["80/sm_80", "90/sm_90", "90/compute_90"], True),
+        ("9.0a", ["90a/sm_90a"], True),
+        ("8.6+PTX 12.0", ["86/sm_86", "86/compute_86", "120/sm_120"], False),
+        ("Ampere;Hopper", ["80/sm_80", "86/sm_86", "86/compute_86", "90/sm_90", "90/compute_90"], True),
     ],
 )
 def test_gpus_are_those_of_torch_cuda_arch_list(
-    setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch, listed: str, expected: list[str]
+    setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch, listed: str, expected: list[str], warpgroups: bool
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
     pairs = [entry.split("/") for entry in expected]
-    assert list(setup["gencode"]()) == [f"-gencode=arch=compute_{arch},code={code}" for arch, code in pairs]
+    every = [f"-gencode=arch=compute_{arch},code={code}" for arch, code in pairs]
+    assert setup["gencode"]() == every
+    hopper = ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert setup["hopper_flags"]() == (hopper if warpgroups else [*every, "-DCAPTUM_DTD_WITHOUT_WARPGROUPS"])
 
 
 def test_an_unknown_gpu_is_named(setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

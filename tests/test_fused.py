@@ -206,6 +206,20 @@ def test_forward_on_a_gpu_takes_tensor_units_where_torch_would_not(monkeypatch: 
     assert forward(torch.bfloat16, "bfloat16", "dense") == "reference"
 
 
+@pytest.mark.parametrize(
+    ("precision", "kernel"),
+    [("ieee", "reference"), ("float32", "wgmma/bf16x3"), ("mixed", "wgmma/bf16x3"), ("bfloat16", "wgmma/bf16")],
+)
+def test_warpgroups_serve_where_there_are_some(
+    monkeypatch: pytest.MonkeyPatch, precision: kernels.Precision, kernel: str
+) -> None:
+    names = ["wgmma/bf16x3", "cuda/tf32x3", "cuda/tf32", "wgmma/bf16", "cuda/bf16", "reference"]
+    monkeypatch.setattr(kernels, "_table", dict)
+    monkeypatch.setattr(kernels, "available", lambda *_: names)
+    for op in ("conv3d", "z_plus_conv3d", "frozen_z_beta_conv3d"):
+        assert kernels._choose.__wrapped__(op, "cuda", torch.float32, precision, "dense", "sm_90") == kernel
+
+
 @pytest.mark.parametrize("shape", ["dense", "strided"])
 def test_forward_is_torchs_own_where_nothing_was_measured_and_transforms_do_not_serve(
     monkeypatch: pytest.MonkeyPatch, shape: kernels.ShapeClass

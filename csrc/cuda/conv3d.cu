@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "choice.h"
 #include "conv3d.h"
 #include "device.h"
 #include "implicit_gemm.h"
@@ -14,28 +15,36 @@
 namespace captum_dtd::cuda {
 namespace {
 
-enum class Arithmetic { Tf32, Tf32x3, BFloat16, Float16 };
-
 struct Kernel {
   const char* name;
+  bool warpgroups;
   Arithmetic forward, adjoint;
 };
 
-constexpr Kernel kTf32x3{"cuda/tf32x3", Arithmetic::Tf32x3, Arithmetic::Tf32x3};
-constexpr Kernel kTf32{"cuda/tf32", Arithmetic::Tf32, Arithmetic::Tf32};
-constexpr Kernel kBf16{"cuda/bf16", Arithmetic::BFloat16, Arithmetic::BFloat16};
-constexpr Kernel kF16{"cuda/f16", Arithmetic::Float16, Arithmetic::Tf32};
+constexpr Kernel kWarpgroupBf16x3{"wgmma/bf16x3", true, Arithmetic::BFloat16x3, Arithmetic::BFloat16x3};
+constexpr Kernel kWarpgroupBf16{"wgmma/bf16", true, Arithmetic::BFloat16, Arithmetic::BFloat16};
+constexpr Kernel kWarpgroupF16{"wgmma/f16", true, Arithmetic::Float16, Arithmetic::BFloat16x3};
+constexpr Kernel kTf32x3{"cuda/tf32x3", false, Arithmetic::Tf32x3, Arithmetic::Tf32x3};
+constexpr Kernel kTf32{"cuda/tf32", false, Arithmetic::Tf32, Arithmetic::Tf32};
+constexpr Kernel kBf16{"cuda/bf16", false, Arithmetic::BFloat16, Arithmetic::BFloat16};
+constexpr Kernel kF16{"cuda/f16", false, Arithmetic::Float16, Arithmetic::Tf32};
 
 // Distances to a box may leave float16's range, though x is in it.
 Arithmetic forward_arithmetic(const Kernel& kernel, Lift lift) {
-  return lift == Lift::Box && kernel.forward == Arithmetic::Float16 ? Arithmetic::Tf32 : kernel.forward;
+  return lift == Lift::Box && kernel.forward == Arithmetic::Float16 ? kernel.adjoint : kernel.forward;
 }
 
 std::vector<Kernel> kernels_of(Element element) {
+  const auto present = [](std::initializer_list<Kernel> all) {
+    std::vector<Kernel> found;
+    for (const Kernel& kernel : all)
+      if (!kernel.warpgroups || warpgroups_serve()) found.push_back(kernel);
+    return found;
+  };
   switch (element) {
-    case Element::Float32: return {kTf32x3, kTf32, kBf16};
-    case Element::BFloat16: return {kBf16, kTf32, kTf32x3};
-    case Element::Float16: return {kF16, kTf32, kTf32x3};
+    case Element::Float32: return present({kWarpgroupBf16x3, kTf32x3, kTf32, kWarpgroupBf16, kBf16});
+    case Element::BFloat16: return present({kWarpgroupBf16, kBf16, kTf32, kWarpgroupBf16x3, kTf32x3});
+    case Element::Float16: return present({kWarpgroupF16, kF16, kTf32, kWarpgroupBf16x3, kTf32x3});
     case Element::Float64: break;
   }
   return {};
@@ -50,71 +59,81 @@ Kernel kernel_named(const std::string& name, Element element) {
   throw std::invalid_argument("no CUDA convolution kernel is named " + name + " for this type; there are: " + known);
 }
 
-int operand_bytes(Arithmetic arithmetic) { return arithmetic == Arithmetic::Tf32 || arithmetic == Arithmetic::Tf32x3 ? 4 : 2; }
+// Bytes of a channel in an operand, and how many channels make whole chunks.
+int operand_bytes(Arithmetic arithmetic) {
+  return arithmetic == Arithmetic::BFloat16 || arithmetic == Arithmetic::Float16 ? 2 : 4;
+}
+
+int channels_together(Arithmetic arithmetic) {
+  return arithmetic == Arithmetic::Tf32 || arithmetic == Arithmetic::Tf32x3 ? 4 : 8;
+}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t volume(const int64_t (&size)[3]) { return size[0] * size[1] * size[2]; }
 
-// ------------------------------------------------------------------------------------------------ the choice of kernels
+// ------------------------------------------------------------------------------------------------ the choice of tiles
 
-using MultiplySweep = void (*)(Gemm);
+using Large = WarpTile<128, 128, 64, 32>;
+using Medium = WarpTile<128, 64, 32, 32>;
+using Small = WarpTile<64, 64, 32, 32>;
+using Narrow = WarpTile<128, 16, 16, 16>;
 
-struct Choice {
-  Tiling tiling;
-  MultiplySweep kernel;
-  int threads, shared_bytes;
-};
-
-template <typename Arithmetic, typename Tile, template <typename, typename> class Loader>
-Choice choice() {
-  return {{Tile::kRows, Tile::kColumns, 1}, multiply_sweep<Arithmetic, Tile, Loader>, Tile::kThreads, Tile::kSharedBytes};
-}
-
-// Large tiles first.
 template <typename Arithmetic>
 std::vector<Choice> choices(bool lifts) {
-  if (lifts) return {choice<Arithmetic, Small, LiftingLoader>()};
-  std::vector<Choice> all = {choice<Arithmetic, Medium, DenseLoader>(), choice<Arithmetic, Small, DenseLoader>(),
-                             choice<Arithmetic, Narrow, DenseLoader>()};
+  constexpr bool kSplits = kSame<Arithmetic, Tf32x3>;
+  if (lifts) return {choice<Arithmetic, Small, LiftingLoader>(kSplits ? 470 : 1100)};
+  std::vector<Choice> all = {choice<Arithmetic, Medium, DenseLoader>(kSplits ? 460 : 830),
+                             choice<Arithmetic, Small, DenseLoader>(kSplits ? 470 : 1100),
+                             choice<Arithmetic, Narrow, DenseLoader>(kSplits ? 200 : 350)};
   // Two sets of sums and split operands leave no registers for the largest tile.
-  if constexpr (!kSame<Arithmetic, Tf32x3>) all.insert(all.begin(), choice<Arithmetic, Large, DenseLoader>());
+  if constexpr (!kSplits) all.push_back(choice<Arithmetic, Large, DenseLoader>(1150));
   return all;
 }
 
-std::vector<Choice> choices(Arithmetic arithmetic, bool lifts) {
+std::vector<Choice> choices(bool warpgroups, Arithmetic arithmetic, bool lifts) {
+  if (warpgroups) return warpgroup_choices(arithmetic);
   switch (arithmetic) {
     case Arithmetic::Tf32: return choices<Tf32>(lifts);
     case Arithmetic::Tf32x3: return choices<Tf32x3>(lifts);
     case Arithmetic::BFloat16: return choices<Bf16>(lifts);
-    case Arithmetic::Float16: break;
+    default: return choices<F16>(lifts);
   }
-  return choices<F16>(lifts);
 }
 
-// The largest tile that wastes no columns and fills the device; where even the smallest does not, the depth is split. It
-// depends on the shape alone, so that results are the same on every device.
+constexpr int64_t kMultiprocessors = 132;
+
+// About how many clocks a sweep takes: blocks come in waves, each of which multiplies its stages, and begins and ends; splits
+// are written, read and added up.
+double clocks(const Choice& c, int64_t rows, int64_t columns, int64_t groups, int64_t stages, int splits) {
+  constexpr double kBytesPerClock = 16;  // of a multiprocessor
+  const double area = double(c.tiling.rows) * c.tiling.columns;
+  const int64_t blocks = ceil_div(rows, c.tiling.rows) * ceil_div(columns, c.tiling.columns) * groups * splits;
+  const int64_t waves = ceil_div(blocks, kMultiprocessors * c.blocks), of_split = ceil_div(stages, splits);
+  const double of_block = of_split * area * c.stage_chunks * kChunk / c.rate + 2000 + area / 4;
+  const double bytes_of_splits = splits > 1 ? 2.0 * sizeof(float) * splits * rows * columns * groups : 0;
+  return waves * c.blocks * of_block + bytes_of_splits / kMultiprocessors / kBytesPerClock + (splits > 1 ? 4000 : 0);
+}
+
+// The tile and the splits of the depth that should take least. It depends on the shape alone, so that results are the same on
+// every device that has the kernel.
 Choice choose(const std::vector<Choice>& all, int64_t rows, int64_t columns, int64_t groups, int64_t stages, Tiling forced) {
-  constexpr int64_t kFull = 128;           // blocks: about the multiprocessors of a data centre's device
-  constexpr int64_t kStagesOfASplit = 16;  // at least, to be worth a second pass
-  const auto padded = [&](const Choice& c) { return ceil_div(columns, c.tiling.columns) * c.tiling.columns; };
-  const auto blocks = [&](const Choice& c) { return ceil_div(rows, c.tiling.rows) * padded(c) / c.tiling.columns * groups; };
-  const Choice* best = nullptr;
-  for (const Choice& c : all) {
-    if (forced.rows != 0) {
-      if (c.tiling.rows == forced.rows && c.tiling.columns == forced.columns) best = &c;
-    } else if (c.tiling.columns == Narrow::kColumns && columns > Narrow::kColumns) {
-      continue;
-    } else if (best == nullptr || padded(c) < padded(*best) || (blocks(*best) < kFull && blocks(c) > blocks(*best))) {
-      best = &c;
+  constexpr int kMostSplits = 8;
+  Choice best{};
+  double least = 0;
+  for (Choice c : all) {
+    if (forced.rows != 0 && (c.tiling.rows != forced.rows || c.tiling.columns != forced.columns)) continue;
+    for (int splits = 1; splits <= std::min<int64_t>(kMostSplits, std::max<int64_t>(stages, 1)); ++splits) {
+      const double expected = clocks(c, rows, columns, groups, stages, splits);
+      if (best.kernel != nullptr && expected >= least) continue;
+      best = c;
+      best.tiling.splits = splits;
+      least = expected;
     }
   }
-  if (best == nullptr) throw std::invalid_argument("this kernel has no such tile");
-  Choice chosen = *best;
-  const int64_t wanted = std::min(ceil_div(2 * kFull, std::max<int64_t>(blocks(chosen), 1)), stages / kStagesOfASplit);
-  chosen.tiling.splits = static_cast<int>(blocks(chosen) < kFull ? std::max<int64_t>(wanted, 1) : 1);
-  if (forced.splits != 0) chosen.tiling.splits = forced.splits;
-  return chosen;
+  if (best.kernel == nullptr) throw std::invalid_argument("this kernel has no such tile");
+  if (forced.splits != 0) best.tiling.splits = forced.splits;
+  return best;
 }
 
 // ------------------------------------------------------------------------------------------------ plans
@@ -145,11 +164,13 @@ struct Pass {
   int column_parts, depth_parts;  // how often a channel stands there: once for each part of its lift
   int64_t columns, width;         // of one group: computed, and written by the epilogue
   int64_t padded;                 // channels read for each tap, padded to whole chunks
+  int stage_chunks;
   Choice choice;
 
   int64_t tap_chunks() const { return padded * operand_bytes(arithmetic) / kChunk; }
-  int64_t stages(const Sweep& s) const { return ceil_div(volume(s.taps) * tap_chunks(), kStageChunks); }
-  int64_t weight_chunks(const Sweep& s) const { return s.groups * stages(s) * columns * kStageChunks; }
+  int64_t stages(const Sweep& s) const { return ceil_div(volume(s.taps) * tap_chunks(), stage_chunks); }
+  int64_t packed_columns() const { return ceil_div(columns, choice.tiling.columns) * choice.tiling.columns; }
+  int64_t weight_chunks(const Sweep& s) const { return s.groups * stages(s) * packed_columns() * stage_chunks; }
   int64_t rows(const Sweep& s) const { return s.n * volume(s.grid); }
 
   template <typename Number>
@@ -166,34 +187,38 @@ struct Pass {
 };
 
 // `width_multiple`: to which the epilogue pads its columns.
-Pass make_pass(const Layer& layer, bool is_adjoint, Arithmetic arithmetic, int64_t width_multiple, Tiling tiling) {
+Pass make_pass(const Layer& layer, bool is_adjoint, bool warpgroups, Arithmetic arithmetic, int64_t width_multiple,
+               Tiling tiling) {
   Pass pass{};
   pass.is_adjoint = is_adjoint;
   pass.sweeps = is_adjoint ? adjoint_sweeps(layer.conv) : std::vector<Sweep>{forward_sweep(layer.conv)};
   pass.arithmetic = arithmetic;
   pass.column_parts = is_adjoint ? parts(layer.u.lift) : 1;
   pass.depth_parts = is_adjoint ? 1 : parts(layer.u.lift);
-  const int64_t elements = kChunk / operand_bytes(arithmetic);
+  const int64_t together = channels_together(arithmetic);
   const Sweep& any = pass.sweeps.front();
+  const bool lifts = !is_adjoint && layer.lifts() && !warpgroups;
+  const std::vector<Choice> all = choices(warpgroups, arithmetic, lifts);
+  pass.stage_chunks = all.front().stage_chunks;  // of all of them
   pass.columns = any.c_out * pass.column_parts;
   pass.width = ceil_div(pass.columns, width_multiple) * width_multiple;
-  pass.padded = ceil_div(any.c_in * pass.depth_parts, elements) * elements;
+  pass.padded = ceil_div(any.c_in * pass.depth_parts, together) * together;
   int64_t most_stages = 0;
   for (const Sweep& s : pass.sweeps) most_stages = std::max(most_stages, pass.stages(s));
-  if (std::max({pass.width, pass.padded, most_stages}) > INT32_MAX / kStageChunks)
+  if (std::max({pass.width, pass.padded, most_stages}) > INT32_MAX / pass.stage_chunks)
     throw std::invalid_argument("this convolution has more channels or taps than its CUDA kernels can count");
-  const bool lifts = !is_adjoint && layer.lifts();
   if (lifts) tiling.rows = tiling.columns = 0;  // there is but one tile
-  pass.choice = choose(choices(arithmetic, lifts), pass.sum(&Pass::rows), pass.columns, any.groups, most_stages, tiling);
+  pass.choice = choose(all, pass.sum(&Pass::rows), pass.columns, any.groups, most_stages, tiling);
   return pass;
 }
 
 // A dense operand can be copied from x itself where its type is the operand's and 16 bytes of channels lie together.
 bool is_dense(const Layer& layer, Arithmetic arithmetic) {
+  if (arithmetic == Arithmetic::BFloat16x3) return false;
   const Element operand = arithmetic == Arithmetic::BFloat16  ? Element::BFloat16
                           : arithmetic == Arithmetic::Float16 ? Element::Float16
                                                               : Element::Float32;
-  const int64_t elements = kChunk / operand_bytes(arithmetic);
+  const int64_t elements = channels_together(arithmetic);
   const auto& stride = layer.u.x.stride;
   return layer.u.element == operand && layer.conv.c_in / layer.conv.groups % elements == 0 && stride[1] == 1 &&
          stride[0] % elements == 0 && stride[2] % elements == 0 && stride[3] % elements == 0 && stride[4] % elements == 0 &&
@@ -210,10 +235,10 @@ struct Plan {
 Plan make_plan(const Layer& layer, const Kernel& kernel, bool with_adjoint, Tiling tiling) {
   const Conv3d& conv = layer.conv;
   Plan plan{};
-  plan.forward = make_pass(layer, false, forward_arithmetic(kernel, layer.u.lift),
-                           with_adjoint ? kChunk / operand_bytes(kernel.adjoint) : 2, tiling);
-  if (with_adjoint) plan.adjoint = make_pass(layer, true, kernel.adjoint, 2, tiling);
-  plan.arranges = !layer.lifts() && !is_dense(layer, kernel.forward);
+  plan.forward = make_pass(layer, false, kernel.warpgroups, forward_arithmetic(kernel, layer.u.lift),
+                           with_adjoint ? channels_together(kernel.adjoint) : 4, tiling);
+  if (with_adjoint) plan.adjoint = make_pass(layer, true, kernel.warpgroups, kernel.adjoint, 4, tiling);
+  plan.arranges = layer.lifts() ? kernel.warpgroups : !is_dense(layer, kernel.forward);
   const auto reserve = [&plan](int64_t bytes) {
     constexpr int64_t kAlignment = 256;
     return std::exchange(plan.bytes, plan.bytes + ceil_div(bytes, kAlignment) * kAlignment);
@@ -248,17 +273,54 @@ void copy(const From (&from)[3], To (&to)[3]) {
   std::copy(from, from + 3, to);
 }
 
+// Whether four channels of a tensor are neighbours in memory, and aligned, wherever they begin.
+bool has_quads(const View& view, Element element) {
+  const auto& stride = view.stride;
+  const auto whole = [](int64_t elements) { return elements % 4 == 0; };
+  return stride[1] == 1 && whole(stride[0]) && whole(stride[2]) && whole(stride[3]) && whole(stride[4]) &&
+         reinterpret_cast<uintptr_t>(view.data) % (element == Element::Float32 ? 16 : 8) == 0;
+}
+
+// One of a kernel's instances.
+#define CAPTUM_DTD_FOR_OPERAND(kernel, arithmetic)                \
+  ((arithmetic) == Arithmetic::BFloat16     ? kernel<bfloat16, 1> \
+   : (arithmetic) == Arithmetic::BFloat16x3 ? kernel<bfloat16, 2> \
+   : (arithmetic) == Arithmetic::Float16    ? kernel<float16, 1>  \
+                                            : kernel<float, 1>)
+
 // Copies what `arrange` names to a dense operand of so many examples and positions.
 void launch_arrange(Arrange arrange, int64_t n, const int64_t (&size)[3], Arithmetic arithmetic, void* stream) {
   arrange.n = static_cast<int>(n);
   copy(size, arrange.size);
+  const int64_t channels = int64_t(arrange.groups) * arrange.padded, *stride = arrange.x.stride;
+  if (arrange.padded == arrange.channels && (arrange.groups == 1 || arrange.group_stride == arrange.channels) &&
+      stride[4] == channels && stride[3] == size[2] * channels && has_quads(arrange.x, arrange.element)) {
+    const int64_t chunks = size[1] * size[2] * channels * operand_bytes(arithmetic) / kChunk;
+    dim3 grid = blocks_for(arithmetic == Arithmetic::BFloat16x3 ? chunks / 2 : chunks, kThreads);
+    grid.y = static_cast<unsigned>(std::min<int64_t>(n * size[0], UINT16_MAX));
+    if (grid.x == 0 || grid.y == 0) return;
+    launch("arrange_planes", CAPTUM_DTD_FOR_OPERAND(arrange_planes, arithmetic), grid, kThreads, 0, stream, arrange);
+    return;
+  }
   dim3 grid = blocks_for(n * volume(size), kSide);
-  grid.y = blocks_for(int64_t(arrange.groups) * arrange.padded, kSide).x;
+  grid.y = blocks_for(channels, kSide).x;
   if (grid.y > UINT16_MAX) throw std::invalid_argument("this convolution has more channels than its CUDA kernels can count");
-  const auto kernel = arithmetic == Arithmetic::BFloat16  ? arrange_input<bfloat16>
-                      : arithmetic == Arithmetic::Float16 ? arrange_input<float16>
-                                                          : arrange_input<float>;
-  launch("arrange_input", kernel, grid, kThreads, 0, stream, arrange);
+  launch("arrange_input", CAPTUM_DTD_FOR_OPERAND(arrange_input, arithmetic), grid, kThreads, 0, stream, arrange);
+}
+
+// Writes both parts of an input to a dense operand.
+void launch_lift(const Lifted& u, int64_t n, const int64_t (&size)[3], int64_t channels, int64_t groups, const Pass& pass,
+                 void* out, void* stream) {
+  LiftInput input{};
+  input.u = u;
+  input.n = static_cast<int>(n);
+  copy(size, input.size);
+  input.channels = static_cast<int>(channels / groups);
+  input.chunks = static_cast<int>(pass.padded / channels_together(pass.arithmetic));
+  input.groups = static_cast<int>(groups);
+  input.out = out;
+  const dim3 grid = blocks_for(n * volume(size) * groups * input.chunks, kThreads);
+  launch("lift_input", CAPTUM_DTD_FOR_OPERAND(lift_input, pass.arithmetic), grid, kThreads, 0, stream, input);
 }
 
 // A tensor's channels, to be padded in each group.
@@ -301,11 +363,13 @@ void launch_phases(const Layer& layer, const Pass& pass, size_t first, Gemm gemm
   weights.column_stride = pass.is_adjoint ? taps : outwards;
   weights.depth_stride = pass.is_adjoint ? outwards : taps;
   weights.columns = gemm.columns;
+  weights.packed_columns = static_cast<int>(pass.packed_columns());
   weights.channels_in = gemm.channels_in;
   weights.tap_chunks = gemm.tap_chunks;
   weights.column_parts = pass.column_parts;
   weights.depth_parts = pass.depth_parts;
   weights.clips = layer.clips;
+  weights.stage_chunks = pass.stage_chunks;
   weights.phases = gemm.phases;
   weights.packed = packed;
 
@@ -333,22 +397,26 @@ void launch_phases(const Layer& layer, const Pass& pass, size_t first, Gemm gemm
   }
 
   if (weights.chunks > 0) {
-    const auto pack = pass.arithmetic == Arithmetic::Tf32       ? pack_weights<tfloat32>
-                      : pass.arithmetic == Arithmetic::Tf32x3   ? pack_weights<float>
-                      : pass.arithmetic == Arithmetic::BFloat16 ? pack_weights<bfloat16>
-                                                                : pack_weights<float16>;
+    const auto pack = pass.arithmetic == Arithmetic::Tf32         ? pack_weights<tfloat32, 1>
+                      : pass.arithmetic == Arithmetic::Tf32x3     ? pack_weights<float, 1>
+                      : pass.arithmetic == Arithmetic::BFloat16   ? pack_weights<bfloat16, 1>
+                      : pass.arithmetic == Arithmetic::BFloat16x3 ? pack_weights<bfloat16, 2>
+                                                                  : pack_weights<float16, 1>;
     launch("pack_weights", pack, blocks_for(weights.chunks, kThreads), kThreads, 0, stream, weights);
   }
   dim3 grid = blocks_for(tiles * gemm.groups * gemm.column_tiles, 1);
   grid.y = static_cast<unsigned>(tiling.splits);
   launch("multiply_sweep", pass.choice.kernel, grid, pass.choice.threads, pass.choice.shared_bytes, stream, gemm);
   if (tiling.splits > 1)
-    launch("add_splits", add_splits, blocks_for(rows * gemm.groups * gemm.width / 2, kThreads), kThreads, 0, stream, gemm);
+    launch("add_splits", add_splits, blocks_for(rows * gemm.groups * gemm.width / 4, kThreads), kThreads, 0, stream, gemm);
 }
 
 // `gemm` says what is read and what the epilogue does; `neighbours` is the tensor whose layout decides the order of that.
 void launch_pass(const Layer& layer, const Pass& pass, Gemm gemm, const View& neighbours, unsigned char* packed, void* stream) {
   gemm.along_rows = neighbours.stride[4] < neighbours.stride[1];
+  const bool adds = gemm.epilogue == Epilogue::Add, shares = gemm.epilogue == Epilogue::Share;
+  gemm.in_quads = pass.columns % 4 == 0 && has_quads(neighbours, adds ? layer.u.element : Element::Float32) &&
+                  (!shares || (!layer.lifts() && has_quads(layer.u.x, layer.u.element)));
   for (size_t first = 0; first < pass.sweeps.size(); first += kMaxPhases) {
     gemm.phases = static_cast<int>(std::min<size_t>(kMaxPhases, pass.sweeps.size() - first));
     launch_phases(layer, pass, first, gemm, packed, stream);
@@ -362,19 +430,28 @@ Dense dense_operand(const void* data, const int64_t (&size)[3], int64_t groups, 
   return dense;
 }
 
+Form form_of(Arithmetic arithmetic) {
+  if (arithmetic == Arithmetic::BFloat16x3) return Form::Halves;
+  return arithmetic == Arithmetic::BFloat16 ? Form::Narrow : Form::Float;
+}
+
 // What the forward sweep reads: the lifted input, or x as a dense operand.
 Gemm read_input(const Layer& layer, const Kernel& kernel, const Plan& plan, const DeviceTables& tables, unsigned char* workspace,
                 void* stream) {
   const Conv3d& conv = layer.conv;
   Gemm gemm{};
   gemm.in_time = tables.reads;
-  if (layer.lifts()) {
+  if (layer.lifts() && !plan.arranges) {
     gemm.lifted = layer.u;
   } else if (plan.arranges) {
     const int64_t size[3] = {layer.times_of_x(), conv.in[1], conv.in[2]};
     const Pass& forward = plan.forward;
-    launch_arrange(arrangement(layer.u.x, layer.u.element, conv.c_in, conv.groups, forward.padded, workspace + plan.arranged),
-                   conv.n, size, forward.arithmetic, stream);
+    void* arranged = workspace + plan.arranged;
+    if (layer.lifts())
+      launch_lift(layer.u, conv.n, size, conv.c_in, conv.groups, forward, arranged, stream);
+    else
+      launch_arrange(arrangement(layer.u.x, layer.u.element, conv.c_in, conv.groups, forward.padded, arranged), conv.n, size,
+                     forward.arithmetic, stream);
     gemm.dense = dense_operand(workspace + plan.arranged, size, conv.groups, forward.tap_chunks() * kChunk);
   } else {
     const int bytes = operand_bytes(kernel.forward);
@@ -435,7 +512,7 @@ void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel,
                       problem.bias,
                       problem.element,
                       static_cast<float>(problem.stabilizer),
-                      named.adjoint == Arithmetic::BFloat16 && !layer.adds_quotients(),
+                      layer.adds_quotients() ? Form::Float : form_of(named.adjoint),
                       memory + (layer.adds_quotients() ? plan.quotients : plan.s)};
     launch_pass(layer, plan.forward, forward, problem.relevance, memory + plan.weights, stream);
   }

@@ -13,16 +13,21 @@ namespace captum_dtd::cuda {
 // How a sweep is cut into blocks of positions, columns and depth. Zero: chosen from the shape. Results do not depend on
 // the device, but the order of sums, and so the last bits, depend on this.
 struct Tiling {
-  int rows = 0, columns = 0;  // 128 x 128 (not for tf32x3), 128 x 64, 64 x 64, 128 x 16; a lifted input: 64 x 64
-  int splits = 0;             // parts of the depth, summed up in a fixed order afterwards
+  // 128 x 128 (not for tf32x3), 128 x 64, 64 x 64, 128 x 16; a lifted input: 64 x 64. Of warpgroups: 128 x 256, 256 x 128,
+  // 192 x 128, 128 x 128 (not for bf16x3, which has 256 x 64 instead), 128 x 64, 128 x 16
+  int rows = 0, columns = 0;
+  int splits = 0;  // parts of the depth, summed up in a fixed order afterwards
 };
 
 // Kernels for inputs of this type, best first; none for Float64, which tensor cores would not serve faster:
+//   wgmma/bf16x3  float32-grade: both operands split in two bfloat16, three products
+//   wgmma/bf16    operands rounded to bfloat16
+//   wgmma/f16     z from float16 operands; the adjoint as wgmma/bf16x3, since R / z leaves float16's range, and so are boxes
 //   cuda/tf32x3   float32-grade: both operands split in two tfloat32, three products
 //   cuda/tf32     operands rounded to tfloat32
 //   cuda/bf16     operands rounded to bfloat16
 //   cuda/f16      z from float16 operands; the adjoint as cuda/tf32, since R / z leaves float16's range, and so are boxes
-// They need compute capability 8.0.
+// They need compute capability 8.0, those of warpgroups 9.0 (on others they are not listed).
 std::vector<std::string> conv3d_kernels(Element element);
 
 // Bytes of device memory, aligned to 256, that a kernel needs beside its tensors.

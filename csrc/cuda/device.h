@@ -121,10 +121,10 @@ __device__ __forceinline__ void store_global(void* to, uint4 value) {
 
 // ------------------------------------------------------------------------------------------------ shared memory
 
-// The launch's dynamic shared memory, aligned to 128 bytes.
+// The launch's dynamic shared memory, aligned as warpgroups want their matrices.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
 #ifdef __CUDACC__
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   return memory;
 #else
   return emulator::machine.dynamic;
@@ -145,6 +145,7 @@ template <typename T>
 __device__ __forceinline__ void store_shared(void* to, T value) {
 #ifndef __CUDACC__
   emulator::record_access(to, sizeof value);
+  emulator::thread().hides = true;
 #endif
   *static_cast<T*>(to) = value;
 }
@@ -163,13 +164,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 #endif
 
-// Starts to copy 4, 8 or 16 aligned bytes into shared memory; what is not `present` is zero, and then not read.
-template <int kBytes>
+// Starts to copy 4, 8 or 16 aligned bytes into shared memory; what is not `present` is zero, and then not read. What is `kept`
+// near stays in the first-level cache, as far as there is any beside shared memory.
+template <int kBytes, bool kKept = false>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool present) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
 #ifdef __CUDACC__
   const int read = present ? kBytes : 0;
-  if constexpr (kBytes == 16)
+  if constexpr (kBytes == 16 && !kKept)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(read) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes), "r"(read)

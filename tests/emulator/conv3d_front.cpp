@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "../../csrc/cuda/conv3d.cu"
+#include "../../csrc/cuda/warpgroup.cu"
 #include "arrays.h"
 
 namespace py = pybind11;

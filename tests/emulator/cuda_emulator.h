@@ -8,6 +8,8 @@
 //  - Warp-wide operations (mma, ldmatrix, shuffles) exchange registers by the fragment layouts of the PTX ISA. A product
 //    is exact, and a sum is rounded towards zero once per operation, as tensor cores do.
 //  - Threads that meet different barriers, or leave while others wait, are an error, and so is a misaligned copy.
+//  - Warpgroups' products read shared memory when they are begun or, by the seed, when they are waited for; what was written
+//    without a fence before the last barrier they must not read.
 //  - Shared memory accesses made through device.h are checked for bank conflicts, and the conflicts are counted.
 //
 // It is compatible with AddressSanitizer and UndefinedBehaviorSanitizer, which find what runs over the end of a buffer.
@@ -48,6 +50,14 @@ struct dim3 {
 
 struct alignas(8) float2 {
   float x, y;
+};
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+struct alignas(8) uint2 {
+  unsigned x, y;
 };
 
 struct alignas(16) int4 {
@@ -161,6 +171,15 @@ struct Access {
   int bytes;
 };
 
+// What a warpgroup has been told to multiply.
+struct Product {
+  float* sums;
+  int column_blocks;
+  const unsigned char *a, *b;
+  bool keep;
+  float (*widen)(uint16_t);
+};
+
 struct Thread {
   Context context;
   std::unique_ptr<char[]> stack;
@@ -170,6 +189,9 @@ struct Thread {
   std::vector<Copy> issued;
   std::deque<std::vector<Copy>> in_flight;  // committed groups, oldest first
   std::vector<Access> accesses;             // since the last block barrier
+  std::vector<Product> begun;
+  std::deque<std::vector<Product>> products;  // committed groups, oldest first
+  bool hides = false;                         // something in shared memory that it wrote from tensor cores
 };
 
 struct Warp {
@@ -195,6 +217,7 @@ struct Machine {
   unsigned seed = 0;
   std::mt19937 random;
   int64_t bank_conflicts = 0;
+  bool hidden = false;  // from warpgroups' tensor cores, at the last block barrier
 };
 
 inline Machine machine;
@@ -290,6 +313,7 @@ inline void commit_copies() {
 
 inline void wait_copies(size_t pending) {
   auto& in_flight = thread().in_flight;
+  thread().hides |= in_flight.size() > pending;
   for (; in_flight.size() > pending; in_flight.pop_front())
     for (const Copy& copy : in_flight.front())
       if (copy.present)
@@ -403,6 +427,64 @@ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   });
 }
 
+// ------------------------------------------------------------------------------------------------ warpgroups
+
+inline void show_to_tensor_cores() { thread().hides = false; }
+
+// Element k of row r of a matrix in the pattern of 128 bytes.
+inline float element_of(const Product& product, const unsigned char* matrix, int r, int k) {
+  const uintptr_t plain = reinterpret_cast<uintptr_t>(matrix) + r * 128 + k * 2, address = plain ^ (plain >> 7 & 7) << 4;
+  uint16_t bits;
+  std::memcpy(&bits, reinterpret_cast<const void*>(address), sizeof bits);
+  return product.widen(bits);
+}
+
+// This thread's part of one product.
+inline void multiply(const Product& product) {
+  constexpr int kDepth = 16;
+  const int row = machine.current / kWarp % 4 * 16 + lane() / 4;
+  float left[2][kDepth];
+  for (int half = 0; half < 2; ++half)
+    for (int k = 0; k < kDepth; ++k) left[half][k] = element_of(product, product.a, row + 8 * half, k);
+  for (int j = 0; j < product.column_blocks; ++j)
+    for (int e = 0; e < 2; ++e) {
+      double sums[2] = {0, 0};
+      for (int k = 0; k < kDepth; ++k) {
+        const double right = element_of(product, product.b, 8 * j + 2 * (lane() % 4) + e, k);
+        for (int half = 0; half < 2; ++half) sums[half] += left[half][k] * right;
+      }
+      for (int half = 0; half < 2; ++half) {
+        float& total = product.sums[4 * j + 2 * half + e];
+        total = round_towards_zero((product.keep ? total : 0) + sums[half]);
+      }
+    }
+}
+
+// Tensor cores may take their time or not: by the seed, products are taken at once or when somebody waits for them.
+inline void multiply_add_async(float* sums, int column_blocks, const unsigned char* a, const unsigned char* b, bool keep,
+                               float (*widen)(uint16_t)) {
+  if (machine.hidden) fail("a matrix was written without being shown to tensor cores");
+  for (const unsigned char* matrix : {a, b})
+    if (reinterpret_cast<uintptr_t>(matrix) % 32 != 0 || reinterpret_cast<uintptr_t>(matrix) % 1024 >= 128)
+      fail("a matrix does not begin where its pattern does");
+  const Product product{sums, column_blocks, a, b, keep, widen};
+  if (machine.seed % 2 != 0)
+    multiply(product);
+  else
+    thread().begun.push_back(product);
+}
+
+inline void commit_products() {
+  thread().products.push_back(std::move(thread().begun));
+  thread().begun.clear();
+}
+
+inline void wait_products(size_t pending) {
+  auto& products = thread().products;
+  for (; products.size() > pending; products.pop_front())
+    for (const Product& product : products.front()) multiply(product);
+}
+
 // ------------------------------------------------------------------------------------------------ launches
 
 inline void run_thread() {
@@ -470,7 +552,11 @@ inline void run_block() {
     t.state = State::Ready;
     t.issued.clear();
     t.in_flight.clear();
+    t.begun.clear();
+    t.products.clear();
+    t.hides = false;
   }
+  m.hidden = false;
   const int warps = static_cast<int>(m.warps.size());
   for (int w = 0; w < warps; ++w) m.warps[w].lanes = std::min(kWarp, m.count - w * kWarp);
   for (auto& [address, bytes] : m.statics) std::memset(address, kPoison, bytes);
@@ -482,8 +568,10 @@ inline void run_block() {
     running = done == 0;
     if (done != 0 && done != m.count)
       throw std::runtime_error("threads left the kernel while others wait at a barrier of the block");
+    m.hidden = false;
     for (int i = 0; running && i < m.count; ++i) {
       Thread& t = m.threads[i];
+      m.hidden |= t.hides;
       if (t.line != m.threads[0].line) throw std::runtime_error("threads of one block wait at different barriers");
       t.state = State::Ready;
     }
@@ -492,6 +580,9 @@ inline void run_block() {
     const auto& groups = m.threads[i].in_flight;
     if (!m.threads[i].issued.empty() || std::any_of(groups.begin(), groups.end(), [](auto& group) { return !group.empty(); }))
       throw std::runtime_error("the kernel ends while asynchronous copies are in flight");
+    const auto& products = m.threads[i].products;
+    if (!m.threads[i].begun.empty() || std::any_of(products.begin(), products.end(), [](auto& group) { return !group.empty(); }))
+      throw std::runtime_error("the kernel ends while products are in flight");
   }
 }
 
@@ -504,7 +595,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, Body body) {
   m.argument = &body;
   m.entry = [](void* argument) { (*static_cast<Body*>(argument))(); };
   void* memory = nullptr;  // of exactly this size, so that an overrun of one byte is one
-  if (posix_memalign(&memory, 128, shared_bytes) != 0) throw std::bad_alloc();
+  if (posix_memalign(&memory, 1024, shared_bytes) != 0) throw std::bad_alloc();
   const std::unique_ptr<void, decltype(&std::free)> shared(memory, std::free);
   m.dynamic = static_cast<unsigned char*>(memory);
   try {
