@@ -46,19 +46,26 @@ Contenders = dict[str, Callable[[], Tensor | tuple[Tensor, ...]]]
 
 @dataclass(frozen=True)
 class Grade:
-    """A precision: the type of activations and weights, what cuDNN may round to, and our kernels of the same grade."""
+    """A precision: the type of activations and weights, what cuDNN may round to, and arithmetics of ours of the same grade."""
 
     name: str
     dtype: torch.dtype
     tf32: bool
-    kernels: tuple[str, ...]
+    arithmetics: tuple[str, ...]
+
+    def kernels(self, op: str, device: torch.device) -> list[str]:
+        """Those of an operation that the device has; on a CPU, which measures nothing here, whatever serves."""
+        if device.type != "cuda":
+            return ["auto"]
+        names = kernels.available(op, device.type, self.dtype)
+        return [name for name in names if name.rpartition("/")[2] in self.arithmetics]
 
 
 GRADES = (
-    Grade("float32", torch.float32, False, ("cuda/tf32x3",)),
-    Grade("tf32", torch.float32, True, ("cuda/tf32",)),
-    Grade("bfloat16", torch.bfloat16, True, ("cuda/bf16",)),
-    Grade("float16", torch.float16, True, ("cuda/f16",)),
+    Grade("float32", torch.float32, False, ("bf16x3", "tf32x3")),
+    Grade("tf32", torch.float32, True, ("tf32",)),
+    Grade("bfloat16", torch.bfloat16, True, ("bf16",)),
+    Grade("float16", torch.float16, True, ("f16",)),
 )
 
 
@@ -183,7 +190,7 @@ def convolution_case(
     for layout, memory_format in LAYOUTS.items():
         there = partial(torch.Tensor.contiguous, memory_format=memory_format)
         u, given = there(x), there(relevance)
-        for kernel in grade.kernels if device.type == "cuda" else ("auto",):
+        for kernel in grade.kernels(op, device):
             options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "kernel": kernel}
             if not beta:
                 options["non_negative"] = True
@@ -213,7 +220,7 @@ def forward_case(layer: Convolution, grade: Grade, batch: int, device: torch.dev
     case = Case(f"{layer} forward", grade.name, "FLOP", batch * layer.flops // 2, {}, {})
     for layout, memory_format in LAYOUTS.items():
         u = x.contiguous(memory_format=memory_format)
-        for kernel in grade.kernels if device.type == "cuda" else ("auto",):
+        for kernel in grade.kernels("conv3d", device):
             case.ours[f"{kernel}, {layout}"] = partial(ops.conv3d, u, weight, None, **geometry, kernel=kernel)
         case.rivals[f"F.conv3d, {layout}"] = partial(F.conv3d, u, weight, None, **geometry)
     case.reference = partial(F.conv3d, x[:1].double(), weight.double(), None, **geometry)

@@ -87,6 +87,25 @@ def test_bank_conflicts_are_counted(front: ModuleType, pitch: int, conflicts: in
     assert front.take_bank_conflicts() == conflicts
 
 
+def test_mistakes_with_warpgroups_are_caught(front: ModuleType) -> None:
+    """Products may be taken late or at once: with half of the seeds what is not waited for is not there."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-8, 9, size).astype(np.float32) for size in ((64, 64), (16, 64)))
+    for seed in range(4):
+        front.set_seed(seed)
+        out = np.zeros((64, 16), np.float32)
+        front.grouped(a, b, out, "")
+        np.testing.assert_array_equal(out, a @ b.T)
+        front.grouped(a, b, out, "overwritten")
+        assert (out != a @ b.T).any()
+        front.grouped(a, b, out, "not waited for")
+        assert (out != a @ b.T).any() == (seed % 2 == 0)
+        with pytest.raises(RuntimeError, match="without being shown to tensor cores"):
+            front.grouped(a, b, out, "not shown")
+        with pytest.raises(RuntimeError, match="does not begin where its pattern does"):
+            front.grouped(a, b, out, "between patterns")
+
+
 def test_overrun_of_shared_memory_is_caught() -> None:
     script = """if True:
         import sys, numpy as np, emulator_front

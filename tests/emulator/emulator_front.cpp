@@ -2,7 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include "device.h"
+#include "warpgroup.h"
 
 namespace py = pybind11;
 using captum_dtd::cuda::launch;
@@ -70,6 +70,39 @@ __global__ void rows(float* out, int pitch) {
   out[threadIdx.x] = static_cast<float>(registers[0]);
 }
 
+// out (64 x 16) = a (64 x 64) b (16 x 64), transposed, of numbers that bfloat16 holds, by one warpgroup.
+__global__ void grouped(const float* a, const float* b, float* out, const char* mistake) {
+  using namespace captum_dtd::cuda;
+  constexpr int kDepth = 64;
+  unsigned char *left = dynamic_shared(), *right = left + 64 * 128;
+  const auto made = [&](const char* name) { return std::string(mistake) == name; };
+  const auto write = [](unsigned char* matrix, const float* from, int rows, float factor) {
+    for (int i = threadIdx.x; i < rows * kDepth; i += blockDim.x) {
+      const int row = i / kDepth, k = i % kDepth;
+      store_shared(matrix + row * 128 + (k / 8 ^ row % 8) * 16 + k % 8 * 2, narrow<bfloat16>(factor * from[i]).bits);
+    }
+  };
+  write(left, a, 64, 1);
+  write(right, b, 16, 1);
+  if (!made("not shown")) show_to_tensor_cores();
+  __syncthreads();
+  float sums[2][4] = {{-1, -1, -1, -1}, {-1, -1, -1, -1}};
+  begin_products();
+  for (int step = 0; step < 4; ++step) {
+    const int at = 32 * step + (made("between patterns") ? 128 : 0);
+    multiply_add_async<bfloat16>(sums, further(matrix_at(left), at), further(matrix_at(right), at), step > 0);
+  }
+  commit_products();
+  if (made("overwritten")) write(left, a, 64, 2);
+  if (!made("not waited for")) wait_products<0>();
+  for (int block = 0; block < 2; ++block)
+    for (int i = 0; i < 4; ++i) {
+      const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + i / 2 * 8, column = 8 * block + threadIdx.x % 4 * 2 + i % 2;
+      out[row * 16 + column] = sums[block][i];
+    }
+  wait_products<0>();
+}
+
 using Array = py::array_t<float, py::array::c_style>;
 using Bits = py::array_t<uint16_t, py::array::c_style>;
 
@@ -104,5 +137,8 @@ PYBIND11_MODULE(emulator_front, m) {
         [](Array out, bool diverges) { launch("summed", summed, 1, kThreads, 0, nullptr, out.mutable_data(), diverges); });
   m.def("overrun",
         [](Array out, int index) { launch("overrun", overrun, 1, 1, 4 * kThreads, nullptr, out.mutable_data(), index); });
+  m.def("grouped", [](Array a, Array b, Array out, const std::string& mistake) {
+    launch("grouped", grouped, 1, 128, 80 * 128, nullptr, a.data(), b.data(), out.mutable_data(), mistake.c_str());
+  });
   m.def("rows", [](Array out, int pitch) { launch("rows", rows, 1, kThreads, 32 * pitch, nullptr, out.mutable_data(), pitch); });
 }
