@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_check.py                   # installs wheels/, builds the kernels in place, runs all tests
     python benchmarks/gpu_check.py --gpu-alone       # leaves out what needs no GPU, and was seen without one
+    python benchmarks/gpu_check.py --built           # with the kernels that are there, which were built elsewhere
     python benchmarks/gpu_check.py -k "cuda or ops"  # what follows goes to pytest
     python benchmarks/gpu_check.py --smoke           # without a GPU: shows that everything runs
 
@@ -203,6 +204,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=90, help="seconds that one test may take")
     parser.add_argument("--minutes", type=float, default=5, help="after which no further test begins")
     parser.add_argument("--gpu-alone", action="store_true", help="leave out what needs no GPU")
+    parser.add_argument("--built", action="store_true", help="build nothing: the kernels were brought along")
     parser.add_argument("--smoke", action="store_true", help="allow skips for lack of CUDA, and build nothing")
     given, for_pytest = parser.parse_known_args()
     end = time.time() + 60 * given.minutes
@@ -221,7 +223,7 @@ def main() -> int:
             "--target",
         ]
         steps.append(Step("wheels", [sys.executable, *install, str(SITE), *wheels], 120).told())
-    if not given.smoke:
+    if not given.smoke and not given.built:
         steps.append(Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 300).told())
     log = folder() / "gpu_check_tests.jsonl"
     log.unlink(missing_ok=True)

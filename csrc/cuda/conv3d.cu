@@ -83,11 +83,13 @@ template <typename Arithmetic>
 std::vector<Choice> choices(bool lifts) {
   constexpr bool kSplits = kSame<Arithmetic, Tf32x3>;
   if (lifts) return {choice<Arithmetic, Small, LiftingLoader>(kSplits ? 470 : 1100)};
-  std::vector<Choice> all = {choice<Arithmetic, Medium, DenseLoader>(kSplits ? 460 : 830),
-                             choice<Arithmetic, Small, DenseLoader>(kSplits ? 470 : 1100),
+  std::vector<Choice> all = {choice<Arithmetic, Small, DenseLoader>(kSplits ? 470 : 1100),
                              choice<Arithmetic, Narrow, DenseLoader>(kSplits ? 200 : 350)};
-  // Two sets of sums and split operands leave no registers for the largest tile.
-  if constexpr (!kSplits) all.push_back(choice<Arithmetic, Large, DenseLoader>(1150));
+  // Two sets of sums and split operands leave no registers for larger tiles.
+  if constexpr (!kSplits) {
+    all.push_back(choice<Arithmetic, Large, DenseLoader>(1150));
+    all.push_back(choice<Arithmetic, Medium, DenseLoader>(830));
+  }
   return all;
 }
 

@@ -13,8 +13,8 @@ namespace captum_dtd::cuda {
 // How a sweep is cut into blocks of positions, columns and depth. Zero: chosen from the shape. Results do not depend on
 // the device, but the order of sums, and so the last bits, depend on this.
 struct Tiling {
-  // 128 x 128 (not for tf32x3), 128 x 64, 64 x 64, 128 x 16; a lifted input: 64 x 64. Of warpgroups: 128 x 256, 256 x 128,
-  // 192 x 128, 128 x 128 (not for bf16x3, which has 256 x 64 instead), 128 x 64, 128 x 16
+  // 64 x 64, 128 x 16; not for tf32x3, or where a lifted input is read: 128 x 128, 128 x 64. Of warpgroups: 128 x 64, 128 x 16;
+  // 256 x 64 for bf16x3, and for others 128 x 256, 256 x 128, 192 x 128, 128 x 128
   int rows = 0, columns = 0;
   int splits = 0;  // parts of the depth, summed up in a fixed order afterwards
 };

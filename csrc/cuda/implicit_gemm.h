@@ -281,12 +281,17 @@ struct Cursor {
     t = tap / phase.taps[2] / phase.taps[1];
   }
 
-  // To the tap that the chunk belongs to, which may have run over the end of the one before.
+  // To the tap that the chunk belongs to, which has run over the end of the one before, where taps are short of several.
   __device__ __forceinline__ void carry(const Gemm& gemm, const Phase& phase) {
-    while (chunk >= gemm.tap_chunks) {
-      chunk -= gemm.tap_chunks;
-      if (++w < phase.taps[2]) continue;
-      w = 0;
+    chunk -= gemm.tap_chunks;
+    ++w;
+    if (chunk >= gemm.tap_chunks) {
+      const int further = chunk / gemm.tap_chunks;
+      chunk -= further * gemm.tap_chunks;
+      w += further;
+    }
+    while (w >= phase.taps[2]) {
+      w -= phase.taps[2];
       if (++h < phase.taps[1]) continue;
       h = 0;
       ++t;
@@ -413,9 +418,11 @@ struct LiftingLoader {
     const Lifted& u = gemm.lifted;
     if (fetched) cursor.chunk += kStageChunks;
     fetched = true;
-    const int t = cursor.t;
-    cursor.carry(gemm, phase);
-    if (cursor.t != t) find_windows(gemm, phase);
+    if (cursor.chunk >= gemm.tap_chunks) {
+      const int t = cursor.t;
+      cursor.carry(gemm, phase);
+      if (cursor.t != t) find_windows(gemm, phase);
+    }
     down = cursor.h * phase.step[1];
     across = cursor.w * phase.step[2];
     present = 0;
