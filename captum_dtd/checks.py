@@ -128,6 +128,7 @@ def times_of(relevance: Tensor) -> int:
 def check_table(argument: str, table: Sequence[int], n: int, times: int, taps: int, size: int) -> None:
     """Times from -1 to less than ``size``, for every output time and tap, in one row for all examples or a row for each."""
     row = times * taps
+    check(size >= 1, f"{argument} must be times of x, and x has none")
     check(
         len(table) in (row, max(n, 1) * row),
         f"{argument} must have {row} numbers, one for each output time and tap, or {n} times as many, got {len(table)}",

@@ -6,9 +6,11 @@ What is not in the table here, or has no compiled kernel, is evaluated by `captu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor, fx
 
 from captum_dtd import kernels, native, ops
@@ -169,7 +171,8 @@ def forward(call: Call, kernel: str, reads: Table | None = None) -> Tensor:
 def serves_frozen(kernel: str, node: fx.Node, x: Tensor) -> bool:
     """Whether a kernel serves such an operation in layers of frozen clips, which read times of x by a table."""
     op = "max_pool3d_relevance" if kind_of(node) in ("max pool", "average pool") else "conv3d"
-    return kernel != "reference" and kernel in kernels.available(f"{kernels.FROZEN}{op}", x.device.type, x.dtype)
+    with _on_device_of(x):
+        return kernel != "reference" and kernel in kernels.available(f"{kernels.FROZEN}{op}", x.device.type, x.dtype)
 
 
 def redistribute_frozen_pool(
@@ -325,7 +328,17 @@ def _from_3d(tensor: Tensor, x: Tensor, dims: int) -> Tensor:
     return tensor.squeeze(tuple(range(2, 5 - dims))) if dims < 3 else tensor
 
 
+def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """GPUs of one machine may be of several kinds: kernels are those of the current one."""
+    return torch.cuda.device_of(x) if x.is_cuda and torch.cuda.device_count() > 1 else nullcontext()
+
+
 def _choose(op: str, call: Call, output: Sequence[int], precision: Precision) -> str:
+    with _on_device_of(call.signals[0]):
+        return _chosen(op, call, output, precision)
+
+
+def _chosen(op: str, call: Call, output: Sequence[int], precision: Precision) -> str:
     x = call.signals[0]
     if x.device.type not in native.loaded:
         return "reference"

@@ -209,6 +209,7 @@ inline Conv3d check_conv3d(const Tensor& x, const Tensor& weight, const std::opt
 inline void check_table(const char* argument, const Numbers& table, int64_t n, int64_t times, int64_t taps, int64_t size) {
   using namespace checks;
   const int64_t count = static_cast<int64_t>(table.size()), row = times * taps;
+  CAPTUM_DTD_REQUIRE(size >= 1, argument, " must be times of x, and x has none");
   CAPTUM_DTD_REQUIRE(count == row || (n > 0 && count == n * row), argument, " must have ", row,
                      " numbers, one for each output time and tap, or ", n, " times as many, got ", count);
   CAPTUM_DTD_REQUIRE(std::all_of(table.begin(), table.end(), [&](int64_t time) { return time >= -1 && time < size; }), argument,

@@ -119,17 +119,23 @@ def machine_code(compiled: list[Path], architecture: str) -> Instructions:
 
 
 GROUPS = "GroupTile"
-"""In the names of warpgroups' kernels, which cuobjdump shows for sm_90 too."""
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def instructions(request: pytest.FixtureRequest, compiled: list[Path]) -> Instructions:
-    return {symbol: each for symbol, each in machine_code(compiled, request.param).items() if GROUPS not in symbol}
+"""In the names of warpgroups' kernels."""
 
 
 @pytest.fixture(scope="module")
-def of_warpgroups(compiled: list[Path]) -> Instructions:
-    found = {symbol: each for symbol, each in machine_code(compiled, "sm_90a").items() if GROUPS in symbol}
+def every_instruction(compiled: list[Path]) -> dict[str, Instructions]:
+    """By architecture; of sm_90 cuobjdump shows the code of sm_90a too."""
+    return {architecture: machine_code(compiled, architecture) for architecture in ARCHITECTURES}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def instructions(request: pytest.FixtureRequest, every_instruction: dict[str, Instructions]) -> Instructions:
+    return {symbol: each for symbol, each in every_instruction[request.param].items() if GROUPS not in symbol}
+
+
+@pytest.fixture(scope="module")
+def of_warpgroups(every_instruction: dict[str, Instructions]) -> Instructions:
+    found = {symbol: each for symbol, each in every_instruction["sm_90"].items() if GROUPS in symbol}
     assert found
     return found
 

@@ -32,7 +32,7 @@ TILES_OF = {
     "cuda/bf16": TILES,
     "cuda/tf32": TILES,
     "cuda/tf32x3": TILES[2:],
-    "wgmma/bf16": [(128, 256), (256, 128), (192, 128), (128, 128), (128, 64), (128, 16)],
+    "wgmma/bf16": [(128, 256), (256, 128), (192, 128), (128, 64), (128, 16)],
     "wgmma/bf16x3": [(256, 64), (128, 64), (128, 16)],
 }
 """Rows and columns of the blocks that a kernel comes in."""
@@ -319,6 +319,27 @@ def test_offsets_of_more_than_32_bits(front: ModuleType, tmp_path: Path, channel
         far[0], array(weight), None, far[1], None, None, far[2], *geometry, lift, 0.0, False, kernel, (0, 0, 0)
     )
     assert np.array_equal(far[2], expected.numpy())
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), PAIRS)
+def test_an_input_of_nothing_but_padding(front: ModuleType, dtype: torch.dtype, kernel: str) -> None:
+    x, weight, bias = (
+        torch.empty(2, 3, 1, 0, 4, dtype=dtype),
+        torch.ones(5, 3, 1, 2, 1, dtype=dtype),
+        torch.ones(5, dtype=dtype),
+    )
+    out = torch.full((2, 5, 1, 1, 4), torch.nan, dtype=dtype)
+    arrays = array(x), array(weight), array(bias), array(out)
+    front.forward(*arrays, (1, 1, 1), (0, 1, 0), (1, 1, 1), 1, kernel, (0, 0, 0))
+    assert (out == 1).all()
+
+
+def test_windows_wider_than_can_be_counted_are_errors(front: ModuleType) -> None:
+    """Rows that read nothing are told by a position that no tap may bring back inside."""
+    x, weight, out = torch.ones(1, 8, 1, 1, 1), torch.ones(1, 8, 1, 2, 1), torch.empty(1, 1, 1, 1, 1)
+    arrays = array(x), array(weight), None, array(out)
+    with pytest.raises(ValueError, match="windows are wider"):
+        front.forward(*arrays, (1, 1, 1), (0, 2**30, 0), (1, 2**30, 1), 1, "cuda/tf32", (0, 0, 0))
 
 
 def test_unknown_kernels_and_tiles_are_errors(front: ModuleType) -> None:

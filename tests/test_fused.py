@@ -7,6 +7,7 @@ one serves in turn, and the rule table is asked whether it did.
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from models import between
 from oracle import Node, Walk, assert_agrees, explain
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from captum_dtd import DeepTaylor, kernels, native
+from captum_dtd import DeepTaylor, fused, kernels, native
 from captum_dtd.fused import FUSED
 from captum_dtd.rules import Proportional, WinnerTakesAll, ZBeta, ZPlus
 
@@ -204,6 +206,17 @@ def test_forward_on_a_gpu_takes_tensor_units_where_torch_would_not(monkeypatch: 
     assert forward(torch.float32, "bfloat16", "strided") == "cuda/bf16"
     assert forward(torch.float32, "bfloat16", "linear") == "reference"
     assert forward(torch.bfloat16, "bfloat16", "dense") == "reference"
+
+
+def test_kernels_are_those_of_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where GPUs of several kinds are in one machine, the current one may be another."""
+    entered: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext(entered.append(x.device.index)))
+    with FakeTensorMode():
+        fused._on_device_of(torch.empty(1, device="cuda:1"))
+    fused._on_device_of(torch.empty(1))
+    assert entered == [1]
 
 
 @pytest.mark.parametrize(

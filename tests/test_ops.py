@@ -884,8 +884,8 @@ def test_one_compiled_graph_serves_any_batch_and_length(op: str) -> None:
     compiled = torch.compile(lambda given: call(op, given | options), fullgraph=True, backend=backend, dynamic=True)
     for n, t in ((7, 10), (8, 14), (9, 16)):  # unequal to all other sizes, which a tracer would take for the same
         resized = type(case)(**{**vars(case), "x": (n, case.x[1], t, *case.x[3:])})
-        posed = problem(op, resized, VARIANTS[op][-1], torch.float32, True)
-        given = {k: v for k, v in posed.on("cpu", torch.float32).items() if isinstance(v, Tensor)}
+        arguments = unanswered(op, resized, VARIANTS[op][-1], torch.float32, "cpu")
+        given = {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
         assert torch.equal(compiled(given), call(op, given | options)), (n, t)
     assert len(graphs) == 1
 

@@ -271,6 +271,9 @@ FROZEN_REFUSALS = {
     "reads before x": Refusal(
         FROZEN, "reads", value([[[-2, 0, 0]] * 5]), r"reads must be times from 0 to 2, or -1.*\[-2, 0"
     ),
+    "reads of a clip without times": Refusal(
+        FROZEN, "x", lambda x: x[:, :, :0], r"reads must be times of x, and x has none"
+    ),
     "reads of nothing": Refusal(FROZEN, "reads", value([[[]] * 5]), r"reads must have 15 numbers.*got 0"),
     "gives with too few times": Refusal(
         FROZEN_SHARING, "gives", value([[[0, 0, 0]] * 4]), r"gives must have 15 numbers.*got 12"

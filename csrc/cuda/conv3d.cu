@@ -2,6 +2,7 @@
 // u * adj(s) of it. The plain convolution is the forward sweep alone. Weights are packed before a pass and, where its depth
 // is split, the splits added up after it.
 #include <algorithm>
+#include <cstdlib>
 #include <stdexcept>
 #include <utility>
 
@@ -209,6 +210,9 @@ Pass make_pass(const Layer& layer, bool is_adjoint, bool warpgroups, Arithmetic 
   for (const Sweep& s : pass.sweeps) most_stages = std::max(most_stages, pass.stages(s));
   if (std::max({pass.width, pass.padded, most_stages}) > INT32_MAX / pass.stage_chunks)
     throw std::invalid_argument("this convolution has more channels or taps than its CUDA kernels can count");
+  for (const Sweep& s : pass.sweeps)
+    if ((s.taps[1] - 1) * std::abs(s.step[1]) >= -kNowhere)
+      throw std::invalid_argument("this convolution's windows are wider than its CUDA kernels can count");
   if (lifts) tiling.rows = tiling.columns = 0;  // there is but one tile
   pass.choice = choose(all, pass.sum(&Pass::rows), pass.columns, any.groups, most_stages, tiling);
   return pass;
@@ -296,11 +300,11 @@ void launch_arrange(Arrange arrange, int64_t n, const int64_t (&size)[3], Arithm
   copy(size, arrange.size);
   const int64_t channels = int64_t(arrange.groups) * arrange.padded, *stride = arrange.x.stride;
   if (arrange.padded == arrange.channels && (arrange.groups == 1 || arrange.group_stride == arrange.channels) &&
-      stride[4] == channels && stride[3] == size[2] * channels && has_quads(arrange.x, arrange.element)) {
+      (size[2] == 1 || stride[4] == channels) && (size[1] == 1 || stride[3] == size[2] * channels) &&
+      has_quads(arrange.x, arrange.element)) {
     const int64_t chunks = size[1] * size[2] * channels * operand_bytes(arithmetic) / kChunk;
     dim3 grid = blocks_for(arithmetic == Arithmetic::BFloat16x3 ? chunks / 2 : chunks, kThreads);
     grid.y = static_cast<unsigned>(std::min<int64_t>(n * size[0], UINT16_MAX));
-    if (grid.x == 0 || grid.y == 0) return;
     launch("arrange_planes", CAPTUM_DTD_FOR_OPERAND(arrange_planes, arithmetic), grid, kThreads, 0, stream, arrange);
     return;
   }
@@ -415,7 +419,7 @@ void launch_phases(const Layer& layer, const Pass& pass, size_t first, Gemm gemm
 
 // `gemm` says what is read and what the epilogue does; `neighbours` is the tensor whose layout decides the order of that.
 void launch_pass(const Layer& layer, const Pass& pass, Gemm gemm, const View& neighbours, unsigned char* packed, void* stream) {
-  gemm.along_rows = neighbours.stride[4] < neighbours.stride[1];
+  gemm.along_rows = neighbours.stride[4] != 0 && neighbours.stride[4] < neighbours.stride[1];
   const bool adds = gemm.epilogue == Epilogue::Add, shares = gemm.epilogue == Epilogue::Share;
   gemm.in_quads = pass.columns % 4 == 0 && has_quads(neighbours, adds ? layer.u.element : Element::Float32) &&
                   (!shares || (!layer.lifts() && has_quads(layer.u.x, layer.u.element)));
@@ -466,12 +470,25 @@ Gemm read_input(const Layer& layer, const Kernel& kernel, const Plan& plan, cons
   return gemm;
 }
 
+// An axis of one position may have any stride; it counts as none.
+View without_unit_axes(View view, int64_t n, const int64_t (&size)[3]) {
+  if (n == 1) view.stride[0] = 0;
+  for (int a = 0; a < 3; ++a)
+    if (size[a] == 1) view.stride[2 + a] = 0;
+  return view;
+}
+
+// An input may have fewer times than the result, never more.
+View input_of(const Conv3d& conv, const View& x) { return without_unit_axes(x, conv.n, conv.in); }
+
 Layer layer_of(const Conv3dRelevance& p) {
-  return {p.conv, p.weight, {p.lift, p.element, p.x, p.low, p.high}, true, p.divided, time_tables(p.conv, p.reads, p.gives)};
+  const Lifted u{p.lift, p.element, input_of(p.conv, p.x), p.low, p.high};
+  return {p.conv, p.weight, u, true, p.divided, time_tables(p.conv, p.reads, p.gives)};
 }
 
 Layer layer_of(const Conv3dForward& p) {
-  return {p.conv, p.weight, {Lift::None, p.element, p.x, {}, {}}, false, false, time_tables(p.conv, p.reads, {})};
+  const Lifted u{Lift::None, p.element, input_of(p.conv, p.x), {}, {}};
+  return {p.conv, p.weight, u, false, false, time_tables(p.conv, p.reads, {})};
 }
 
 template <typename Problem>
@@ -503,6 +520,7 @@ void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel,
   const Plan plan = make_plan(layer, named, true, tiling);
   unsigned char* memory = static_cast<unsigned char*>(workspace);
   const Conv3d& conv = problem.conv;
+  const View relevance = without_unit_axes(problem.relevance, conv.n, conv.out), out = input_of(conv, problem.out);
   const int64_t width = plan.forward.width, pixel = conv.groups * width;
   const DeviceTables tables = write_tables(layer.in_time, memory + plan.tables, stream);
   const int64_t pulled[3] = {layer.frames(), conv.out[1], conv.out[2]};
@@ -510,20 +528,20 @@ void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel,
   if (!problem.divided) {
     Gemm forward = read_input(layer, named, plan, tables, memory, stream);
     forward.epilogue = Epilogue::Divide;
-    forward.divide = {problem.relevance,
+    forward.divide = {relevance,
                       problem.bias,
                       problem.element,
                       static_cast<float>(problem.stabilizer),
                       layer.adds_quotients() ? Form::Float : form_of(named.adjoint),
                       memory + (layer.adds_quotients() ? plan.quotients : plan.s)};
-    launch_pass(layer, plan.forward, forward, problem.relevance, memory + plan.weights, stream);
+    launch_pass(layer, plan.forward, forward, relevance, memory + plan.weights, stream);
   }
   if (problem.divided || layer.adds_quotients()) {
     const View quotients{
         memory + plan.quotients,
         {conv.out[0] * conv.out[1] * conv.out[2] * pixel, 1, conv.out[1] * conv.out[2] * pixel, conv.out[2] * pixel, pixel}};
-    Arrange arrange = arrangement(problem.divided ? problem.relevance : quotients, Element::Float32, conv.c_out, conv.groups,
-                                  width, memory + plan.s);
+    Arrange arrange =
+        arrangement(problem.divided ? relevance : quotients, Element::Float32, conv.c_out, conv.groups, width, memory + plan.s);
     if (!problem.divided) arrange.group_stride = width;
     arrange.members = tables.members;
     arrange.most = tables.most;
@@ -535,8 +553,8 @@ void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel,
   adjoint.dense = dense_operand(memory + plan.s, pulled, conv.groups, width * operand_bytes(named.adjoint));
   adjoint.partial = reinterpret_cast<float*>(memory + plan.partial);
   adjoint.epilogue = Epilogue::Share;
-  adjoint.share = {layer.u, problem.out, tables.stored};
-  launch_pass(layer, plan.adjoint, adjoint, problem.out, memory + plan.weights, stream);
+  adjoint.share = {layer.u, out, tables.stored};
+  launch_pass(layer, plan.adjoint, adjoint, out, memory + plan.weights, stream);
 }
 
 void conv3d_forward(const Conv3dForward& problem, const std::string& kernel, void* workspace, void* stream, Tiling tiling) {
@@ -548,8 +566,9 @@ void conv3d_forward(const Conv3dForward& problem, const std::string& kernel, voi
   const DeviceTables tables = write_tables(layer.in_time, memory + plan.tables, stream);
   Gemm forward = read_input(layer, named, plan, tables, memory, stream);
   forward.epilogue = Epilogue::Add;
-  forward.add = {problem.bias, problem.element, problem.out};
-  launch_pass(layer, plan.forward, forward, problem.out, memory + plan.weights, stream);
+  const View out = without_unit_axes(problem.out, problem.conv.n, problem.conv.out);
+  forward.add = {problem.bias, problem.element, out};
+  launch_pass(layer, plan.forward, forward, out, memory + plan.weights, stream);
 }
 
 }  // namespace captum_dtd::cuda

@@ -247,10 +247,12 @@ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 
 // ------------------------------------------------------------------------------------------------ launches
 
-// Launches on a stream (a cudaStream_t); `name` is for the message where the launch fails.
+// Launches on a stream (a cudaStream_t); `name` is for the message where the launch fails. A grid without blocks, which CUDA
+// takes for a mistake, does nothing.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             Arguments... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #ifdef __CUDACC__
   constexpr size_t kWithoutAsking = 48 * 1024;
   cudaError_t error = cudaSuccess;

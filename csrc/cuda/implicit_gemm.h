@@ -204,7 +204,7 @@ __device__ __forceinline__ float2 lift_value(Lift lift, float x, float low, floa
 
 // ------------------------------------------------------------------------------------------------ tiles
 
-// What all tiles of a block know. `Stage` is how many chunks a stage is deep, and how many stages there are.
+// What a block multiplies: a stage is so many chunks deep.
 template <int kRows_, int kColumns_, int kThreads_, int kStageChunks_, int kStages_, int kBlocks_>
 struct BlockTile {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kThreads = kThreads_;
@@ -281,7 +281,7 @@ struct Cursor {
     t = tap / phase.taps[2] / phase.taps[1];
   }
 
-  // To the tap that the chunk belongs to, which has run over the end of the one before, where taps are short of several.
+  // To the tap that the chunk belongs to, after it has run over the end of one tap, or of several short ones.
   __device__ __forceinline__ void carry(const Gemm& gemm, const Phase& phase) {
     chunk -= gemm.tap_chunks;
     ++w;
@@ -381,27 +381,26 @@ struct DenseLoader {
   __device__ __forceinline__ void store(const Gemm&, unsigned char*) {}
 };
 
-// Reads x into registers while a stage is multiplied, then lifts it into shared memory. Bounds, which mostly are those of a
-// channel and near, are read only then: they would take as many registers twice.
+// Reads x and its bounds into registers while a stage is multiplied, then lifts them into shared memory.
 template <typename Arithmetic, typename Tile>
 struct LiftingLoader {
   using Operand = typename Arithmetic::Operand;
+  static_assert(!Tile::kWarpgroups && Arithmetic::kHalves == 1, "warpgroups read dense operands");
   static constexpr bool kThroughRegisters = true;
   static constexpr int kStageChunks = Tile::kStageChunks;
   static constexpr int kElements = kChunk / sizeof(Operand), kChannels = kElements / 2;
   const int4* rows;
   int4 at[Tile::kLoads];  // the example, the time that is read, and where the row's window begins
   Cursor cursor;
-  int down, across;       // from there to the tap
-  int64_t first_channel;  // of the group
+  int first_channel;  // of the group
   uint32_t x[Tile::kLoads][kChannels];
-  unsigned present;      // one bit for each x
-  bool fetched = false;  // the stage at which the cursor stands
+  float low[Tile::kLoads][kChannels], high[Tile::kLoads][kChannels];
+  unsigned present;  // one bit for each x
 
   __device__ __forceinline__ void start(const Gemm& gemm, const Phase& phase, int group, const int4* of_tile, int stage) {
     rows = of_tile;
     cursor.move_to(stage * kStageChunks + threadIdx.x % kStageChunks, gemm, phase);
-    first_channel = int64_t(group) * gemm.channels_in;
+    first_channel = group * gemm.channels_in;
     find_windows(gemm, phase);
   }
 
@@ -416,58 +415,50 @@ struct LiftingLoader {
 
   __device__ __forceinline__ void fetch(const Gemm& gemm, const Phase& phase, unsigned char*) {
     const Lifted& u = gemm.lifted;
-    if (fetched) cursor.chunk += kStageChunks;
-    fetched = true;
-    if (cursor.chunk >= gemm.tap_chunks) {
-      const int t = cursor.t;
-      cursor.carry(gemm, phase);
-      if (cursor.t != t) find_windows(gemm, phase);
-    }
-    down = cursor.h * phase.step[1];
-    across = cursor.w * phase.step[2];
     present = 0;
 #pragma unroll
     for (int i = 0; i < Tile::kLoads; ++i) {
-      const int64_t x_at = offset_of(u.x, at[i].x, at[i].y, at[i].z + down, at[i].w + across);
-      const bool reached = inside(gemm, at[i].z + down, at[i].w + across);
+      const int n = at[i].x, t = at[i].y, h = at[i].z + cursor.h * phase.step[1], w = at[i].w + cursor.w * phase.step[2];
+      const bool reached = inside(gemm, h, w);
+      const int64_t x_at = offset_of(u.x, n, t, h, w), low_at = offset_of(u.low, n, t, h, w),
+                    high_at = offset_of(u.high, n, t, h, w);
 #pragma unroll
       for (int e = 0; e < kChannels; ++e) {
-        const int c = cursor.chunk / Arithmetic::kHalves * kChannels + e;
+        const int c = cursor.chunk * kChannels + e;
         if (!reached || c >= gemm.channels_in) continue;
+        const int64_t channel = first_channel + c;
         present |= 1u << (i * kChannels + e);
-        x[i][e] = load_bits(u.x.data, x_at + (first_channel + c) * u.x.stride[1], u.element);
+        x[i][e] = load_bits(u.x.data, x_at + channel * u.x.stride[1], u.element);
+        if (u.lift == Lift::Box) {
+          low[i][e] = __ldg(static_cast<const float*>(u.low.data) + low_at + channel * u.low.stride[1]);
+          high[i][e] = __ldg(static_cast<const float*>(u.high.data) + high_at + channel * u.high.stride[1]);
+        }
       }
     }
-  }
-
-  __device__ __forceinline__ float bound(const View& view, int i, int64_t channel) const {
-    const int64_t offset = offset_of(view, at[i].x, at[i].y, at[i].z + down, at[i].w + across) + channel * view.stride[1];
-    return __ldg(static_cast<const float*>(view.data) + offset);
+    cursor.chunk += kStageChunks;
+    if (cursor.chunk < gemm.tap_chunks) return;
+    const int t = cursor.t;
+    cursor.carry(gemm, phase);
+    if (cursor.t != t) find_windows(gemm, phase);
   }
 
   __device__ __forceinline__ void store(const Gemm& gemm, unsigned char* stage) {
     const Lifted& u = gemm.lifted;
 #pragma unroll
     for (int i = 0; i < Tile::kLoads; ++i) {
-      const int index = threadIdx.x + i * Tile::kThreads, chunk = index % kStageChunks;
-      const int half = chunk % Arithmetic::kHalves;
+      const int index = threadIdx.x + i * Tile::kThreads;
       union {
         Operand operands[kElements];
-        uint4 bits;
+        uint4 chunk;
       };
 #pragma unroll
       for (int e = 0; e < kChannels; ++e) {
         float2 parts = {0, 0};
-        if (present >> (i * kChannels + e) & 1) {
-          const int64_t channel = first_channel + cursor.chunk / Arithmetic::kHalves * kChannels + e;
-          const bool is_bounded = u.lift == Lift::Box;
-          parts = lift_value(u.lift, widen_bits(x[i][e], u.element), is_bounded ? bound(u.low, i, channel) : 0,
-                             is_bounded ? bound(u.high, i, channel) : 0);
-        }
-        operands[2 * e] = half_of<Operand>(parts.x, half);
-        operands[2 * e + 1] = half_of<Operand>(parts.y, half);
+        if (present >> (i * kChannels + e) & 1) parts = lift_value(u.lift, widen_bits(x[i][e], u.element), low[i][e], high[i][e]);
+        operands[2 * e] = narrow<Operand>(parts.x);
+        operands[2 * e + 1] = narrow<Operand>(parts.y);
       }
-      store_shared(stage + Tile::chunk_offset(index / kStageChunks, place_in_stage<Arithmetic>(chunk)), bits);
+      store_shared(stage + Tile::chunk_offset(index / kStageChunks, index % kStageChunks), chunk);
     }
   }
 };
@@ -824,7 +815,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) multiply_sweep(
       __syncthreads();  // this stage is there, and the one before the last has been multiplied by all
       multiply_by_group<Arithmetic, Tile>(current, further(left, slot(stage)), further(right, slot(stage)), stage % kPart == 0);
       fetch(stage + kAhead);
-      store(stage + kAhead);
       if (!kInParts || ((stage + 1) % kPart != 0 && stage + 1 < count)) {
         wait_products<1>();
       } else {

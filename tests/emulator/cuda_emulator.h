@@ -599,6 +599,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, Body body) {
   const std::unique_ptr<void, decltype(&std::free)> shared(memory, std::free);
   m.dynamic = static_cast<unsigned char*>(memory);
   try {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) throw std::runtime_error("a launch without blocks");
     if (size_t(block.x) * block.y * block.z > 1024) throw std::runtime_error("a block has at most 1024 threads");
     prepare(static_cast<int>(block.x * block.y * block.z));
     for (unsigned z = 0; z < grid.z; ++z)
