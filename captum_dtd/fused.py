@@ -330,7 +330,7 @@ def _from_3d(tensor: Tensor, x: Tensor, dims: int) -> Tensor:
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """GPUs of one machine may be of several kinds: kernels are those of the current one."""
-    return torch.cuda.device_of(x) if x.is_cuda and torch.cuda.device_count() > 1 else nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda and torch.cuda.device_count() > 1 else nullcontext()
 
 
 def _choose(op: str, call: Call, output: Sequence[int], precision: Precision) -> str:

@@ -212,7 +212,7 @@ def test_kernels_are_those_of_the_tensors_device(monkeypatch: pytest.MonkeyPatch
     """Where GPUs of several kinds are in one machine, the current one may be another."""
     entered: list[Any] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext(entered.append(x.device.index)))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(entered.append(device.index)))
     with FakeTensorMode():
         fused._on_device_of(torch.empty(1, device="cuda:1"))
     fused._on_device_of(torch.empty(1))
