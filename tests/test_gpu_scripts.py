@@ -103,12 +103,11 @@ def test_gpu_check_writes_what_it_found(tmp_path: Path) -> None:
     assert json.loads(line)["outcome"] == "passed"
 
 
-def test_the_rate_of_tensor_cores_compiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ["mma_rate", "tile_rates"])
+def test_programs_that_measure_compile(tmp_path: Path, program: str) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("compiles a CUDA program, and no CUDA compiler (nvcc) is on the PATH")
-    source = SCRIPTS / "mma_rate.cu"
-    target = str(tmp_path / "mma_rate")
-    subprocess.run(
-        [nvcc, "-std=c++17", "-arch=sm_80", f"-I{ROOT / 'csrc' / 'cuda'}", str(source), "-o", target], check=True
-    )
+    source, include = SCRIPTS / f"{program}.cu", f"-I{ROOT / 'csrc' / 'cuda'}"
+    target = str(tmp_path / program)
+    subprocess.run([nvcc, "-std=c++17", "-arch=sm_80", include, "-c", str(source), "-o", target], check=True)
