@@ -129,12 +129,15 @@ def assert_right(
 
 @pytest.mark.parametrize(("op", "name"), EVERY_VARIANT)
 def test_every_shape_and_lift(front: ModuleType, op: str, name: str) -> None:
+    """By warps and by warpgroups in turn: each shape meets each of them with half of the variants."""
+    kernels = itertools.cycle(("cuda/tf32x3", "wgmma/bf16x3"))
+    for _ in range(EVERY_VARIANT.index((op, name)) % 2):
+        next(kernels)
     for case in CONVS:
-        assert_right(front, case, op, name, torch.float32, "cuda/tf32x3")
-        assert_right(front, case, op, name, torch.float32, "wgmma/bf16x3")
+        assert_right(front, case, op, name, torch.float32, next(kernels))
 
 
-@pytest.mark.parametrize(("dtype", "kernel"), PAIRS[2:])
+@pytest.mark.parametrize(("dtype", "kernel"), PAIRS)
 def test_every_shape_and_arithmetic(front: ModuleType, dtype: torch.dtype, kernel: str) -> None:
     """Variants take turns, and so do operands with few bits, which every arithmetic multiplies exactly."""
     first = PAIRS.index((dtype, kernel))
