@@ -7,7 +7,8 @@ one serves in turn, and the rule table is asked whether it did.
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -15,11 +16,12 @@ import pytest
 import torch
 from models import between
 from oracle import Node, Walk, assert_agrees, explain
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from captum_dtd import DeepTaylor, fused, kernels, native
 from captum_dtd.fused import FUSED
+from captum_dtd.layers import Call
 from captum_dtd.rules import Proportional, WinnerTakesAll, ZBeta, ZPlus
 
 LOW, HIGH = -1.5, 2.5
@@ -210,13 +212,30 @@ def test_forward_on_a_gpu_takes_tensor_units_where_torch_would_not(monkeypatch: 
 
 def test_kernels_are_those_of_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where GPUs of several kinds are in one machine, the current one may be another."""
-    entered: list[Any] = []
+    current = [0]
+
+    @contextmanager
+    def device(which: torch.device) -> Iterator[None]:
+        current.append(int(which.index))
+        yield
+        current.pop()
+
+    def kernel_there(*_: Any) -> str:
+        return f"of {current[-1]}"
+
+    monkeypatch.setattr(native, "loaded", {"cpu": None, "cuda": None})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(entered.append(device.index)))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(kernels, "choose", kernel_there)
+    monkeypatch.setattr(kernels, "available", lambda *_: [kernel_there()])
+    node = fx.Graph().call_function(torch.ops.aten.add.Tensor)
     with FakeTensorMode():
-        fused._on_device_of(torch.empty(1, device="cuda:1"))
-    fused._on_device_of(torch.empty(1))
-    assert entered == [1]
+        for where, index in (("cuda:1", 1), ("cuda:0", 0), ("cpu", 0)):
+            x = torch.empty(2, 3, device=where)
+            call = Call(node, (0, 1), lambda _, x=x: x, (x, x))
+            assert fused._choose("z_plus_add", call, (2, 3), "float32") == f"of {index}"
+            assert fused.serves_frozen(f"of {index}", node, x)
+    assert current == [0]
 
 
 @pytest.mark.parametrize(

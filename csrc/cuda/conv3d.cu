@@ -36,10 +36,10 @@ Arithmetic forward_arithmetic(const Kernel& kernel, Lift lift) {
 }
 
 std::vector<Kernel> kernels_of(Element element) {
-  const auto present = [](std::initializer_list<Kernel> all) {
+  const auto present = [warpgroups = warpgroups_serve()](std::initializer_list<Kernel> all) {
     std::vector<Kernel> found;
     for (const Kernel& kernel : all)
-      if (!kernel.warpgroups || warpgroups_serve()) found.push_back(kernel);
+      if (!kernel.warpgroups || warpgroups) found.push_back(kernel);
     return found;
   };
   switch (element) {
@@ -447,9 +447,7 @@ Gemm read_input(const Layer& layer, const Kernel& kernel, const Plan& plan, cons
   const Conv3d& conv = layer.conv;
   Gemm gemm{};
   gemm.in_time = tables.reads;
-  if (layer.lifts() && !plan.arranges) {
-    gemm.lifted = layer.u;
-  } else if (plan.arranges) {
+  if (plan.arranges) {
     const int64_t size[3] = {layer.times_of_x(), conv.in[1], conv.in[2]};
     const Pass& forward = plan.forward;
     void* arranged = workspace + plan.arranged;
@@ -458,7 +456,9 @@ Gemm read_input(const Layer& layer, const Kernel& kernel, const Plan& plan, cons
     else
       launch_arrange(arrangement(layer.u.x, layer.u.element, conv.c_in, conv.groups, forward.padded, arranged), conv.n, size,
                      forward.arithmetic, stream);
-    gemm.dense = dense_operand(workspace + plan.arranged, size, conv.groups, forward.tap_chunks() * kChunk);
+    gemm.dense = dense_operand(arranged, size, conv.groups, forward.tap_chunks() * kChunk);
+  } else if (layer.lifts()) {
+    gemm.lifted = layer.u;
   } else {
     const int bytes = operand_bytes(kernel.forward);
     const auto& stride = layer.u.x.stride;

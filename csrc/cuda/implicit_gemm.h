@@ -40,7 +40,7 @@ struct Dense {
   int64_t group_stride;
 };
 
-// An input as the caller gave it, lifted while it is read.
+// An input as the caller gave it, lifted when it is read.
 struct Lifted {
   Lift lift;
   Element element;
@@ -495,8 +495,8 @@ __device__ __forceinline__ float divide(float relevance, float z, float stabiliz
   return (z < 0 ? -z : z) < kSmallestNormal ? 0 : relevance / z;
 }
 
-// Four neighbouring columns at one position (grid coordinates), of which `count` exist: what their epilogue reads is asked for
-// when a quad is made, long before it is needed.
+// Four neighbouring columns at one position (grid coordinates), as far as there are so many. What their epilogue reads is asked
+// for at the beginning, long before it is needed.
 class Quad {
  public:
   __device__ __forceinline__ void begin(const Gemm& gemm, const Phase& phase, int4 at, int group, int column) {
