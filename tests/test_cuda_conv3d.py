@@ -32,7 +32,7 @@ TILES_OF = {
     "cuda/bf16": TILES,
     "cuda/tf32": TILES,
     "cuda/tf32x3": TILES[2:],
-    "wgmma/bf16": [(128, 256), (256, 128), (192, 128), (128, 64), (128, 16)],
+    "wgmma/bf16": [(128, 256), (256, 128), (192, 128), (128, 128), (128, 64), (128, 16)],
     "wgmma/bf16x3": [(256, 64), (128, 64), (128, 16)],
 }
 """Rows and columns of the blocks that a kernel comes in."""

@@ -14,7 +14,7 @@ namespace captum_dtd::cuda {
 // the device, but the order of sums, and so the last bits, depend on this.
 struct Tiling {
   // 64 x 64, 128 x 16; not for tf32x3, or where a lifted input is read: 128 x 128, 128 x 64. Of warpgroups: 128 x 64, 128 x 16;
-  // 256 x 64 for bf16x3, and for others 128 x 256, 256 x 128, 192 x 128
+  // 256 x 64 for bf16x3, and for others 128 x 256, 256 x 128, 192 x 128, 128 x 128
   int rows = 0, columns = 0;
   int splits = 0;  // parts of the depth, summed up in a fixed order afterwards
 };

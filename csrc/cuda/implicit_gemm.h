@@ -224,6 +224,7 @@ struct BlockTile {
 template <int kRows, int kColumns, int kWarpRows, int kWarpColumns>
 struct WarpTile : BlockTile<kRows, kColumns, kRows / kWarpRows*(kColumns / kWarpColumns) * 32, 4, 4, 2> {
   static constexpr bool kWarpgroups = false;
+  static constexpr int kAhead = WarpTile::kStages - 1;  // stages that are loaded before they are multiplied
   static constexpr int kWarpsAcross = kColumns / kWarpColumns;
   static constexpr int kRowBlocks = kWarpRows / 16, kColumnBlocks = kWarpColumns / 8;  // products of one warp
 
@@ -239,6 +240,10 @@ struct WarpTile : BlockTile<kRows, kColumns, kRows / kWarpRows*(kColumns / kWarp
 template <int kRows, int kColumns, int kGroupRows, int kStages, int kBlocks>
 struct GroupTile : BlockTile<kRows, kColumns, kRows / kGroupRows * 128, 8, kStages, kBlocks> {
   static constexpr bool kWarpgroups = true;
+  // Stages that a group still multiplies when it begins with the next: their places are not free yet. Where there are few
+  // places, another block keeps the tensor cores busy meanwhile.
+  static constexpr int kPending = kStages > 3 ? 1 : 0;
+  static constexpr int kAhead = kStages - 1 - kPending;
   static constexpr int kGroups = kRows / kGroupRows;
   static constexpr int kRowBlocks = kGroupRows / 64, kColumnBlocks = kColumns / 8;
 
@@ -772,8 +777,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) multiply_sweep(
   const int per_split = (phase.stages + gemm.splits - 1) / gemm.splits, before = static_cast<int>(blockIdx.y) * per_split;
   const int count = max(min(per_split, phase.stages - before), 0);
 
-  // Groups of warps still multiply the stage before while they begin with one: its place is not free yet.
-  constexpr int kAhead = Tile::kWarpgroups ? kStages - 2 : kStages - 1;
+  constexpr int kAhead = Tile::kAhead;
   using Load = Loader<Arithmetic, Tile>;
   Load loader;
   WeightLoader<Tile> weights;
@@ -812,11 +816,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) multiply_sweep(
     for (int stage = 0; stage < count; ++stage) {
       wait_copies<kAhead - 1>();
       show_to_tensor_cores();
-      __syncthreads();  // this stage is there, and the one before the last has been multiplied by all
+      __syncthreads();  // this stage is there, and the one whose place is loaded next has been multiplied by all
       multiply_by_group<Arithmetic, Tile>(current, further(left, slot(stage)), further(right, slot(stage)), stage % kPart == 0);
       fetch(stage + kAhead);
       if (!kInParts || ((stage + 1) % kPart != 0 && stage + 1 < count)) {
-        wait_products<1>();
+        wait_products<Tile::kPending>();
       } else {
         wait_products<0>();
         hold(partial);
