@@ -20,7 +20,7 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist workst
 
 KERNELS := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-slow test-oldest lint tune bench wheel check-wheel gpu-wheels gpu-check gpu-bench clean
+.PHONY: demo test test-slow test-oldest lint tune bench wheel check-wheel gpu-wheels gpu-check gpu-tune gpu-bench clean
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/captum-dtd explain "$(CLIP)" --model $(MODEL) --weights $(WEIGHTS) -o $(DEMO)
@@ -76,6 +76,10 @@ gpu-wheels: $(VENV)/.ready
 GPU_PYTHON ?= python3
 gpu-check:
 	$(GPU_PYTHON) benchmarks/gpu_check.py
+
+# Times every kernel on the GPU and rewrites its part of captum_dtd/kernel_table.json.
+gpu-tune:
+	PYTHONPATH=build/gpu-site:. $(GPU_PYTHON) benchmarks/tune.py --device cuda
 
 gpu-bench:
 	PYTHONPATH=build/gpu-site:. $(GPU_PYTHON) benchmarks/gpu_jobs.py --limit 150

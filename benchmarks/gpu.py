@@ -26,17 +26,22 @@ def about(device: torch.device) -> dict[str, Any]:
     """The machine, the device, the versions and the commit that a record belongs to."""
     found: dict[str, Any] = {"machine": machine(), "device": str(device)}
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found["gpu"] = {
-            "name": properties.name,
-            "capability": f"sm_{properties.major}{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "driver": _driver(),
-            "cuda": torch.version.cuda,
-            "cudnn": _cudnn.version(),
-        }
+        found["gpu"] = about_gpu(device)
     return found
+
+
+def about_gpu(device: torch.device) -> dict[str, Any]:
+    """The GPU, its driver, and the libraries that serve it."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"sm_{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": _cudnn.version(),
+    }
 
 
 def options(parser: argparse.ArgumentParser, limit: float, repetitions: int) -> None:

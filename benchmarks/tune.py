@@ -1,6 +1,7 @@
 """Time every kernel on every kind of layer and write the fastest into the committed table (`make tune`).
 
-    python benchmarks/tune.py                 # rewrites this machine's part of captum_dtd/kernel_table.json
+    python benchmarks/tune.py                 # rewrites this CPU's part of captum_dtd/kernel_table.json
+    python benchmarks/tune.py --device cuda   # the GPU's
 
 What other kinds of machine have measured stays. A table, not a timing at run time: the same model on the same kind of machine
 is always explained by the same kernels. Where two kernels are about equally fast the more precise one is entered.
@@ -11,16 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 import workloads
+from gpu import Timer, about_gpu
 from timing import ROOT, Protocol, interleaved, machine, protocol_of, timed_by
 from torch import Tensor
-from workloads import Addition, Convolution, Pooling
+from workloads import ONE_CLIP, Addition, Batch, Convolution, Pooling
 
 from captum_dtd import kernels, native
 from captum_dtd.kernels import ARITHMETICS, TRANSFORMED, Precision
@@ -31,7 +34,7 @@ PRECISIONS = get_args(Precision)
 
 ABOUT = {
     "what": "The fastest kernel by device, feature level, operation, precision and kind of shape; written by make tune.",
-    "how": "Single clips, channels last, least geometric mean of the times over a kind's layers; within 10 % the more precise.",
+    "how": "Single clips (on a GPU 16), channels last, least geometric mean over a kind's layers; within 10 % the more precise.",
     "feature levels": "The best of amx_bf16, avx512_fp16, avx512_bf16, avx512, avx2, generic; sm_<major><minor> of a GPU.",
     "kinds": {
         "pixels": "at most 4 input channels in a group",
@@ -63,23 +66,53 @@ def allowed(names: Iterable[str], precision: Precision) -> list[str]:
     return [name for name in names if name == "reference" or ARITHMETICS[name.partition("/")[2]] in finer]
 
 
+@dataclass(frozen=True)
+class Clock:
+    """Times contenders on a device: by a short ``look``, or as long as it takes to tell them apart (``race``).
+
+    Those that do not run are left out.
+    """
+
+    look: Callable[[Mapping[str, Callable[[], object]]], Times]
+    race: Callable[[Mapping[str, Callable[[], object]]], Times]
+
+
+def clock_of_cpu(protocol: Protocol) -> Clock:
+    """The clock on the wall. Of a look's two runs the first is a warm-up."""
+    tries = Protocol(2, 0, clock=protocol.clock)
+    return Clock(
+        lambda runs: {name: min(timing.samples) for name, timing in interleaved(runs, tries).items()},
+        lambda runs: {name: timing.median for name, timing in interleaved(runs, protocol).items()},
+    )
+
+
+def clock_of_gpu(device: torch.device, protocol: Protocol) -> Clock:
+    """The device's own: of replayed graphs, without Python and launches."""
+
+    def times(timer: Timer, kind: str, runs: Mapping[str, Callable[[], object]]) -> Times:
+        return {name: found[kind] / 1e3 for name, found in timer.times(runs).items() if kind in found}
+
+    return Clock(
+        partial(times, Timer(device, 2, 0.0), "least_ms"),
+        partial(times, Timer(device, max(protocol.repetitions, 2)), "median_ms"),
+    )
+
+
 def compared(
-    runs: Sequence[Callable[[str], object]], names: list[str], precisions: Sequence[Precision], protocol: Protocol
+    runs: Sequence[Callable[[str], object]], names: list[str], precisions: Sequence[Precision], clock: Clock
 ) -> list[Times]:
     """Seconds of every kernel on every layer of a kind, the smallest first, as long as some precision may yet choose it."""
     found = []
     for run in runs:
         run(names[0])  # draws the tensors
-        tries = interleaved({name: partial(run, name) for name in names}, Protocol(2, 0, clock=protocol.clock))
-        seconds = {name: min(timing.samples) for name, timing in tries.items()}  # the first is a warm-up
+        seconds = clock.look({name: partial(run, name) for name in names})
         hopeful: set[str] = set()
         for precision in precisions:
-            usable = allowed(names, precision)
+            usable = allowed(seconds, precision)
             best = min(seconds[name] for name in usable)
             hopeful.update(name for name in usable if seconds[name] <= max(_HOPELESS * best, _QUICK))
         names = [name for name in names if name in hopeful]
-        timings = interleaved({name: partial(run, name) for name in names}, protocol)
-        found.append({name: timing.median for name, timing in timings.items()})
+        found.append(clock.race({name: partial(run, name) for name in names}))
     return found
 
 
@@ -103,9 +136,10 @@ def by_kind(layers: Iterable[Convolution]) -> dict[str, list[Convolution]]:
     return kinds
 
 
-def tuned(protocol: Protocol, small: bool) -> Entries:
-    """Time everything on this machine; what is fastest."""
+def tuned(clock: Clock, batch: Batch, small: bool) -> Entries:
+    """Time everything on a device; what is fastest."""
     entries: Entries = {}
+    device = batch.device.type
     operations = {
         "z_plus_conv3d": (workloads.z_plus, workloads.CONVOLUTIONS + workloads.LINEAR_LAYERS),
         "z_beta_conv3d": (workloads.z_beta, workloads.PIXEL_LAYERS),
@@ -113,22 +147,32 @@ def tuned(protocol: Protocol, small: bool) -> Entries:
     }
     pools = [workloads.reduced_pooling(pool) for pool in workloads.POOLINGS] if small else workloads.POOLINGS
     sums = [workloads.reduced_addition(each) for each in workloads.ADDITIONS] if small else workloads.ADDITIONS
-    for dtype in (torch.float32, torch.bfloat16):
-        precisions = [precision for precision in PRECISIONS if workloads.dtype_of(precision) == dtype]
+    for dtype, precisions in precisions_by_type(device).items():
         for op, (operation, layers) in operations.items():
-            names = kernels.available(op, "cpu", dtype)
+            names = kernels.available(op, device, dtype)
             for kind, members in by_kind(layers).items():
                 usable = names if kind in TRANSFORMED else [name for name in names if not name.endswith("/winograd")]
                 chosen = [workloads.reduced(layer) for layer in members] if small else members
-                runs = [_convolution(operation, layer, dtype, op == "z_beta_conv3d") for layer in chosen]
-                _enter(entries, op, precisions, kind, compared(runs, usable, precisions, protocol))
+                runs = [_convolution(operation, layer, dtype, op == "z_beta_conv3d", batch) for layer in chosen]
+                _enter(entries, op, precisions, kind, compared(runs, usable, precisions, clock))
         for op, without_weights in (
-            ("max_pool3d_relevance", [_pooling(pool, dtype) for pool in reversed(pools)]),
-            ("z_plus_add", [_addition(each, dtype) for each in reversed(sums)]),
+            ("max_pool3d_relevance", [_pooling(pool, dtype, batch) for pool in reversed(pools)]),
+            ("z_plus_add", [_addition(each, dtype, batch) for each in reversed(sums)]),
         ):
-            names = kernels.available(op, "cpu", dtype)
-            _enter(entries, op, precisions, "any", compared(without_weights, names, precisions, protocol))
+            names = kernels.available(op, device, dtype)
+            _enter(entries, op, precisions, "any", compared(without_weights, names, precisions, clock))
     return entries
+
+
+def precisions_by_type(device: str) -> dict[torch.dtype, list[Precision]]:
+    """In which type of activations and weights precisions are measured.
+
+    A GPU explains networks of float32 in every precision; on a CPU "bfloat16" is about networks of bfloat16, too.
+    """
+    if device == "cuda":
+        return {torch.float32: list(PRECISIONS)}
+    types = (torch.float32, torch.bfloat16)
+    return {dtype: [each for each in PRECISIONS if workloads.dtype_of(each) == dtype] for dtype in types}
 
 
 def _convolution(
@@ -136,25 +180,26 @@ def _convolution(
     layer: Convolution,
     dtype: torch.dtype,
     pixels: bool,
+    batch: Batch,
 ) -> Callable[[str], Tensor]:
     """The layer as a function of the kernel; its tensors are drawn when it first runs, and gone once it is dropped."""
     drawn: list[workloads.Tensors] = []
 
     def run(kernel: str) -> Tensor:
         if not drawn:
-            drawn.append(workloads.draw(layer, dtype, pixels))
+            drawn.append(workloads.draw(layer, dtype, pixels, batch=batch))
         return operation(layer, drawn[0], kernel)
 
     return run
 
 
-def _pooling(layer: Pooling, dtype: torch.dtype) -> Callable[[str], Tensor]:
-    x, relevance = workloads.draw_pooling(layer, dtype)
+def _pooling(layer: Pooling, dtype: torch.dtype, batch: Batch) -> Callable[[str], Tensor]:
+    x, relevance = workloads.draw_pooling(layer, dtype, batch=batch)
     return partial(workloads.max_pool, layer, x, relevance)
 
 
-def _addition(layer: Addition, dtype: torch.dtype) -> Callable[[str], object]:
-    return partial(workloads.summands, *workloads.draw_addition(layer, dtype))
+def _addition(layer: Addition, dtype: torch.dtype, batch: Batch) -> Callable[[str], object]:
+    return partial(workloads.summands, *workloads.draw_addition(layer, dtype, batch=batch))
 
 
 def _enter(entries: Entries, op: str, precisions: Sequence[Precision], kind: str, times: Sequence[Times]) -> None:
@@ -165,13 +210,13 @@ def _enter(entries: Entries, op: str, precisions: Sequence[Precision], kind: str
         entries.setdefault(op, {}).setdefault(precision, {})[kind] = fastest(times, precision)
 
 
-def merged(table: dict[str, Any], level: str, entries: Entries, about: dict[str, Any]) -> dict[str, Any]:
-    """The table with one feature level's entries replaced; everything else as it was."""
-    by_level = {**table.get("kernels", {}).get("cpu", {}), level: entries}
+def merged(table: dict[str, Any], device: str, level: str, entries: Entries, about: dict[str, Any]) -> dict[str, Any]:
+    """The table with the entries of one feature level of a device replaced; everything else as it was."""
+    by_level = {**table.get("kernels", {}).get(device, {}), level: entries}
     return {
         "about": ABOUT,
         "measured on": {**table.get("measured on", {}), level: about},
-        "kernels": {**table.get("kernels", {}), "cpu": by_level},
+        "kernels": {**table.get("kernels", {}), device: by_level},
     }
 
 
@@ -179,19 +224,30 @@ def main(arguments: list[str] | None = None) -> None:
     """Tune this machine's feature level."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     timed_by(parser, Protocol(repetitions=5, seconds=0.3))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, default=TABLE, help="the table to rewrite")
     given = parser.parse_args(arguments)
-    if "cpu" not in native.loaded:
-        parser.error(f"there is nothing to choose from: the compiled kernels are not loaded ({native.missing['cpu']})")
+    if given.device not in native.loaded:
+        parser.error(
+            f"there is nothing to choose from: the compiled kernels are not loaded ({native.missing[given.device]})"
+        )
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device")
     protocol = protocol_of(given, parser)
     table = json.loads(given.out.read_text()) if given.out.exists() else {}
     about = machine()
-    measured_on = {key: about[key] for key in ("cpu", "threads", "date", "commit")} | {
-        "torch": about["versions"]["torch"]
-    }
+    measured_on = {key: about[key] for key in ("date", "commit")} | {"torch": about["versions"]["torch"]}
+    if given.device == "cuda":
+        batch = Batch(16, torch.device("cuda"))
+        clock = clock_of_gpu(batch.device, protocol)
+        measured_on = about_gpu(batch.device) | {"clips": batch.clips} | measured_on
+    else:
+        batch, clock = ONE_CLIP, clock_of_cpu(protocol)
+        measured_on = {key: about[key] for key in ("cpu", "threads")} | measured_on
     with torch.no_grad():
-        entries = tuned(protocol, given.small)
-    given.out.write_text(json.dumps(merged(table, about["feature_level"], entries, measured_on), indent=1) + "\n")
+        entries = tuned(clock, batch, given.small)
+    level = kernels.feature_level(given.device)
+    given.out.write_text(json.dumps(merged(table, given.device, level, entries, measured_on), indent=1) + "\n")
     print(f"written to {given.out}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -188,35 +189,52 @@ class Tensors:
         return replace(self, x=x, relevance=relevance)
 
 
-def draw(layer: Convolution, dtype: torch.dtype, pixels: bool = False, seed: int = 0) -> Tensors:
+@dataclass(frozen=True)
+class Batch:
+    """How many clips are given at once, and on which device."""
+
+    clips: int
+    device: torch.device
+
+    def generator(self, seed: int) -> torch.Generator:
+        """Of numbers on that device."""
+        return torch.Generator(self.device).manual_seed(seed)
+
+
+ONE_CLIP = Batch(1, torch.device("cpu"))
+
+
+def draw(
+    layer: Convolution, dtype: torch.dtype, pixels: bool = False, seed: int = 0, batch: Batch = ONE_CLIP
+) -> Tensors:
     """Tensors for a convolution: pixels in their box, or what a ReLU leaves; channels last, as both sides like it best."""
-    generator = torch.Generator().manual_seed(seed)
-    low, high = (torch.tensor(bound).view(1, 3, 1, 1, 1) for bound in (LOW, HIGH))
-    shape = (1, layer.c_in, *layer.size)
-    if pixels:
-        x = low + (high - low) * torch.rand(shape, generator=generator)
-    else:
-        x = torch.randn(shape, generator=generator).clamp(min=0)
-    weight = torch.randn(layer.c_out, layer.c_in, *layer.kernel, generator=generator)
-    weight /= math.sqrt(layer.c_in * math.prod(layer.kernel))
-    relevance = torch.rand(1, layer.c_out, *layer.output_size, generator=generator)
+    generator = batch.generator(seed)
+    random = partial(torch.rand, generator=generator, device=batch.device)
+    normal = partial(torch.randn, generator=generator, device=batch.device)
+    low, high = (torch.tensor(bound, device=batch.device).view(1, 3, 1, 1, 1) for bound in (LOW, HIGH))
+    shape = (batch.clips, layer.c_in, *layer.size)
+    x = low + (high - low) * random(shape) if pixels else normal(shape).clamp(min=0)
+    weight = normal(layer.c_out, layer.c_in, *layer.kernel) / math.sqrt(layer.c_in * math.prod(layer.kernel))
+    relevance = random(batch.clips, layer.c_out, *layer.output_size)
     return Tensors(_channels_last(x.to(dtype)), weight.to(dtype), _channels_last(relevance), low, high)
 
 
-def draw_pooling(layer: Pooling, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+def draw_pooling(layer: Pooling, dtype: torch.dtype, seed: int = 0, batch: Batch = ONE_CLIP) -> tuple[Tensor, Tensor]:
     """Input and relevance of a pooling: what a ReLU leaves, channels last."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, layer.channels, *layer.size, generator=generator).clamp(min=0)
-    relevance = torch.rand(1, layer.channels, *layer.output_size, generator=generator)
+    generator, shape = batch.generator(seed), (batch.clips, layer.channels)
+    x = torch.randn(*shape, *layer.size, generator=generator, device=batch.device).clamp(min=0)
+    relevance = torch.rand(*shape, *layer.output_size, generator=generator, device=batch.device)
     return _channels_last(x.to(dtype)), _channels_last(relevance)
 
 
-def draw_addition(layer: Addition, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def draw_addition(
+    layer: Addition, dtype: torch.dtype, seed: int = 0, batch: Batch = ONE_CLIP
+) -> tuple[Tensor, Tensor, Tensor]:
     """What a residual block made, of either sign, its shortcut, which follows a ReLU, and relevance; channels last."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (1, layer.channels, *layer.size)
-    made, shortcut = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator).clamp(min=0)
-    relevance = torch.rand(shape, generator=generator)
+    generator, shape = batch.generator(seed), (batch.clips, layer.channels, *layer.size)
+    made = torch.randn(shape, generator=generator, device=batch.device)
+    shortcut = torch.randn(shape, generator=generator, device=batch.device).clamp(min=0)
+    relevance = torch.rand(shape, generator=generator, device=batch.device)
     return _channels_last(made.to(dtype)), _channels_last(shortcut.to(dtype)), _channels_last(relevance)
 
 

@@ -116,7 +116,7 @@ def choose(op: str, device: str, dtype: torch.dtype, precision: Precision, shape
     """The kernel that serves an operation: the table's where it has an entry, else the first that the precision allows.
 
     The convolution on the way forward is torch's own where the table has no entry and neither Winograd's transforms serve nor a
-    GPU's tensor units, which torch does not give floats to. At pixels "mixed" is "float32".
+    GPU's tensor units. Those torch gives to halves, so there it always is, but not to floats. At pixels "mixed" is "float32".
 
     Args:
         op: its name, a key of `captum_dtd.ops.SCHEMAS`.
@@ -141,7 +141,8 @@ def _choose(
     names = available(op, device, dtype)
     op = op.removeprefix(FROZEN)
     entry = _table().get(device, {}).get(level, {}).get(op, {}).get(precision, {}).get(shape or "any")
-    if entry in names and dtype != torch.float64:
+    is_torchs = dtype == torch.float64 or (device == "cuda" and op == "conv3d" and dtype != torch.float32)
+    if entry in names and not is_torchs:
         return str(entry)
     allowed = _PRECISIONS[: _PRECISIONS.index(precision) + 1]
     usable = [name for name in names if name == "reference" or ARITHMETICS[name.split("/")[1]] in allowed]

@@ -418,16 +418,38 @@ def test_the_fastest_kernel_is_entered(precision: str, times: list[dict[str, flo
     assert script("tune").fastest(times, precision) == best
 
 
-def test_a_kernel_stays_in_the_race_while_a_precision_may_choose_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    tune, timing = script("tune"), script("timing")
+def test_a_kernel_stays_in_the_race_while_a_precision_may_choose_it() -> None:
+    tune = script("tune")
     seconds = {"avx512/ieee": 10.0, "avx512/bf16": 1.0, "generic/ieee": 90.0, "generic/bf16": 5.0}
 
-    def interleaved(runs: dict[str, Any], protocol: Any) -> dict[str, Any]:
-        return {name: timing.Timing((seconds[name],)) for name in runs}
+    def times(runs: dict[str, Any]) -> dict[str, float]:
+        return {name: seconds[name] for name in runs if name in seconds}
 
-    monkeypatch.setattr(tune, "interleaved", interleaved)
-    (times,) = tune.compared([lambda name: torch.empty(0)], list(seconds), ["ieee", "bfloat16"], timing.Protocol())
-    assert set(times) == {"avx512/ieee", "avx512/bf16"}
+    clock, names = tune.Clock(times, times), [*seconds, "generic/fails"]
+    (found,) = tune.compared([lambda name: torch.empty(0)], names, ["ieee", "bfloat16"], clock)
+    assert set(found) == {"avx512/ieee", "avx512/bf16"}
+
+
+def test_a_gpu_is_timed_by_its_own_clock() -> None:
+    """Here by that of a CPU, through the same code; what does not run is left out."""
+    tune, timing, device = script("tune"), script("timing"), torch.device("cpu")
+    clock = tune.clock_of_gpu(device, timing.Protocol(repetitions=2))
+
+    def fails() -> None:
+        raise RuntimeError("out of memory")
+
+    runs = {"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.02), "fails": fails}
+    for times in (clock.look(runs), clock.race(runs)):
+        assert set(times) == {"short", "long"} and 0.001 <= times["short"] < times["long"]
+    entries = tune.tuned(clock, script("workloads").Batch(2, device), small=True)
+    assert set(entries["z_plus_conv3d"]) == set(TOLERANCE)
+
+
+def test_the_table_keeps_what_other_devices_measured() -> None:
+    table = {"kernels": {"cpu": {"avx2": {"conv3d": {}}}}, "measured on": {"avx2": {"cpu": "some"}}}
+    merged = script("tune").merged(table, "cuda", "sm_90", {"z_plus_add": {}}, {"name": "a GPU"})
+    assert merged["kernels"] == {"cpu": {"avx2": {"conv3d": {}}}, "cuda": {"sm_90": {"z_plus_add": {}}}}
+    assert merged["measured on"] == {"avx2": {"cpu": "some"}, "sm_90": {"name": "a GPU"}}
 
 
 def convolutions_of(model: nn.Module) -> set[tuple[Any, ...]]:

@@ -119,3 +119,17 @@ def test_ieee_convolutions_are_torchs_own() -> None:
     """As there is none on tensor units."""
     for op in ("conv3d", "z_plus_conv3d", "z_beta_conv3d"):
         assert kernels._choose(op, "cuda", torch.float32, "ieee", "dense", "sm_90") == "reference"
+
+
+def test_the_table_decides_where_torch_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the convolution on the way forward it measured floats; halves torch gives to tensor units itself."""
+    kinds = {op: {"bfloat16": {"dense": "cuda/tf32"}} for op in ("conv3d", "z_plus_conv3d")}
+    monkeypatch.setattr(kernels, "_table", lambda: {"cuda": {"sm_90": kinds}})
+
+    def chosen(op: str, dtype: torch.dtype) -> str:
+        return kernels._choose.__wrapped__(op, "cuda", dtype, "bfloat16", "dense", "sm_90")
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert chosen("z_plus_conv3d", dtype) == "cuda/tf32"
+        assert chosen("conv3d", dtype) == ("cuda/tf32" if dtype == torch.float32 else "reference")
+    assert chosen("z_plus_conv3d", torch.float64) == "reference"

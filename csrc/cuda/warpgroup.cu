@@ -28,8 +28,7 @@ std::vector<Choice> choices_of_groups() {
   else
     return {dense<Arithmetic, 128, 256, 64, 4, 1>(1905), dense<Arithmetic, 256, 128, 64, 4, 1>(1892),
             dense<Arithmetic, 192, 128, 64, 5, 1>(1593), dense<Arithmetic, 128, 128, 64, 3, 2>(1550),
-            dense<Arithmetic, 128, 64, 64, 4, 2>(1364),
-            dense<Arithmetic, 128, 16, 64, 4, 2>(508)};
+            dense<Arithmetic, 128, 64, 64, 4, 2>(1364),  dense<Arithmetic, 128, 16, 64, 4, 2>(508)};
 }
 
 }  // namespace
