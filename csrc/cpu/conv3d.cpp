@@ -35,13 +35,14 @@ template <typename Sum>
 struct Divide {
   const Loops<Sum>& loops;
   View relevance, shares;
+  Element element;  // of the shares
   Sum stabilizer;
 
   void operator()(const Spot& spot, const Sums<Sum>& sums) const {
     const Block<const Sum> given = loaded(loops, relevance, element_of<Sum>(), spot, sums.room);
-    const Block<Sum> to = block_of(shares, element_of<Sum>(), spot, sums.room);
+    const Block<Sum> to = block_of(shares, element, spot, sums.room);
     loops.divide(spot.rows(), spot.columns(), sums.data, sums.pitch, stabilizer, given.data, given.pitch, to.data, to.pitch);
-    if (to.data == sums.room) store(loops, sums.room, to.pitch, shares, element_of<Sum>(), spot, false);
+    if (to.data == sums.room) store(loops, sums.room, to.pitch, shares, element, spot, false);
   }
 };
 
@@ -231,12 +232,16 @@ void run_plan(const Task& task, const Plan& plan, const Kernel& kernel, const Lo
   parallel(parallel_for, runner.items(), [&](int64_t begin, int64_t end) { runner.run(begin, end); });
 }
 
+template <typename Operand, typename Sum>
+bool runs_planar(const Sweep& sweep, int output_parts, const std::vector<Product>& products, const Engine<Operand, Sum>& engine) {
+  return planar_pays(sweep, output_parts, engine.tile->channels, engine.rate / static_cast<double>(products.size()));
+}
+
 template <typename Operand, typename Sum, typename Epilogue>
 void run_directly(const Task& task, const Engine<Operand, Sum>& engine, const Sum* start, const Epilogue& epilogue,
                   ParallelFor parallel_for) {
   const MicroKernel<Operand, Sum>& tile = *engine.tile;
-  const double rate = engine.rate / static_cast<double>(task.products.size());
-  if (planar_pays(task.sweep, task.output_parts, tile.channels, rate)) {
+  if (runs_planar(task.sweep, task.output_parts, task.products, engine)) {
     const int channels = planar_channels(task.sweep, task.output_parts, PlanarKernel<Sum>::kMaxChannels);
     const Tiling tiling{true, channels, 1, 1, sizeof(Sum)};
     const Plan plan = make_plan(task.sweep, task.input_parts, task.output_parts, ieee().forward, tiling);
@@ -406,6 +411,24 @@ Sweep by_table(Sweep sweep, const Conv3d& conv, const TimeSums& sums) {
   return sweep;
 }
 
+// Whether the adjoint reads nothing of s but its nearest bfloat16, however s is kept: where it adds several times up, or runs
+// planar, it reads all of it.
+template <typename Operand, typename Sum>
+bool reads_rounded_shares(const Conv3dRelevance& problem, const std::vector<InTime>& times, const Arithmetic& arithmetic,
+                          const Engine<Operand, Sum>& engine) {
+  if constexpr (!std::is_same_v<Operand, bfloat16>) return false;
+  const auto& products = arithmetic.adjoint;
+  const auto is_rounded = [](const Product& product) { return product.operand == Digit::High; };
+  const auto is_planar = [&](const Sweep& phase) { return runs_planar(phase, parts(problem.lift), products, engine); };
+  const auto adds_up = [](const InTime& example) {
+    const auto& frames = example.gives.frames;
+    return std::any_of(frames.begin(), frames.end(), [](const auto& frame) { return frame.size() > 1; });
+  };
+  const std::vector<Sweep> phases = adjoint_sweeps(problem.conv);
+  return std::all_of(products.begin(), products.end(), is_rounded) && std::none_of(phases.begin(), phases.end(), is_planar) &&
+         std::none_of(times.begin(), times.end(), adds_up);
+}
+
 template <typename Operand, typename Sum>
 void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engine, const Arithmetic& arithmetic,
                ParallelFor parallel_for) {
@@ -423,9 +446,13 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
   const Filter weights = filter(loops, problem.conv, problem.element, problem.weight, parallel_for);
   const int64_t* out = problem.conv.out;
   const int64_t positions = out[0] * out[1] * out[2], c_out = problem.conv.c_out;
-  const int64_t example_bytes = std::max<int64_t>(positions * c_out * static_cast<int64_t>(sizeof(Sum)), 1);
-  const bool stream = is_big(problem.conv.n * problem.conv.c_in, problem.conv.in, sum);
   const bool of_each = problem.reads.of_each_example || problem.gives.of_each_example;
+  std::vector<InTime> times(has_tables ? (of_each ? problem.conv.n : 1) : 0);
+  for (size_t n = 0; n < times.size(); ++n)
+    times[n] = in_time(problem.conv, problem.reads, problem.gives, static_cast<int64_t>(n));
+  const Element kept = !problem.divided && reads_rounded_shares(problem, times, arithmetic, engine) ? Element::BFloat16 : sum;
+  const int64_t example_bytes = std::max<int64_t>(positions * c_out * element_bytes(kept), 1);
+  const bool stream = is_big(problem.conv.n * problem.conv.c_in, problem.conv.in, sum);
   const int64_t together = of_each ? 1
                            : problem.divided
                                ? problem.conv.n
@@ -438,14 +465,14 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
     const Source x{skip_examples(problem.x, problem.element, n), problem.element, problem.lift,
                    skip_examples(problem.low, sum, n), skip_examples(problem.high, sum, n)};
     const View given = skip_examples(problem.relevance, sum, n);
-    const View channels_last{workspace.as<Sum>(), {positions * c_out, 1, out[1] * out[2] * c_out, out[2] * c_out, c_out}};
-    const Source shares{problem.divided ? given : channels_last, sum, Lift::None, {}, {}};
-    const InTime times = has_tables ? in_time(conv, problem.reads, problem.gives, n) : InTime{};
-    const int64_t* const stored = has_tables ? times.stored.data() : nullptr;
+    const View channels_last{workspace.as<void>(), {positions * c_out, 1, out[1] * out[2] * c_out, out[2] * c_out, c_out}};
+    const Source shares{problem.divided ? given : channels_last, kept, Lift::None, {}, {}};
+    const InTime* const here = has_tables ? &times[of_each ? n : 0] : nullptr;
+    const int64_t* const stored = has_tables ? here->stored.data() : nullptr;
 
     if (!problem.divided) {
-      const Divide<Sum> divide{loops, given, channels_last, static_cast<Sum>(problem.stabilizer)};
-      const Sweep all = has_tables ? by_table(forward_sweep(conv), conv, times.reads) : forward_sweep(conv);
+      const Divide<Sum> divide{loops, given, channels_last, kept, static_cast<Sum>(problem.stabilizer)};
+      const Sweep all = has_tables ? by_table(forward_sweep(conv), conv, here->reads) : forward_sweep(conv);
       const Task denominator{all, arithmetic.forward, parts(problem.lift), 1, x, weights, {false, true}, arithmetic.transformed};
       run_sweep(denominator, engine, problem.bias != nullptr ? bias.data() : nullptr, divide, parallel_for);
     }
@@ -455,7 +482,7 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
       share_nothing(conv, loops, x, skip_examples(problem.out, sum, n), stored, stream, parallel_for);
     for (const Sweep& phase : phases) {
       if (has_no_taps(phase)) continue;
-      const Sweep sweep = has_tables ? by_table(phase, conv, times.gives) : phase;
+      const Sweep sweep = has_tables ? by_table(phase, conv, here->gives) : phase;
       const Share<Sum> share{loops, sweep, x, skip_examples(problem.out, sum, n), stored, stream};
       const Task pull{sweep, arithmetic.adjoint, 1, parts(problem.lift), shares, weights, {true, true}, arithmetic.transformed};
       run_sweep(pull, engine, static_cast<const Sum*>(nullptr), share, parallel_for);

@@ -200,9 +200,7 @@ class SlabPacker {
   // `spot` is at the first of these times.
   void pack_run(const Run& run, const std::vector<int64_t>& times, Spot spot, Operand* to) {
     const int64_t pitch = spot.planar ? plan_.depth_pitch : plan_.position_pitch;
-    if constexpr (std::is_same_v<Operand, Sum>) {
-      if (source_.lift == Lift::None && times.size() == 1) return load(loops_, source_.x, source_.element, spot, to, pitch);
-    }
+    if (source_.lift == Lift::None && times.size() == 1 && pack_as_it_is(run.product.operand, spot, to, pitch)) return;
     load_lifted(loops_, source_, run.part, spot, lifted_, bound_, spot.columns());
     for (size_t i = 1; i < times.size(); ++i) {
       spot.t = times[i];
@@ -213,6 +211,27 @@ class SlabPacker {
       loops_.store(element_of<Sum>(), lifted_, spot.columns(), spot.rows(), spot.columns(), to, pitch, 1, false);
     } else {
       loops_.round(run.product.operand, spot.rows(), spot.columns(), lifted_, spot.columns(), to, pitch);
+    }
+  }
+
+  // What needs neither lifting nor adding: in one pass over memory, if it lies there as it must.
+  bool pack_as_it_is(Digit digit, const Spot& spot, Operand* to, int64_t pitch) const {
+    if constexpr (std::is_same_v<Operand, Sum>) {
+      load(loops_, source_.x, source_.element, spot, to, pitch);
+      return true;
+    } else {
+      const Place from = place(source_.x, source_.element, spot);
+      if (from.column_stride != 1) return false;
+      if (source_.element == element_of<Sum>()) {
+        const Sum* const numbers = reinterpret_cast<const Sum*>(from.data);
+        loops_.round(digit, spot.rows(), spot.columns(), numbers, from.row_stride, to, pitch);
+        return true;
+      }
+      if (source_.element != Element::BFloat16 || digit != Digit::High) return false;
+      const int64_t row_bytes = from.row_stride * static_cast<int64_t>(sizeof(Operand));
+      for (int64_t row = 0; row < spot.rows(); ++row)
+        std::memcpy(to + row * pitch, from.data + row * row_bytes, static_cast<size_t>(spot.columns()) * sizeof(Operand));
+      return true;
     }
   }
 
