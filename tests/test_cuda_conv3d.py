@@ -164,6 +164,36 @@ def test_tables_of_many_examples(front: ModuleType) -> None:
         assert_right(front, case, op, name, torch.float32, "cuda/tf32x3")
 
 
+def test_tables_of_many_patterns(front: ModuleType) -> None:
+    """Outputs that read by the same taps are multiplied together: more such groups than one launch takes, some of no tap."""
+    drawn = torch.randint(-1, 3, (3, 9, 4), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = tuple(tuple(map(tuple, row)) for row in drawn)
+    case = Frozen("many", (3, 4, 3, 3, 2), 5, (4, 1, 1), reads=rows, gives=rows, times=3)
+    for kernel in ("cuda/tf32x3", "wgmma/bf16x3"):
+        for op, name in (("frozen_z_plus_conv3d", "signed, bias, stabilizer"), ("frozen_conv3d", "bias")):
+            assert_right(front, case, op, name, torch.float32, kernel)
+
+
+def test_a_table_of_more_taps_than_are_told_apart(front: ModuleType) -> None:
+    row = tuple(tuple(-1 if tap % 5 == out else tap // 12 for tap in range(40)) for out in range(3))
+    case = Frozen("long", (2, 4, 4, 1, 2), 5, (40, 1, 1), reads=(row,), gives=(row,), times=4)
+    for op, name in (("frozen_z_plus_conv3d", "non-negative"), ("frozen_conv3d", "bias")):
+        assert_right(front, case, op, name, torch.float32, "cuda/tf32x3")
+
+
+@pytest.mark.parametrize("kernel", ["cuda/bf16", "wgmma/bf16"])
+def test_taps_that_read_one_frame_are_multiplied_once(front: ModuleType, kernel: str) -> None:
+    """Their weights are added before they are rounded: 1 + 2^-9 is no bfloat16, 2^-9 is one."""
+    x = torch.arange(1.0, 9.0).view(1, 8, 1, 1, 1)
+    weight = torch.tensor([1 + 2**-9, 5.0, -1.0]).view(1, 1, 3, 1, 1).repeat(8, 8, 1, 1, 1)
+    out = torch.full((1, 8, 2, 1, 1), torch.nan)
+    reads = np.array([[[0, -1, 0], [-1, 0, -1]]])
+    geometry = (1, 1, 1), (0, 0, 0), (1, 1, 1), 1
+    front.forward(array(x), array(weight), None, array(out), *geometry, kernel, (0, 0, 0), reads)
+    assert torch.equal(out[0, :, 0, 0, 0], torch.full((8,), 36 * 2.0**-9))
+    assert torch.equal(out[0, :, 1, 0, 0], torch.full((8,), 36 * 5.0))
+
+
 @pytest.mark.parametrize("splits", [1, 3, 9])
 @pytest.mark.parametrize(("kernel", "tile"), EVERY_TILE, ids=lambda value: str(value).replace(", ", "x"))
 def test_every_tile_and_split(front: ModuleType, kernel: str, tile: tuple[int, int], splits: int) -> None:

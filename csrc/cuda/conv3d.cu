@@ -159,8 +159,10 @@ struct Layer {
   int64_t frames() const { return in_time.used() ? in_time.frames : conv.out[0]; }
 };
 
-// All sweeps forward, or all of the adjoint, and what they share.
+// All sweeps forward, or all of the adjoint, and what they share. Where tables say what is read, there is one for each pattern,
+// over the pattern's slots in place of times.
 struct Pass {
+  Slots slots;
   std::vector<Sweep> sweeps;
   bool is_adjoint;
   Arithmetic arithmetic;
@@ -175,6 +177,10 @@ struct Pass {
   int64_t packed_columns() const { return ceil_div(columns, choice.tiling.columns) * choice.tiling.columns; }
   int64_t weight_chunks(const Sweep& s) const { return s.groups * stages(s) * packed_columns() * stage_chunks; }
   int64_t rows(const Sweep& s) const { return s.n * volume(s.grid); }
+  int64_t work(const Sweep& s) const { return rows(s) * stages(s); }
+  const Pattern* pattern(size_t sweep) const {
+    return slots.patterns.empty() ? nullptr : &slots.patterns[sweep % slots.patterns.size()];
+  }
 
   template <typename Number>
   int64_t sum(Number number) const {
@@ -189,12 +195,30 @@ struct Pass {
   }
 };
 
+std::vector<Sweep> of_each_pattern(const std::vector<Sweep>& sweeps, const Slots& slots) {
+  std::vector<Sweep> found;
+  for (const Sweep& sweep : sweeps)
+    for (const Pattern& pattern : slots.patterns) {
+      Sweep s = sweep;
+      s.n = slots.repeats;
+      s.grid[0] = pattern.slots;
+      s.taps[0] = slots.taps_of(pattern);
+      found.push_back(s);
+    }
+  return found;
+}
+
 // `width_multiple`: to which the epilogue pads its columns.
 Pass make_pass(const Layer& layer, bool is_adjoint, bool warpgroups, Arithmetic arithmetic, int64_t width_multiple,
                Tiling tiling) {
   Pass pass{};
   pass.is_adjoint = is_adjoint;
   pass.sweeps = is_adjoint ? adjoint_sweeps(layer.conv) : std::vector<Sweep>{forward_sweep(layer.conv)};
+  if (const TimeTables& tables = layer.in_time; tables.used()) {
+    pass.slots = is_adjoint ? slots_of(tables.gathers, tables.rows, tables.times, tables.taps, layer.conv.n)
+                            : slots_of(tables.reads, tables.rows, tables.outputs, tables.taps, layer.conv.n);
+    pass.sweeps = of_each_pattern(pass.sweeps, pass.slots);
+  }
   pass.arithmetic = arithmetic;
   pass.column_parts = is_adjoint ? parts(layer.u.lift) : 1;
   pass.depth_parts = is_adjoint ? 1 : parts(layer.u.lift);
@@ -214,7 +238,8 @@ Pass make_pass(const Layer& layer, bool is_adjoint, bool warpgroups, Arithmetic 
     if ((s.taps[1] - 1) * std::abs(s.step[1]) >= -kNowhere)
       throw std::invalid_argument("this convolution's windows are wider than its CUDA kernels can count");
   if (lifts) tiling.rows = tiling.columns = 0;  // there is but one tile
-  pass.choice = choose(all, pass.sum(&Pass::rows), pass.columns, any.groups, most_stages, tiling);
+  const int64_t rows = pass.sum(&Pass::rows), stages = ceil_div(pass.sum(&Pass::work), std::max<int64_t>(rows, 1));
+  pass.choice = choose(all, rows, pass.columns, any.groups, stages, tiling);
   return pass;
 }
 
@@ -260,7 +285,7 @@ Plan make_plan(const Layer& layer, const Kernel& kernel, bool with_adjoint, Tili
   if (with_adjoint) plan.s = reserve(conv.n * layer.frames() * plane_out * s_channels * operand_bytes(kernel.adjoint));
   if (layer.adds_quotients())
     plan.quotients = reserve(conv.n * conv.out[0] * plane_out * s_channels * static_cast<int64_t>(sizeof(float)));
-  if (layer.in_time.used()) plan.tables = reserve(layer.in_time.bytes());
+  plan.tables = reserve(layer.in_time.bytes() + forward.slots.bytes() + (with_adjoint ? plan.adjoint.slots.bytes() : 0));
   return plan;
 }
 
@@ -392,6 +417,12 @@ void launch_phases(const Layer& layer, const Pass& pass, size_t first, Gemm gemm
     copy(s.taps, packed_phase.taps);
     copy(s.first_tap, packed_phase.first_tap);
     copy(s.tap_skip, packed_phase.tap_skip);
+    if (const Pattern* pattern = pass.pattern(first + p)) {
+      phase.first_slot = pattern->first_slot;
+      phase.first_frame = pattern->first_frame;
+      packed_phase.adds_taps = pass.slots.taps == 0;
+      std::copy(pattern->taps.begin(), pattern->taps.end(), packed_phase.sets);
+    }
     phase.stages = packed_phase.stages = static_cast<int>(pass.stages(s));
     phase.rows = pass.rows(s);
     phase.first_row = rows;
@@ -442,11 +473,9 @@ Form form_of(Arithmetic arithmetic) {
 }
 
 // What the forward sweep reads: the lifted input, or x as a dense operand.
-Gemm read_input(const Layer& layer, const Kernel& kernel, const Plan& plan, const DeviceTables& tables, unsigned char* workspace,
-                void* stream) {
+Gemm read_input(const Layer& layer, const Kernel& kernel, const Plan& plan, unsigned char* workspace, void* stream) {
   const Conv3d& conv = layer.conv;
   Gemm gemm{};
-  gemm.in_time = tables.reads;
   if (plan.arranges) {
     const int64_t size[3] = {layer.times_of_x(), conv.in[1], conv.in[2]};
     const Pass& forward = plan.forward;
@@ -522,11 +551,12 @@ void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel,
   const Conv3d& conv = problem.conv;
   const View relevance = without_unit_axes(problem.relevance, conv.n, conv.out), out = input_of(conv, problem.out);
   const int64_t width = plan.forward.width, pixel = conv.groups * width;
-  const DeviceTables tables = write_tables(layer.in_time, memory + plan.tables, stream);
+  int16_t* tables = reinterpret_cast<int16_t*>(memory + plan.tables);
   const int64_t pulled[3] = {layer.frames(), conv.out[1], conv.out[2]};
 
   if (!problem.divided) {
-    Gemm forward = read_input(layer, named, plan, tables, memory, stream);
+    Gemm forward = read_input(layer, named, plan, memory, stream);
+    forward.slots = write_slots(plan.forward.slots, tables, stream);
     forward.epilogue = Epilogue::Divide;
     forward.divide = {relevance,
                       problem.bias,
@@ -543,17 +573,17 @@ void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel,
     Arrange arrange =
         arrangement(problem.divided ? relevance : quotients, Element::Float32, conv.c_out, conv.groups, width, memory + plan.s);
     if (!problem.divided) arrange.group_stride = width;
-    arrange.members = tables.members;
-    arrange.most = tables.most;
+    arrange.members = write_table(layer.in_time.members, layer.in_time.rows, tables, stream);
+    arrange.most = static_cast<int>(layer.in_time.most);
     launch_arrange(arrange, conv.n, pulled, named.adjoint, stream);
   }
 
   Gemm adjoint{};
-  adjoint.in_time = tables.gathers;
+  adjoint.slots = write_slots(plan.adjoint.slots, tables, stream);
   adjoint.dense = dense_operand(memory + plan.s, pulled, conv.groups, width * operand_bytes(named.adjoint));
   adjoint.partial = reinterpret_cast<float*>(memory + plan.partial);
   adjoint.epilogue = Epilogue::Share;
-  adjoint.share = {layer.u, out, tables.stored};
+  adjoint.share = {layer.u, out, write_table(layer.in_time.stored, layer.in_time.rows, tables, stream)};
   launch_pass(layer, plan.adjoint, adjoint, out, memory + plan.weights, stream);
 }
 
@@ -563,8 +593,9 @@ void conv3d_forward(const Conv3dForward& problem, const std::string& kernel, voi
   const Layer layer = layer_of(problem);
   const Plan plan = make_plan(layer, named, false, tiling);
   unsigned char* memory = static_cast<unsigned char*>(workspace);
-  const DeviceTables tables = write_tables(layer.in_time, memory + plan.tables, stream);
-  Gemm forward = read_input(layer, named, plan, tables, memory, stream);
+  int16_t* tables = reinterpret_cast<int16_t*>(memory + plan.tables);
+  Gemm forward = read_input(layer, named, plan, memory, stream);
+  forward.slots = write_slots(plan.forward.slots, tables, stream);
   forward.epilogue = Epilogue::Add;
   const View out = without_unit_axes(problem.out, problem.conv.n, problem.conv.out);
   forward.add = {problem.bias, problem.element, out};

@@ -26,11 +26,12 @@ constexpr int kMaxPhases = 8;  // of one launch
 
 struct Phase {
   int grid[3], base[3], step[3], taps[3], out_base[3];
-  int stages;          // of the whole depth
-  int64_t rows;        // all examples
-  int64_t first_row;   // rows of the phases before
-  int64_t first_tile;  // row tiles of the phases before
-  int64_t weights;     // offset of the phase's packed weights, in chunks
+  int stages;                       // of the whole depth
+  int64_t rows;                     // all examples
+  int64_t first_row;                // rows of the phases before
+  int64_t first_tile;               // row tiles of the phases before
+  int64_t weights;                  // offset of the phase's packed weights, in chunks
+  int64_t first_slot, first_frame;  // of a pattern (in_time.h), whose slots the grid has in place of times
 };
 
 // Channels-last operands, ready to be copied: one chunk never reaches beyond the channels of a group.
@@ -88,8 +89,8 @@ struct Gemm {
   int width;         // columns that the epilogue writes: a multiple of four, and for s padded to whole chunks
   int column_tiles;  // of one group
   int splits;
-  DeviceTable in_time;  // [grid time][tap]: the time that is read, or -1; none: as stride and padding say
-  Dense dense;          // what is read, unless it is lifted on the way
+  DeviceSlots slots;  // none: times are read and written as stride and padding say
+  Dense dense;        // what is read, unless it is lifted on the way
   Lifted lifted;
   const unsigned char* weights;  // packed: [phase][group][stage][column, padded to whole tiles][chunk]
   Epilogue epilogue;
@@ -307,8 +308,7 @@ struct Cursor {
 // The time that a row reads by a tap; -1 where there is none.
 __device__ __forceinline__ int time_read(const Gemm& gemm, const Phase& phase, int4 row, int tap) {
   if (row.x < 0 || tap >= phase.taps[0]) return -1;
-  const DeviceTable& table = gemm.in_time;
-  if (table.data != nullptr) return __ldg(table.row(row.x) + row.y * phase.taps[0] + tap);
+  if (gemm.slots.times != nullptr) return __ldg(gemm.slots.frames + phase.first_frame + row.y * phase.taps[0] + tap);
   const int t = row.y * gemm.stride[0] + phase.base[0] + tap * phase.step[0];
   return static_cast<unsigned>(t) < static_cast<unsigned>(gemm.in[0]) ? t : -1;
 }
@@ -505,8 +505,9 @@ __device__ __forceinline__ float divide(float relevance, float z, float stabiliz
 class Quad {
  public:
   __device__ __forceinline__ void begin(const Gemm& gemm, const Phase& phase, int4 at, int group, int column) {
-    place_ = {at.x, phase.out_base[0] + at.y * gemm.out_step[0], phase.out_base[1] + at.z * gemm.out_step[1],
-              phase.out_base[2] + at.w * gemm.out_step[2]};
+    const int16_t* const times = gemm.slots.times;
+    place_ = {at.x, times != nullptr ? __ldg(times + phase.first_slot + at.y) : phase.out_base[0] + at.y * gemm.out_step[0],
+              phase.out_base[1] + at.z * gemm.out_step[1], phase.out_base[2] + at.w * gemm.out_step[2]};
     group_ = group;
     column_ = column;
     if (gemm.epilogue == Epilogue::Divide) {
@@ -649,11 +650,12 @@ class Quad {
   float read_[4];  // relevance, or what the sums are multiplied by
 };
 
-// Example and grid position of a row of a phase, as (n, t, h, w); n is -1 beyond the last row.
-__device__ __forceinline__ int4 locate(const Phase& phase, int64_t row) {
+// Example and grid position of a row of a phase, as (n, t, h, w), of which t may be a slot; n is -1 beyond the last row.
+__device__ __forceinline__ int4 locate(const Gemm& gemm, const Phase& phase, int64_t row) {
   if (row >= phase.rows) return {-1, 0, 0, 0};
-  const int64_t w = row / phase.grid[2], h = w / phase.grid[1], t = h / phase.grid[0];
-  return {static_cast<int>(t), static_cast<int>(h - t * phase.grid[0]), static_cast<int>(w - h * phase.grid[1]),
+  const int64_t w = row / phase.grid[2], h = w / phase.grid[1], n = h / phase.grid[0], t = h - n * phase.grid[0];
+  const int first = gemm.slots.examples != nullptr ? __ldg(gemm.slots.examples + phase.first_slot + t) : 0;
+  return {first + static_cast<int>(n), static_cast<int>(t), static_cast<int>(w - h * phase.grid[1]),
           static_cast<int>(row - w * phase.grid[2])};
 }
 
@@ -770,7 +772,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) multiply_sweep(
   const Phase& phase = gemm.phase[p];
   const int64_t first_row = (tile - phase.first_tile) * Tile::kRows;
 
-  for (int i = threadIdx.x; i < Tile::kRows; i += Tile::kThreads) rows[i] = locate(phase, first_row + i);
+  for (int i = threadIdx.x; i < Tile::kRows; i += Tile::kThreads) rows[i] = locate(gemm, phase, first_row + i);
   __syncthreads();
 
   // This block's share of the stages is counted from 0.
@@ -908,7 +910,8 @@ static __global__ void __launch_bounds__(256, 1) add_splits(const __grid_constan
   while (p + 1 < gemm.phases && row >= gemm.phase[p + 1].first_row) ++p;
   const int column = static_cast<int>(index % quads) * 4;
   Quad quad;
-  quad.begin(gemm, gemm.phase[p], locate(gemm.phase[p], row - gemm.phase[p].first_row), column / gemm.width, column % gemm.width);
+  quad.begin(gemm, gemm.phase[p], locate(gemm, gemm.phase[p], row - gemm.phase[p].first_row), column / gemm.width,
+             column % gemm.width);
   float sums[4] = {};
   for (int split = 0; split < gemm.splits; ++split) {
     const float4 part = reinterpret_cast<const float4*>(gemm.partial)[split * all + index];

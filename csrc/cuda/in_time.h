@@ -36,7 +36,9 @@ struct TimeTables {
 namespace detail {
 
 inline int16_t number(int64_t time) {
-  if (time > INT16_MAX) throw std::invalid_argument("a layer of frozen clips has more times than its CUDA kernels can count");
+  if (time > INT16_MAX)
+    throw std::invalid_argument(
+        "a layer of frozen clips has more times, or examples to tell apart, than its CUDA kernels can count");
   return static_cast<int16_t>(time);
 }
 
@@ -105,6 +107,77 @@ TimeTables time_tables(const Windows& windows, const TimeTable& reads, const Tim
   return tables;
 }
 
+// How a pass goes through what a table says of its outputs, which are *slots*: those that read by the same taps follow each
+// other, of whatever example and time. Taps by which a slot reads one frame become one, whose weights are added up; those by
+// which it reads none are left out. What equal frames have in common so is multiplied once.
+struct Pattern {
+  static constexpr int64_t kMostTaps = 32;  // of filters whose taps are told apart; longer ones stay as they are
+
+  std::vector<uint32_t> taps;  // a set for each tap that is left
+  int64_t slots = 0;           // of one row of the table
+  int64_t first_slot = 0, first_frame = 0;
+};
+
+struct Slots {
+  int64_t repeats = 1;  // of all slots: for every example, where these share a row
+  int64_t taps = 0;     // of the filter, where they are not told apart
+  std::vector<Pattern> patterns;
+  std::vector<int16_t> examples, times;  // of each slot; of repeated ones the first example
+  std::vector<int16_t> frames;           // [slot][tap that is left]: what is read, or -1
+
+  int64_t taps_of(const Pattern& pattern) const { return taps > 0 ? taps : static_cast<int64_t>(pattern.taps.size()); }
+  int64_t bytes() const { return static_cast<int64_t>((examples.size() + times.size() + frames.size()) * sizeof(int16_t)); }
+};
+
+// Of a table [row][time][tap], for so many examples; the deepest first, so that no block is left alone with them in the end.
+inline Slots slots_of(const std::vector<int16_t>& table, int64_t rows, int64_t times, int64_t taps, int64_t examples) {
+  Slots found;
+  if (rows == 1) found.repeats = examples;
+  if (taps > Pattern::kMostTaps) found.taps = taps;
+  struct Slot {
+    int64_t row, time;
+    std::vector<int16_t> frames;
+  };
+  std::vector<std::pair<Pattern, std::vector<Slot>>> groups;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t time = 0; time < times; ++time) {
+      const int16_t* const read = table.data() + (row * times + time) * taps;
+      Slot slot{row, time, {}};
+      std::vector<uint32_t> sets;
+      if (found.taps > 0) {
+        slot.frames.assign(read, read + taps);
+      } else {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          if (read[tap] < 0) continue;
+          const size_t at = std::find(slot.frames.begin(), slot.frames.end(), read[tap]) - slot.frames.begin();
+          if (at == slot.frames.size()) {
+            slot.frames.push_back(read[tap]);
+            sets.push_back(0);
+          }
+          sets[at] |= uint32_t(1) << tap;
+        }
+      }
+      const auto same = [&](const auto& group) { return group.first.taps == sets; };
+      auto group = std::find_if(groups.begin(), groups.end(), same);
+      if (group == groups.end()) group = groups.insert(groups.end(), {Pattern{sets}, {}});
+      group->second.push_back(std::move(slot));
+    }
+  std::stable_sort(groups.begin(), groups.end(),
+                   [](const auto& a, const auto& b) { return a.first.taps.size() > b.first.taps.size(); });
+  for (auto& [pattern, slots] : groups) {
+    pattern.slots = static_cast<int64_t>(slots.size());
+    pattern.first_slot = static_cast<int64_t>(found.times.size());
+    pattern.first_frame = static_cast<int64_t>(found.frames.size());
+    for (const Slot& slot : slots) {
+      found.examples.push_back(detail::number(slot.row));
+      found.times.push_back(detail::number(slot.time));
+      found.frames.insert(found.frames.end(), slot.frames.begin(), slot.frames.end());
+    }
+    found.patterns.push_back(pattern);
+  }
+  return found;
+}
+
 // A table on the device; `of_example` is how far apart the rows of examples are, 0 where they share one.
 struct DeviceTable {
   const int16_t* data = nullptr;
@@ -130,23 +203,40 @@ static __global__ void __launch_bounds__(256, 1) write_numbers(const __grid_cons
   for (int i = threadIdx.x; i < numbers.count; i += blockDim.x) numbers.to[i] = numbers.values[i];
 }
 
-// Brings tables to so many bytes of memory on the device.
+// Brings numbers to a place on the device; null where there are none. The place moves on behind them.
+inline const int16_t* write(const std::vector<int16_t>& numbers, int16_t*& to, void* stream) {
+  const int64_t count = static_cast<int64_t>(numbers.size());
+  for (int64_t first = 0; first < count; first += Numbers::kMost) {
+    Numbers some{};
+    some.count = static_cast<int>(std::min<int64_t>(Numbers::kMost, count - first));
+    some.to = to + first;
+    std::copy_n(numbers.begin() + first, some.count, some.values);
+    launch("write_numbers", write_numbers, dim3(1), dim3(256), 0, stream, some);
+  }
+  return count > 0 ? std::exchange(to, to + count) : nullptr;
+}
+
+inline DeviceTable write_table(const std::vector<int16_t>& numbers, int64_t rows, int16_t*& to, void* stream) {
+  return {write(numbers, to, stream), rows > 1 ? static_cast<int64_t>(numbers.size()) / rows : 0};
+}
+
+// Brings tables to `bytes()` of memory on the device.
 inline DeviceTables write_tables(const TimeTables& tables, void* memory, void* stream) {
   if (!tables.used()) return {};
   int16_t* to = static_cast<int16_t*>(memory);
-  const auto write = [&](const std::vector<int16_t>& numbers) {
-    const int64_t count = static_cast<int64_t>(numbers.size());
-    for (int64_t first = 0; first < count; first += Numbers::kMost) {
-      Numbers some{};
-      some.count = static_cast<int>(std::min<int64_t>(Numbers::kMost, count - first));
-      some.to = to + first;
-      std::copy_n(numbers.begin() + first, some.count, some.values);
-      launch("write_numbers", write_numbers, dim3(1), dim3(256), 0, stream, some);
-    }
-    return DeviceTable{count > 0 ? std::exchange(to, to + count) : nullptr, tables.rows > 1 ? count / tables.rows : 0};
-  };
-  const DeviceTable reads = write(tables.reads), gathers = write(tables.gathers), stored = write(tables.stored);
-  return {reads, gathers, stored, write(tables.members), static_cast<int>(tables.most)};
+  const auto table = [&](const std::vector<int16_t>& numbers) { return write_table(numbers, tables.rows, to, stream); };
+  const DeviceTable reads = table(tables.reads), gathers = table(tables.gathers), stored = table(tables.stored);
+  return {reads, gathers, stored, table(tables.members), static_cast<int>(tables.most)};
+}
+
+struct DeviceSlots {
+  const int16_t *examples = nullptr, *times = nullptr, *frames = nullptr;
+};
+
+inline DeviceSlots write_slots(const Slots& slots, int16_t*& to, void* stream) {
+  const int16_t* const examples = write(slots.examples, to, stream);
+  const int16_t* const times = write(slots.times, to, stream);
+  return {examples, times, write(slots.frames, to, stream)};
 }
 
 }  // namespace captum_dtd::cuda

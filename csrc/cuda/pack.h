@@ -10,6 +10,8 @@ namespace captum_dtd::cuda {
 
 struct PackedPhase {
   int taps[3], first_tap[3], tap_skip[3];
+  bool adds_taps;  // along T, those of each set
+  uint32_t sets[Pattern::kMostTaps];
   int stages;
   int64_t first_chunk;  // chunks of the phases before
 };
@@ -58,11 +60,10 @@ __global__ void __launch_bounds__(256, 1) pack_weights(const __grid_constant__ W
                                                           : channels % weights.tap_chunks);
   const int depth = tap * weights.tap_chunks + tap_chunk, first_channel = tap_chunk / kHalves * kElements;
   const int w = tap % phase.taps[2], h = tap / phase.taps[2] % phase.taps[1], t = tap / phase.taps[2] / phase.taps[1];
-  const int64_t filter_at =
-      (int64_t(phase.first_tap[0] + t * phase.tap_skip[0]) * weights.filter[1] + phase.first_tap[1] + h * phase.tap_skip[1]) *
-          weights.filter[2] +
-      phase.first_tap[2] + w * phase.tap_skip[2];
-  const int64_t start = group * weights.group_stride + column / weights.column_parts * weights.column_stride + filter_at;
+  const int64_t plane = int64_t(weights.filter[1]) * weights.filter[2];
+  const int64_t start = group * weights.group_stride + column / weights.column_parts * weights.column_stride +
+                        int64_t(phase.first_tap[1] + h * phase.tap_skip[1]) * weights.filter[2] + phase.first_tap[2] +
+                        w * phase.tap_skip[2];
   union {
     Operand operands[kElements];
     uint4 chunk;
@@ -73,9 +74,16 @@ __global__ void __launch_bounds__(256, 1) pack_weights(const __grid_constant__ W
     const int channel = depth_channel / weights.depth_parts;
     const int part = column % weights.column_parts + depth_channel % weights.depth_parts;
     float value = 0;
+    const auto add = [&](int of_filter) {
+      const float one = load_element(weights.data, start + channel * weights.depth_stride + of_filter * plane, weights.element);
+      value += !weights.clips ? one : part == 0 ? positive(one) : negative(one);
+    };
     if (tap < taps && channel < weights.channels_in && column < weights.columns) {
-      value = load_element(weights.data, start + channel * weights.depth_stride, weights.element);
-      if (weights.clips) value = part == 0 ? positive(value) : negative(value);
+      if (!phase.adds_taps)
+        add(phase.first_tap[0] + t * phase.tap_skip[0]);
+      else
+        for (int i = 0; i < weights.filter[0]; ++i)
+          if (phase.sets[t] >> i & 1) add(i);
     }
     operands[e] = half_of<Operand>(value, tap_chunk % kHalves);
   }
