@@ -70,7 +70,7 @@ def allowed(names: Iterable[str], precision: Precision) -> list[str]:
 class Clock:
     """Times contenders on a device: by a short ``look``, or as long as it takes to tell them apart (``race``).
 
-    Those that do not run are left out.
+    Some may be left out.
     """
 
     look: Callable[[Mapping[str, Callable[[], object]]], Times]
@@ -87,10 +87,14 @@ def clock_of_cpu(protocol: Protocol) -> Clock:
 
 
 def clock_of_gpu(device: torch.device, protocol: Protocol) -> Clock:
-    """The device's own: of replayed graphs, without Python and launches."""
+    """The device's own: of replayed graphs, without Python and launches. It tells which contenders fail, and leaves them out."""
 
     def times(timer: Timer, kind: str, runs: Mapping[str, Callable[[], object]]) -> Times:
-        return {name: found[kind] / 1e3 for name, found in timer.times(runs).items() if kind in found}
+        found = timer.times(runs)
+        for name, each in found.items():
+            if "failed" in each:
+                print(f"{name} failed: {each['failed']}", flush=True)
+        return {name: each[kind] / 1e3 for name, each in found.items() if kind in each}
 
     return Clock(
         partial(times, Timer(device, 2, 0.0), "least_ms"),
@@ -109,19 +113,19 @@ def compared(
         hopeful: set[str] = set()
         for precision in precisions:
             usable = allowed(seconds, precision)
-            best = min(seconds[name] for name in usable)
+            best = min((seconds[name] for name in usable), default=math.inf)
             hopeful.update(name for name in usable if seconds[name] <= max(_HOPELESS * best, _QUICK))
         names = [name for name in names if name in hopeful]
         found.append(clock.race({name: partial(run, name) for name in names}))
     return found
 
 
-def fastest(times: Sequence[Times], precision: Precision) -> str:
-    """The kernel of the least geometric mean that a precision allows; of those about equal the most precise."""
+def fastest(times: Sequence[Times], precision: Precision) -> str | None:
+    """The kernel of the least geometric mean that a precision allows, if one ran; of those about equal the most precise."""
     common = [name for name in allowed(times[0], precision) if all(name in each for each in times)]
     means = {name: math.exp(sum(math.log(each[name]) for each in times) / len(times)) for name in common}
     equal = [name for name in common if means[name] <= _ABOUT_EQUAL * min(means.values())]
-    return min(equal, key=_roughness)
+    return min(equal, key=_roughness, default=None)
 
 
 def _roughness(name: str) -> int:
@@ -207,7 +211,8 @@ def _enter(entries: Entries, op: str, precisions: Sequence[Precision], kind: str
     seen = ", ".join(f"{name} {1e3 * seconds[name]:.1f} ms" for name in sorted(seconds, key=lambda name: seconds[name]))
     print(f"{op:21} {kind:9} {seen}", flush=True)
     for precision in precisions:
-        entries.setdefault(op, {}).setdefault(precision, {})[kind] = fastest(times, precision)
+        if chosen := fastest(times, precision):
+            entries.setdefault(op, {}).setdefault(precision, {})[kind] = chosen
 
 
 def merged(table: dict[str, Any], device: str, level: str, entries: Entries, about: dict[str, Any]) -> dict[str, Any]:
@@ -233,6 +238,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device")
+    if given.device == "cuda" and given.clock == "cpu":
+        parser.error("--clock cpu is about a CPU: a GPU is timed by its own clock")
     protocol = protocol_of(given, parser)
     table = json.loads(given.out.read_text()) if given.out.exists() else {}
     about = machine()

@@ -411,9 +411,10 @@ def test_tuning_needs_compiled_kernels(monkeypatch: pytest.MonkeyPatch, capsys: 
         ("bfloat16", [{"avx512/bf16": 1.0, "avx512/mixed": 1.04, "generic/ieee": 9.0}], "avx512/mixed"),
         ("bfloat16", [{"avx512/ieee": 1.0, "amx/bf16": 3.0}, {"avx512/ieee": 2.0, "amx/bf16": 0.2}], "amx/bf16"),
         ("mixed", [{"avx512/ieee": 1.0, "generic/ieee": 0.5}, {"avx512/ieee": 1.0}], "avx512/ieee"),
+        ("ieee", [{"cuda/tf32": 1.0}], None),
     ],
 )
-def test_the_fastest_kernel_is_entered(precision: str, times: list[dict[str, float]], best: str) -> None:
+def test_the_fastest_kernel_is_entered(precision: str, times: list[dict[str, float]], best: str | None) -> None:
     """By the geometric mean over the layers it was timed on; of about equal ones the most precise; never a hopeless one."""
     assert script("tune").fastest(times, precision) == best
 
@@ -430,8 +431,8 @@ def test_a_kernel_stays_in_the_race_while_a_precision_may_choose_it() -> None:
     assert set(found) == {"avx512/ieee", "avx512/bf16"}
 
 
-def test_a_gpu_is_timed_by_its_own_clock() -> None:
-    """Here by that of a CPU, through the same code; what does not run is left out."""
+def test_a_gpu_is_timed_by_its_own_clock(capsys: pytest.CaptureFixture[str]) -> None:
+    """Here by that of a CPU, through the same code; what does not run is told and left out."""
     tune, timing, device = script("tune"), script("timing"), torch.device("cpu")
     clock = tune.clock_of_gpu(device, timing.Protocol(repetitions=2))
 
@@ -441,6 +442,7 @@ def test_a_gpu_is_timed_by_its_own_clock() -> None:
     runs = {"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.02), "fails": fails}
     for times in (clock.look(runs), clock.race(runs)):
         assert set(times) == {"short", "long"} and 0.001 <= times["short"] < times["long"]
+    assert capsys.readouterr().out.count("fails failed: RuntimeError: out of memory") == 2
     entries = tune.tuned(clock, script("workloads").Batch(2, device), small=True)
     assert set(entries["z_plus_conv3d"]) == set(TOLERANCE)
 

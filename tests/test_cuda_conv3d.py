@@ -181,16 +181,24 @@ def test_a_table_of_more_taps_than_are_told_apart(front: ModuleType) -> None:
         assert_right(front, case, op, name, torch.float32, "cuda/tf32x3")
 
 
-@pytest.mark.parametrize("kernel", ["cuda/bf16", "wgmma/bf16"])
-def test_taps_that_read_one_frame_are_multiplied_once(front: ModuleType, kernel: str) -> None:
-    """Their weights are added before they are rounded: 1 + 2^-9 is no bfloat16, 2^-9 is one."""
-    x = torch.arange(1.0, 9.0).view(1, 8, 1, 1, 1)
-    weight = torch.tensor([1 + 2**-9, 5.0, -1.0]).view(1, 1, 3, 1, 1).repeat(8, 8, 1, 1, 1)
-    out = torch.full((1, 8, 2, 1, 1), torch.nan)
+@pytest.mark.parametrize(
+    ("kernel", "weight", "expected"),
+    [
+        # Rounded to 1 and -1, as in the layer of a whole clip: what both round alike cancels where they are subtracted.
+        ("cuda/bf16", (1 + 2**-9, 5.0, -1.0), 0.0),
+        ("wgmma/bf16", (1 + 2**-9, 5.0, -1.0), 0.0),
+        # Two halves keep all of the sum, and the second summand, but of the first not the last bit.
+        ("wgmma/bf16x3", (1 + 2**-9 + 2**-18, 5.0, -1 - 2**-9), 2**-18),
+    ],
+)
+def test_taps_that_read_one_frame(front: ModuleType, kernel: str, weight: tuple[float, ...], expected: float) -> None:
+    """In the float32 grade they are multiplied once: their weights are added, and rounded then."""
+    x, out = torch.arange(1.0, 9.0).view(1, 8, 1, 1, 1), torch.full((1, 8, 2, 1, 1), torch.nan)
+    weights = torch.tensor(weight).view(1, 1, 3, 1, 1).repeat(8, 8, 1, 1, 1)
     reads = np.array([[[0, -1, 0], [-1, 0, -1]]])
     geometry = (1, 1, 1), (0, 0, 0), (1, 1, 1), 1
-    front.forward(array(x), array(weight), None, array(out), *geometry, kernel, (0, 0, 0), reads)
-    assert torch.equal(out[0, :, 0, 0, 0], torch.full((8,), 36 * 2.0**-9))
+    front.forward(array(x), array(weights), None, array(out), *geometry, kernel, (0, 0, 0), reads)
+    assert torch.equal(out[0, :, 0, 0, 0], torch.full((8,), 36 * expected))
     assert torch.equal(out[0, :, 1, 0, 0], torch.full((8,), 36 * 5.0))
 
 

@@ -108,19 +108,26 @@ constexpr int64_t kMultiprocessors = 132;
 
 // About how many clocks a sweep takes: blocks come in waves, each of which multiplies its stages, and begins and ends; splits
 // are written, read and added up.
-double clocks(const Choice& c, int64_t rows, int64_t columns, int64_t groups, int64_t stages, int splits) {
+double clocks(const Choice& c, const std::vector<int64_t>& rows_of_phases, int64_t columns, int64_t groups, int64_t stages,
+              int splits) {
   constexpr double kBytesPerClock = 16;  // of a multiprocessor
   const double area = double(c.tiling.rows) * c.tiling.columns;
-  const int64_t blocks = ceil_div(rows, c.tiling.rows) * ceil_div(columns, c.tiling.columns) * groups * splits;
+  int64_t rows = 0, tiles = 0;
+  for (int64_t of_phase : rows_of_phases) {
+    rows += of_phase;
+    tiles += ceil_div(of_phase, c.tiling.rows);
+  }
+  const int64_t blocks = tiles * ceil_div(columns, c.tiling.columns) * groups * splits;
   const int64_t waves = ceil_div(blocks, kMultiprocessors * c.blocks), of_split = ceil_div(stages, splits);
   const double of_block = of_split * area * c.stage_chunks * kChunk / c.rate + 2000 + area / 4;
   const double bytes_of_splits = splits > 1 ? 2.0 * sizeof(float) * splits * rows * columns * groups : 0;
   return waves * c.blocks * of_block + bytes_of_splits / kMultiprocessors / kBytesPerClock + (splits > 1 ? 4000 : 0);
 }
 
-// The tile and the splits of the depth that should take least. It depends on the shape alone, so that results are the same on
-// every device that has the kernel.
-Choice choose(const std::vector<Choice>& all, int64_t rows, int64_t columns, int64_t groups, int64_t stages, Tiling forced) {
+// The tile and the splits of the depth that should take least. It depends on shapes and tables alone, so that results are the
+// same on every device that has the kernel.
+Choice choose(const std::vector<Choice>& all, const std::vector<int64_t>& rows, int64_t columns, int64_t groups, int64_t stages,
+              Tiling forced) {
   constexpr int kMostSplits = 8;
   Choice best{};
   double least = 0;
@@ -189,6 +196,17 @@ struct Pass {
     return total;
   }
 
+  // Of one launch.
+  int64_t most_weight_chunks() const {
+    int64_t most = 0;
+    for (size_t first = 0; first < sweeps.size(); first += kMaxPhases) {
+      int64_t chunks = 0;
+      for (size_t i = first; i < std::min<size_t>(first + kMaxPhases, sweeps.size()); ++i) chunks += weight_chunks(sweeps[i]);
+      most = std::max(most, chunks);
+    }
+    return most;
+  }
+
   int64_t partial_bytes() const {
     const int64_t splits = choice.tiling.splits;
     return splits == 1 ? 0 : splits * sum(&Pass::rows) * sweeps.front().groups * width * static_cast<int64_t>(sizeof(float));
@@ -215,8 +233,9 @@ Pass make_pass(const Layer& layer, bool is_adjoint, bool warpgroups, Arithmetic 
   pass.is_adjoint = is_adjoint;
   pass.sweeps = is_adjoint ? adjoint_sweeps(layer.conv) : std::vector<Sweep>{forward_sweep(layer.conv)};
   if (const TimeTables& tables = layer.in_time; tables.used()) {
-    pass.slots = is_adjoint ? slots_of(tables.gathers, tables.rows, tables.times, tables.taps, layer.conv.n)
-                            : slots_of(tables.reads, tables.rows, tables.outputs, tables.taps, layer.conv.n);
+    const bool merged = arithmetic == Arithmetic::BFloat16x3 || arithmetic == Arithmetic::Tf32x3;
+    pass.slots = is_adjoint ? slots_of(tables.gathers, tables.rows, tables.times, tables.taps, layer.conv.n, merged)
+                            : slots_of(tables.reads, tables.rows, tables.outputs, tables.taps, layer.conv.n, merged);
     pass.sweeps = of_each_pattern(pass.sweeps, pass.slots);
   }
   pass.arithmetic = arithmetic;
@@ -238,7 +257,9 @@ Pass make_pass(const Layer& layer, bool is_adjoint, bool warpgroups, Arithmetic 
     if ((s.taps[1] - 1) * std::abs(s.step[1]) >= -kNowhere)
       throw std::invalid_argument("this convolution's windows are wider than its CUDA kernels can count");
   if (lifts) tiling.rows = tiling.columns = 0;  // there is but one tile
-  const int64_t rows = pass.sum(&Pass::rows), stages = ceil_div(pass.sum(&Pass::work), std::max<int64_t>(rows, 1));
+  std::vector<int64_t> rows;
+  for (const Sweep& s : pass.sweeps) rows.push_back(pass.rows(s));
+  const int64_t stages = ceil_div(pass.sum(&Pass::work), std::max<int64_t>(pass.sum(&Pass::rows), 1));
   pass.choice = choose(all, rows, pass.columns, any.groups, stages, tiling);
   return pass;
 }
@@ -276,7 +297,7 @@ Plan make_plan(const Layer& layer, const Kernel& kernel, bool with_adjoint, Tili
   };
   const Pass& forward = plan.forward;
   const Pass& widest = with_adjoint ? plan.adjoint : forward;
-  plan.weights = reserve(std::max(forward.sum(&Pass::weight_chunks), widest.sum(&Pass::weight_chunks)) * kChunk);
+  plan.weights = reserve(std::max(forward.most_weight_chunks(), widest.most_weight_chunks()) * kChunk);
   plan.partial = reserve(std::max(forward.partial_bytes(), widest.partial_bytes()));
   const int64_t plane_in = conv.in[1] * conv.in[2], plane_out = conv.out[1] * conv.out[2];
   if (plan.arranges)
@@ -285,7 +306,9 @@ Plan make_plan(const Layer& layer, const Kernel& kernel, bool with_adjoint, Tili
   if (with_adjoint) plan.s = reserve(conv.n * layer.frames() * plane_out * s_channels * operand_bytes(kernel.adjoint));
   if (layer.adds_quotients())
     plan.quotients = reserve(conv.n * conv.out[0] * plane_out * s_channels * static_cast<int64_t>(sizeof(float)));
-  plan.tables = reserve(layer.in_time.bytes() + forward.slots.bytes() + (with_adjoint ? plan.adjoint.slots.bytes() : 0));
+  const int64_t more_numbers = static_cast<int64_t>(layer.in_time.stored.size() + layer.in_time.members.size());
+  plan.tables =
+      reserve(forward.slots.bytes() + plan.adjoint.slots.bytes() + more_numbers * static_cast<int64_t>(sizeof(int16_t)));
   return plan;
 }
 
@@ -551,12 +574,16 @@ void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel,
   const Conv3d& conv = problem.conv;
   const View relevance = without_unit_axes(problem.relevance, conv.n, conv.out), out = input_of(conv, problem.out);
   const int64_t width = plan.forward.width, pixel = conv.groups * width;
-  int16_t* tables = reinterpret_cast<int16_t*>(memory + plan.tables);
+  TableWriter tables(memory + plan.tables);
+  const DeviceSlots reads = add_slots(plan.forward.slots, tables), gathers = add_slots(plan.adjoint.slots, tables);
+  const DeviceTable stored = tables.add(layer.in_time.stored, layer.in_time.rows);
+  const DeviceTable members = tables.add(layer.in_time.members, layer.in_time.rows);
+  tables.write(stream);
   const int64_t pulled[3] = {layer.frames(), conv.out[1], conv.out[2]};
 
   if (!problem.divided) {
     Gemm forward = read_input(layer, named, plan, memory, stream);
-    forward.slots = write_slots(plan.forward.slots, tables, stream);
+    forward.slots = reads;
     forward.epilogue = Epilogue::Divide;
     forward.divide = {relevance,
                       problem.bias,
@@ -573,17 +600,17 @@ void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel,
     Arrange arrange =
         arrangement(problem.divided ? relevance : quotients, Element::Float32, conv.c_out, conv.groups, width, memory + plan.s);
     if (!problem.divided) arrange.group_stride = width;
-    arrange.members = write_table(layer.in_time.members, layer.in_time.rows, tables, stream);
+    arrange.members = members;
     arrange.most = static_cast<int>(layer.in_time.most);
     launch_arrange(arrange, conv.n, pulled, named.adjoint, stream);
   }
 
   Gemm adjoint{};
-  adjoint.slots = write_slots(plan.adjoint.slots, tables, stream);
+  adjoint.slots = gathers;
   adjoint.dense = dense_operand(memory + plan.s, pulled, conv.groups, width * operand_bytes(named.adjoint));
   adjoint.partial = reinterpret_cast<float*>(memory + plan.partial);
   adjoint.epilogue = Epilogue::Share;
-  adjoint.share = {layer.u, out, write_table(layer.in_time.stored, layer.in_time.rows, tables, stream)};
+  adjoint.share = {layer.u, out, stored};
   launch_pass(layer, plan.adjoint, adjoint, out, memory + plan.weights, stream);
 }
 
@@ -593,9 +620,10 @@ void conv3d_forward(const Conv3dForward& problem, const std::string& kernel, voi
   const Layer layer = layer_of(problem);
   const Plan plan = make_plan(layer, named, false, tiling);
   unsigned char* memory = static_cast<unsigned char*>(workspace);
-  int16_t* tables = reinterpret_cast<int16_t*>(memory + plan.tables);
+  TableWriter tables(memory + plan.tables);
   Gemm forward = read_input(layer, named, plan, memory, stream);
-  forward.slots = write_slots(plan.forward.slots, tables, stream);
+  forward.slots = add_slots(plan.forward.slots, tables);
+  tables.write(stream);
   forward.epilogue = Epilogue::Add;
   const View out = without_unit_axes(problem.out, problem.conv.n, problem.conv.out);
   forward.add = {problem.bias, problem.element, out};

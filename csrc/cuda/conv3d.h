@@ -10,7 +10,7 @@
 
 namespace captum_dtd::cuda {
 
-// How a sweep is cut into blocks of positions, columns and depth. Zero: chosen from the shape. Results do not depend on
+// How a sweep is cut into blocks of positions, columns and depth. Zero: chosen from shapes and tables. Results do not depend on
 // the device, but the order of sums, and so the last bits, depend on this.
 struct Tiling {
   // 64 x 64, 128 x 16; not for tf32x3, or where a lifted input is read: 128 x 128, 128 x 64. Of warpgroups: 128 x 64, 128 x 16;

@@ -787,17 +787,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) multiply_sweep(
   weights.start(gemm, phase, group, column_tile, before);
   constexpr int kStageChunks = Tile::kStageChunks;
   const int chunk = Tile::chunk_offset(threadIdx.x / kStageChunks, place_in_stage<Arithmetic>(threadIdx.x % kStageChunks));
-  const auto slot = [](int stage) { return stage % kStages * Tile::kStageBytes; };
+  const auto place = [](int stage) { return stage % kStages * Tile::kStageBytes; };
   const auto fetch = [&](int stage) {
     if (stage < count) {
-      unsigned char* first = stages + slot(stage) + chunk;
+      unsigned char* first = stages + place(stage) + chunk;
       loader.fetch(gemm, phase, first);
       weights.fetch(gemm, first + Tile::kLeftBytes);
     }
     commit_copies();
   };
   const auto store = [&](int stage) {
-    if (Load::kThroughRegisters && stage < count) loader.store(gemm, stages + slot(stage));
+    if (Load::kThroughRegisters && stage < count) loader.store(gemm, stages + place(stage));
   };
   for (int stage = 0; stage < kAhead; ++stage) {
     fetch(stage);
@@ -819,7 +819,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) multiply_sweep(
       wait_copies<kAhead - 1>();
       show_to_tensor_cores();
       __syncthreads();  // this stage is there, and the one whose place is loaded next has been multiplied by all
-      multiply_by_group<Arithmetic, Tile>(current, further(left, slot(stage)), further(right, slot(stage)), stage % kPart == 0);
+      multiply_by_group<Arithmetic, Tile>(current, further(left, place(stage)), further(right, place(stage)), stage % kPart == 0);
       fetch(stage + kAhead);
       if (!kInParts || ((stage + 1) % kPart != 0 && stage + 1 < count)) {
         wait_products<Tile::kPending>();
@@ -838,7 +838,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) multiply_sweep(
       wait_copies<kAhead - 1>();
       __syncthreads();  // this stage is there, and the one before it has been read by all
       fetch(stage + kAhead);
-      const unsigned char* now = stages + slot(stage);
+      const unsigned char* now = stages + place(stage);
       if constexpr (kSame<Arithmetic, Tf32x3>) {
         Sums<Tile> partial = {};
         multiply_by_warp<Arithmetic, Tile>(partial, now, now + Tile::kLeftBytes);

@@ -108,13 +108,14 @@ TimeTables time_tables(const Windows& windows, const TimeTable& reads, const Tim
 }
 
 // How a pass goes through what a table says of its outputs, which are *slots*: those that read by the same taps follow each
-// other, of whatever example and time. Taps by which a slot reads one frame become one, whose weights are added up; those by
-// which it reads none are left out. What equal frames have in common so is multiplied once.
+// other, of whatever example and time; taps by which a slot reads nothing are left out. Where taps are `merged`, those by which a
+// slot reads one frame become one, whose weights are added up: what equal frames have in common is multiplied once. Where weights
+// are rounded coarsely they had better not be: errors that a clip and its frozen frames share would no longer cancel.
 struct Pattern {
   static constexpr int64_t kMostTaps = 32;  // of filters whose taps are told apart; longer ones stay as they are
 
-  std::vector<uint32_t> taps;  // a set for each tap that is left
-  int64_t slots = 0;           // of one row of the table
+  std::vector<uint32_t> taps;  // a set of the filter's for each that is left
+  int64_t slots = 0;
   int64_t first_slot = 0, first_frame = 0;
 };
 
@@ -130,7 +131,8 @@ struct Slots {
 };
 
 // Of a table [row][time][tap], for so many examples; the deepest first, so that no block is left alone with them in the end.
-inline Slots slots_of(const std::vector<int16_t>& table, int64_t rows, int64_t times, int64_t taps, int64_t examples) {
+inline Slots slots_of(const std::vector<int16_t>& table, int64_t rows, int64_t times, int64_t taps, int64_t examples,
+                      bool merged) {
   Slots found;
   if (rows == 1) found.repeats = examples;
   if (taps > Pattern::kMostTaps) found.taps = taps;
@@ -149,7 +151,8 @@ inline Slots slots_of(const std::vector<int16_t>& table, int64_t rows, int64_t t
       } else {
         for (int64_t tap = 0; tap < taps; ++tap) {
           if (read[tap] < 0) continue;
-          const size_t at = std::find(slot.frames.begin(), slot.frames.end(), read[tap]) - slot.frames.begin();
+          const auto known = merged ? std::find(slot.frames.begin(), slot.frames.end(), read[tap]) : slot.frames.end();
+          const size_t at = known - slot.frames.begin();
           if (at == slot.frames.size()) {
             slot.frames.push_back(read[tap]);
             sets.push_back(0);
@@ -203,40 +206,54 @@ static __global__ void __launch_bounds__(256, 1) write_numbers(const __grid_cons
   for (int i = threadIdx.x; i < numbers.count; i += blockDim.x) numbers.to[i] = numbers.values[i];
 }
 
-// Brings numbers to a place on the device; null where there are none. The place moves on behind them.
-inline const int16_t* write(const std::vector<int16_t>& numbers, int16_t*& to, void* stream) {
-  const int64_t count = static_cast<int64_t>(numbers.size());
-  for (int64_t first = 0; first < count; first += Numbers::kMost) {
-    Numbers some{};
-    some.count = static_cast<int>(std::min<int64_t>(Numbers::kMost, count - first));
-    some.to = to + first;
-    std::copy_n(numbers.begin() + first, some.count, some.values);
-    launch("write_numbers", write_numbers, dim3(1), dim3(256), 0, stream, some);
-  }
-  return count > 0 ? std::exchange(to, to + count) : nullptr;
-}
+// Tables that go to the device together.
+class TableWriter {
+ public:
+  explicit TableWriter(void* memory) : to_(static_cast<int16_t*>(memory)) {}
 
-inline DeviceTable write_table(const std::vector<int16_t>& numbers, int64_t rows, int16_t*& to, void* stream) {
-  return {write(numbers, to, stream), rows > 1 ? static_cast<int64_t>(numbers.size()) / rows : 0};
-}
+  // Where these numbers will be; null where there are none.
+  const int16_t* add(const std::vector<int16_t>& numbers) {
+    const int16_t* const place = numbers.empty() ? nullptr : to_ + numbers_.size();
+    numbers_.insert(numbers_.end(), numbers.begin(), numbers.end());
+    return place;
+  }
+
+  DeviceTable add(const std::vector<int16_t>& numbers, int64_t rows) {
+    return {add(numbers), rows > 1 ? static_cast<int64_t>(numbers.size()) / rows : 0};
+  }
+
+  void write(void* stream) const {
+    const int64_t count = static_cast<int64_t>(numbers_.size());
+    for (int64_t first = 0; first < count; first += Numbers::kMost) {
+      Numbers some{};
+      some.count = static_cast<int>(std::min<int64_t>(Numbers::kMost, count - first));
+      some.to = to_ + first;
+      std::copy_n(numbers_.begin() + first, some.count, some.values);
+      launch("write_numbers", write_numbers, dim3(1), dim3(256), 0, stream, some);
+    }
+  }
+
+ private:
+  int16_t* to_;
+  std::vector<int16_t> numbers_;
+};
 
 // Brings tables to `bytes()` of memory on the device.
 inline DeviceTables write_tables(const TimeTables& tables, void* memory, void* stream) {
-  if (!tables.used()) return {};
-  int16_t* to = static_cast<int16_t*>(memory);
-  const auto table = [&](const std::vector<int16_t>& numbers) { return write_table(numbers, tables.rows, to, stream); };
-  const DeviceTable reads = table(tables.reads), gathers = table(tables.gathers), stored = table(tables.stored);
-  return {reads, gathers, stored, table(tables.members), static_cast<int>(tables.most)};
+  TableWriter writer(memory);
+  const DeviceTable reads = writer.add(tables.reads, tables.rows), gathers = writer.add(tables.gathers, tables.rows);
+  const DeviceTable stored = writer.add(tables.stored, tables.rows), members = writer.add(tables.members, tables.rows);
+  writer.write(stream);
+  return {reads, gathers, stored, members, static_cast<int>(tables.most)};
 }
 
 struct DeviceSlots {
   const int16_t *examples = nullptr, *times = nullptr, *frames = nullptr;
 };
 
-inline DeviceSlots write_slots(const Slots& slots, int16_t*& to, void* stream) {
-  const int16_t* const examples = write(slots.examples, to, stream);
-  const int16_t* const times = write(slots.times, to, stream);
-  return {examples, times, write(slots.frames, to, stream)};
+inline DeviceSlots add_slots(const Slots& slots, TableWriter& writer) {
+  const int16_t *const examples = writer.add(slots.examples), *const times = writer.add(slots.times);
+  return {examples, times, writer.add(slots.frames)};
 }
 
 }  // namespace captum_dtd::cuda
