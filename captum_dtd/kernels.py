@@ -141,8 +141,8 @@ def _choose(
     names = available(op, device, dtype)
     op = op.removeprefix(FROZEN)
     entry = _table().get(device, {}).get(level, {}).get(op, {}).get(precision, {}).get(shape or "any")
-    is_torchs = dtype == torch.float64 or (device == "cuda" and op == "conv3d" and dtype != torch.float32)
-    if entry in names and not is_torchs:
+    unmeasured = dtype == torch.float64 or (device == "cuda" and op == "conv3d" and dtype != torch.float32)
+    if entry in names and not unmeasured:
         return str(entry)
     allowed = _PRECISIONS[: _PRECISIONS.index(precision) + 1]
     usable = [name for name in names if name == "reference" or ARITHMETICS[name.split("/")[1]] in allowed]

@@ -172,6 +172,31 @@ def test_instruction_set_is_tested(instructions: str) -> None:
         pytest.skip(f"this processor lacks {instructions}, or no compiler built kernels for it: here they are not run")
 
 
+def bfloat16_kernels(op: str) -> list[str]:
+    return [name for name in kernels.available(op, "cpu", torch.float32) if name.endswith("/bf16")]
+
+
+def test_what_several_outputs_pass_to_one_time_is_added_before_it_is_rounded(cpu_kernels: Any) -> None:
+    """Quotients 1 + 2^-9 and -1: neither sum nor second one needs rounding, but the first would be rounded to 1."""
+    x = torch.zeros(1, 32, 1, 1, 1)
+    x[:, 0] = 1
+    relevance = torch.tensor([1 + 2**-9, -1.0]).view(1, 1, 2, 1, 1)
+    for kernel in bfloat16_kernels("frozen_z_plus_conv3d"):
+        shared = ops.frozen_z_plus_conv3d(
+            x, torch.ones(1, 32, 1, 1, 1), relevance, [[[0], [0]]], [[[0], [0]]], 1, non_negative=True, kernel=kernel
+        )
+        assert torch.equal(shared, x * 2**-9), kernel
+
+
+def test_what_is_multiplied_by_planes_is_not_rounded(cpu_kernels: Any) -> None:
+    """An adjoint to a single channel is, in every arithmetic: of 1 + 2^-9 a bfloat16 would be 1."""
+    x = torch.ones(1, 1, 1, 16, 16)
+    relevance = torch.full_like(x, 1 + 2**-9)
+    for kernel in bfloat16_kernels("z_plus_conv3d"):
+        shared = ops.z_plus_conv3d(x, torch.ones(1, 1, 1, 1, 1), relevance, non_negative=True, kernel=kernel)
+        assert torch.equal(shared, relevance), kernel
+
+
 @pytest.mark.parametrize(("op", "case"), EVERY)
 def test_agrees_with_the_oracle(op: str, case: Case, device: str) -> None:
     failures = []
