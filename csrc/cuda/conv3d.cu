@@ -543,12 +543,6 @@ Layer layer_of(const Conv3dForward& p) {
   return {p.conv, p.weight, u, false, false, time_tables(p.conv, p.reads, {})};
 }
 
-template <typename Problem>
-size_t workspace_bytes(const Problem& problem, const std::string& kernel, bool with_adjoint, Tiling tiling) {
-  const Kernel named = kernel_named(kernel, problem.element);
-  return problem.conv.n == 0 ? 0 : make_plan(layer_of(problem), named, with_adjoint, tiling).bytes;
-}
-
 }  // namespace
 
 std::vector<std::string> conv3d_kernels(Element element) {
@@ -557,20 +551,13 @@ std::vector<std::string> conv3d_kernels(Element element) {
   return names;
 }
 
-size_t conv3d_workspace(const Conv3dRelevance& problem, const std::string& kernel, Tiling tiling) {
-  return workspace_bytes(problem, kernel, true, tiling);
-}
-
-size_t conv3d_workspace(const Conv3dForward& problem, const std::string& kernel, Tiling tiling) {
-  return workspace_bytes(problem, kernel, false, tiling);
-}
-
-void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel, void* workspace, void* stream, Tiling tiling) {
+void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel, const Allocate& allocate, void* stream,
+                      Tiling tiling) {
   const Kernel named = kernel_named(kernel, problem.element);
   if (problem.conv.n == 0) return;
   const Layer layer = layer_of(problem);
   const Plan plan = make_plan(layer, named, true, tiling);
-  unsigned char* memory = static_cast<unsigned char*>(workspace);
+  unsigned char* memory = static_cast<unsigned char*>(allocate(static_cast<size_t>(plan.bytes)));
   const Conv3d& conv = problem.conv;
   const View relevance = without_unit_axes(problem.relevance, conv.n, conv.out), out = input_of(conv, problem.out);
   const int64_t width = plan.forward.width, pixel = conv.groups * width;
@@ -614,12 +601,13 @@ void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel,
   launch_pass(layer, plan.adjoint, adjoint, out, memory + plan.weights, stream);
 }
 
-void conv3d_forward(const Conv3dForward& problem, const std::string& kernel, void* workspace, void* stream, Tiling tiling) {
+void conv3d_forward(const Conv3dForward& problem, const std::string& kernel, const Allocate& allocate, void* stream,
+                    Tiling tiling) {
   const Kernel named = kernel_named(kernel, problem.element);
   if (problem.conv.n == 0) return;
   const Layer layer = layer_of(problem);
   const Plan plan = make_plan(layer, named, false, tiling);
-  unsigned char* memory = static_cast<unsigned char*>(workspace);
+  unsigned char* memory = static_cast<unsigned char*>(allocate(static_cast<size_t>(plan.bytes)));
   TableWriter tables(memory + plan.tables);
   Gemm forward = read_input(layer, named, plan, memory, stream);
   forward.slots = add_slots(plan.forward.slots, tables);

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -30,14 +31,14 @@ struct Tiling {
 // They need compute capability 8.0, those of warpgroups 9.0 (on others they are not listed).
 std::vector<std::string> conv3d_kernels(Element element);
 
-// Bytes of device memory, aligned to 256, that a kernel needs beside its tensors.
-size_t conv3d_workspace(const Conv3dRelevance& problem, const std::string& kernel, Tiling tiling = {});
-size_t conv3d_workspace(const Conv3dForward& problem, const std::string& kernel, Tiling tiling = {});
+// Gives so many bytes of device memory, aligned to 256, that stay until the stream is done with what is launched now.
+using Allocate = std::function<void*(size_t)>;
 
-// Run a kernel by its name, which must be one of conv3d_kernels(problem.element), on `stream` (a cudaStream_t). Nothing is
-// allocated and nothing waited for; a launch that fails throws std::runtime_error.
-void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel, void* workspace, void* stream,
+// Run a kernel by its name, which must be one of conv3d_kernels(problem.element), on `stream` (a cudaStream_t). Memory beside
+// the tensors is asked for once at most, and nothing waited for; a launch that fails throws std::runtime_error.
+void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel, const Allocate& allocate, void* stream,
                       Tiling tiling = {});
-void conv3d_forward(const Conv3dForward& problem, const std::string& kernel, void* workspace, void* stream, Tiling tiling = {});
+void conv3d_forward(const Conv3dForward& problem, const std::string& kernel, const Allocate& allocate, void* stream,
+                    Tiling tiling = {});
 
 }  // namespace captum_dtd::cuda

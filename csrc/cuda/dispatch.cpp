@@ -23,6 +23,11 @@ Tensor scratch(const Tensor& x, int64_t bytes) {
   return torch::stable::empty(Numbers{bytes}, ScalarType::Byte, std::nullopt, x.device());
 }
 
+// Scratch memory whose size is found out on the way; it stays as long as `memory` does.
+cuda::Allocate scratch_in(std::optional<Tensor>& memory, const Tensor& x) {
+  return [&](size_t bytes) { return memory.emplace(scratch(x, static_cast<int64_t>(bytes))).mutable_data_ptr(); };
+}
+
 struct Cuda {
   struct Guard {
     explicit Guard(const Tensor& x) : guard(x.get_device_index()) {}
@@ -39,12 +44,12 @@ struct Cuda {
   static Tensor result_like(const Tensor& x, ScalarType type, const Numbers& shape) { return empty_like_x(x, type, shape); }
 
   static void run(const Conv3dRelevance& problem, const std::string& kernel, const Tensor& x) {
-    const Tensor workspace = scratch(x, static_cast<int64_t>(cuda::conv3d_workspace(problem, kernel)));
-    cuda::conv3d_relevance(problem, kernel, workspace.mutable_data_ptr(), current_stream(x));
+    std::optional<Tensor> memory;
+    cuda::conv3d_relevance(problem, kernel, scratch_in(memory, x), current_stream(x));
   }
   static void run(const Conv3dForward& problem, const std::string& kernel, const Tensor& x) {
-    const Tensor workspace = scratch(x, static_cast<int64_t>(cuda::conv3d_workspace(problem, kernel)));
-    cuda::conv3d_forward(problem, kernel, workspace.mutable_data_ptr(), current_stream(x));
+    std::optional<Tensor> memory;
+    cuda::conv3d_forward(problem, kernel, scratch_in(memory, x), current_stream(x));
   }
   static void run(const MaxPool3dRelevance& problem, const std::string&, const Tensor& x) {
     const Tensor workspace = scratch(x, cuda::max_pool3d_workspace(problem));

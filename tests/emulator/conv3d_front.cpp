@@ -44,16 +44,18 @@ Conv3d conv_of(const py::array& x, const py::array& weight, const py::array& out
   return conv;
 }
 
-// A workspace of exactly the size that is asked for, full of NaN patterns.
+// Runs with a workspace of exactly the size that is asked for, full of NaN patterns.
 template <typename Problem, typename Run>
 void with_workspace(const Problem& problem, const std::string& kernel, Triple tiling, Run run) {
   const Tiling tiles{static_cast<int>(tiling[0]), static_cast<int>(tiling[1]), static_cast<int>(tiling[2])};
-  const size_t bytes = conv3d_workspace(problem, kernel, tiles);
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 256, bytes) != 0) throw std::bad_alloc();
-  const std::unique_ptr<void, decltype(&std::free)> workspace(memory, std::free);
-  std::memset(memory, emulator::kPoison, bytes);
-  run(problem, kernel, memory, nullptr, tiles);
+  std::unique_ptr<void, decltype(&std::free)> workspace(nullptr, std::free);
+  const auto allocate = [&](size_t bytes) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 256, bytes) != 0) throw std::bad_alloc();
+    workspace.reset(memory);
+    return std::memset(memory, emulator::kPoison, bytes);
+  };
+  run(problem, kernel, allocate, nullptr, tiles);
 }
 
 void relevance(py::array x, py::array weight, py::object bias, py::array relevance, py::object low, py::object high,
