@@ -11,8 +11,9 @@ read it, forward as backward::
     z[out]     = sum over j of  A_j(u[class that out reads by tap j])
     R_in[slot] = u[slot] * sum over j of  adjoint(A_j)(sum of R / z over the outputs that read the slot by tap j)
 
-One operation does it where there is a kernel (`captum_dtd.ops.frozen_z_plus_conv3d`), for any other rule or device each tap is
-one. Where nothing is saved, because nearly all times differ, the convolution runs as it is.
+One operation does it where there is a kernel (`captum_dtd.ops.frozen_z_plus_conv3d`), also for convolutions of each time by
+itself, of which z is then taken once for slots of equal times and nothing has to be moved. For any other rule or device each tap
+is one. Where no two times are equal, or by taps next to nothing would be saved, the convolution runs as it is.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from captum_dtd.ops import Table, memory_format
 from captum_dtd.propagate import Activations, Box, Network, Step, ValueOf, Values
 from captum_dtd.reference import accumulator
 from captum_dtd.rules import Group, Rule, ZBeta, ZPlus
-from captum_dtd.times import InTime, Times, Window, in_time
+from captum_dtd.times import InTime, Times, in_time
 
 Wanted: TypeAlias = Literal["all", "classes"] | Sequence[tuple[int, ...]]
 """At which times of the input relevance is wanted: at all; summed over all (every value keeps a sum per class of equal
@@ -72,6 +73,11 @@ class Slots:
     def is_single(self) -> bool:
         """Whether no slot stands for more than one time."""
         return all(len(set(row) - {-1}) == sum(slot >= 0 for slot in row) for row in self.of_time)
+
+    @property
+    def is_every_time(self) -> bool:
+        """Whether every time has the slot of its own number."""
+        return Route.of(self.of_time, self.count).is_identity
 
     def route(self, times: Sequence[Sequence[int]]) -> Route:
         """For times that were read, in one row or a row for each clip, the slots where they are kept."""
@@ -298,7 +304,7 @@ class _Plan:
         """The same by slot and tap, for operations that read and give by tables."""
         if node not in self._tables:
             from_classes, to_slots = self.routes(node, source)
-            taps = self._window(node).taps
+            taps = self._taps_along_time(node)
             self._tables[node] = from_classes.table(taps), to_slots.table(taps)
         return self._tables[node]
 
@@ -306,15 +312,14 @@ class _Plan:
         """For every tap where a convolution's slots give to."""
         if node not in self._taps:
             _, to_slots = self.routes(node, source)
-            count = self._window(node).taps
+            count = self._taps_along_time(node)
             rows = ([row[tap::count] for row in to_slots.rows] for tap in range(count))
             self._taps[node] = [Route.of(each, to_slots.size) for each in rows]
         return self._taps[node]
 
-    def _window(self, node: fx.Node) -> Window:
+    def _taps_along_time(self, node: fx.Node) -> int:
         window = self._in_time[node].window
-        assert window is not None
-        return window
+        return 1 if window is None else window.taps
 
 
 class FrozenNetwork:
@@ -421,15 +426,16 @@ class FrozenNetwork:
     def _convolve(self, node: fx.Node, values: Values) -> Tensor:
         """A convolution at the first time of every class: of equal times once where that is less, else at all times."""
         along = self._convolutions[node]
-        if along.products >= _WORTH_IT * along.multiplications:
-            whole = Route.of([along.read.classes], along.read.distinct).gather(values[along.source], 2)
-            output = self.network.compute(node, lambda n: whole if n is along.source else values[n])
-            return Route.of([along.made.first], along.made.length).gather(output, 2)  # type: ignore[no-any-return]
-
+        if along.all_differ:
+            return self.network.compute(node, values.__getitem__)  # type: ignore[no-any-return]
         whole_layer = along.layer(values, (0,))
         kernel = self.network.forward_kernel(whole_layer)
         if fused.serves_frozen(kernel, node, values[along.source]):
             return fused.forward(whole_layer, kernel, self._route(node, along.source).table(along.window.taps))
+        if along.products >= _WORTH_IT * along.multiplications:
+            whole = Route.of([along.read.classes], along.read.distinct).gather(values[along.source], 2)
+            output = self.network.compute(node, lambda n: whole if n is along.source else values[n])
+            return Route.of([along.made.first], along.made.length).gather(output, 2)  # type: ignore[no-any-return]
 
         def one(take: Take, tap: int) -> Tensor:
             call = along.call(tap, values, take, (0,))
@@ -466,7 +472,7 @@ class FrozenNetwork:
         def share(step: Step, values: Values, box: Box, arriving: list[Any]) -> Sequence[Sequence[Tensor | None]]:
             if self.in_time[step.node].way == "convolution":
                 return [(one,) for one in self._share_convolution(step, values, box, arriving, plan)]
-            shared = self._share_pool(step, values, arriving, plan)
+            shared = self._share_where_read(step, values, box, arriving, plan)
             return shared if shared is not None else self._share(step, values, box, arriving, plan)
 
         values, seed = activations.values, seeds[0]
@@ -554,20 +560,30 @@ class FrozenNetwork:
         leaving = self.network.share(step, lambda source: take(values, source), limits, arriving, args)
         return [[to_slots(source, part) for source, part in zip(step.sources, one, strict=True)] for one in leaving]
 
-    def _share_pool(
-        self, step: Step, values: Values, arriving: list[Any], plan: _Plan
+    def _share_where_read(
+        self, step: Step, values: Values, box: Box, arriving: list[Any], plan: _Plan
     ) -> Sequence[Sequence[Tensor | None]] | None:
-        """A pooling along time in one operation that reads and gives to times by tables; None where no kernel serves it."""
-        here = self.in_time[step.node]
-        if here.way != "windows" or fused.kind_of(step.node) not in ("max pool", "average pool") or step.rule is None:
+        """A pooling, or a convolution of each time by itself, in one operation that reads and gives to times by tables.
+
+        None where times are read as they lie, or no kernel serves it: then what is read is gathered.
+        """
+        kind = fused.kind_of(step.node)
+        by_windows = kind in ("max pool", "average pool")
+        if self.in_time[step.node].way == "whole" or not (by_windows or kind == "convolution"):
+            return None
+        (source,) = step.sources
+        if all(route.is_identity for route in plan.routes(step.node, source)):
             return None
         call = Call(step.node, step.positions, values.__getitem__)
         (x,) = call.signals
         kernel = self.network.kernel_of(step, call)
         if not fused.serves_frozen(kernel, step.node, x):
             return None
-        (source,) = step.sources
         tables = *plan.tables(step.node, source), plan.slots[source].count
+        if not by_windows:
+            limits = box.around(step, dict.__getitem__)
+            return [(one,) for one in self._share_by_table(step, call, limits, arriving, tables, kernel)]
+        assert step.rule is not None
         return [(fused.redistribute_frozen_pool(call, one, step.rule, kernel, tables),) for one in arriving]
 
     def _share_convolution(
@@ -577,16 +593,17 @@ class FrozenNetwork:
         along = self._convolutions[step.node]
         at, kept, taps = plan.slots[step.node], plan.slots[along.source], plan.taps(step.node, along.source)
         pulled = sum(len(tap.used) for tap in taps)
-        if at.is_single and pulled + along.products >= _WORTH_IT * 2 * along.multiplications:
-            return self._share_at_all_times(step, values, box, arriving, plan)
-
         if not pulled:  # strides step over the wanted times
             return [_empty_like(values[along.source], 2, kept.count).to(one.dtype).zero_() for one in arriving]
+        if along.all_differ and at.is_every_time and kept.is_every_time:
+            return self._share_at_all_times(step, values, box, arriving, plan)
         limits = box.around(step, dict.__getitem__)
         kernel = self.network.kernel_of(step, along.layer(values, step.positions))
         if isinstance(step.rule, (ZPlus, ZBeta)) and fused.serves_frozen(kernel, step.node, values[along.source]):
             tables = *plan.tables(step.node, along.source), kept.count
             return self._share_by_table(step, along.layer(values, step.positions), limits, arriving, tables, kernel)
+        if at.is_single and pulled + along.products >= _WORTH_IT * 2 * along.multiplications:
+            return self._share_at_all_times(step, values, box, arriving, plan)
         return self._share_by_taps(step, values, limits, arriving, along, at, kept, taps)
 
     def _share_by_taps(
@@ -682,6 +699,11 @@ class _Convolution:
         x, v, bias, *geometry = here.args(here.times.distinct)
         self._with_bias, self._of_a_tap = (Arguments.of(node, (x, v, b, *geometry)) for b in (bias, None))
         self._reads = [self.window.reads(time, self.read.length) for time in self.made.first]
+
+    @property
+    def all_differ(self) -> bool:
+        """Whether no two times are equal, of what is read nor of what is made."""
+        return self.read.distinct == self.read.length and self.made.distinct == self.made.length
 
     @cached_property
     def products(self) -> int:
