@@ -40,8 +40,8 @@ class Buffer {
   std::unique_ptr<void, Free> data_;
 };
 
-// Big blocks for the duration of a call or of a result. The process keeps the last ones that were given back, up to a limit:
-// memory that is new to it costs more time than what is done with it.
+// Big blocks for the duration of a call or of a result. The process keeps those that were given back, up to limits: memory that
+// is new to it costs more time than what is done with it.
 void* take_block(size_t bytes);
 void give_back_block(void* block);
 

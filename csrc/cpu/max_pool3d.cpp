@@ -235,7 +235,8 @@ class Pooling {
     row_ = {w_.positions, w_.windows, w_.of_windows(), w_.of_positions()};
     const bool side_by_side = problem.x.stride[1] == 1 && problem.out.stride[1] == 1;
     const bool overlap = t_[0].overlap || h_.overlap;
-    deep_ = (by_table() || (pool.kernel[0] - 1) * pool.dilation[0] >= 2 * pool.stride[0]) && !problem.winner_takes_all;
+    deep_ = pool.kernel[0] > 1 && (by_table() || (pool.kernel[0] - 1) * pool.dilation[0] >= 2 * pool.stride[0]) &&
+            !problem.winner_takes_all;
     lanes_ = side_by_side ? (deep_ ? std::min(pool.c, kDeepLanes) : pool.c) : std::min(pool.c, kLanes);
     blocks_ = (pool.c + lanes_ - 1) / lanes_;
     const int64_t bytes = pool.n * pool.c * t_[0].positions * h_.positions * w_.positions * static_cast<int64_t>(sizeof(Sum));
