@@ -45,6 +45,8 @@ KINDS = {
     "pixel layer": ("captum_dtd::z_beta_conv3d", "captum_dtd::frozen_z_beta_conv3d"),
     "pooling": (
         *(
+            "captum_dtd::max_pool3d",
+            "captum_dtd::frozen_max_pool3d",
             "captum_dtd::max_pool3d_relevance",
             "captum_dtd::frozen_max_pool3d_relevance",
             "aten::max_pool3d",

@@ -160,7 +160,8 @@ def tuned(clock: Clock, batch: Batch, small: bool) -> Entries:
                 runs = [_convolution(operation, layer, dtype, op == "z_beta_conv3d", batch) for layer in chosen]
                 _enter(entries, op, precisions, kind, compared(runs, usable, precisions, clock))
         for op, without_weights in (
-            ("max_pool3d_relevance", [_pooling(pool, dtype, batch) for pool in reversed(pools)]),
+            ("max_pool3d", [_pooling(workloads.pooled, pool, dtype, batch) for pool in reversed(pools)]),
+            ("max_pool3d_relevance", [_pooling(workloads.max_pool, pool, dtype, batch) for pool in reversed(pools)]),
             ("z_plus_add", [_addition(each, dtype, batch) for each in reversed(sums)]),
         ):
             names = kernels.available(op, device, dtype)
@@ -197,9 +198,10 @@ def _convolution(
     return run
 
 
-def _pooling(layer: Pooling, dtype: torch.dtype, batch: Batch) -> Callable[[str], Tensor]:
-    x, relevance = workloads.draw_pooling(layer, dtype, batch=batch)
-    return partial(workloads.max_pool, layer, x, relevance)
+def _pooling(
+    operation: Callable[[Pooling, Tensor, Tensor, str], Tensor], layer: Pooling, dtype: torch.dtype, batch: Batch
+) -> Callable[[str], Tensor]:
+    return partial(operation, layer, *workloads.draw_pooling(layer, dtype, batch=batch))
 
 
 def _addition(layer: Addition, dtype: torch.dtype, batch: Batch) -> Callable[[str], object]:

@@ -285,6 +285,11 @@ def convolved(layer: Convolution, given: Tensors, kernel: str) -> Tensor:
     return ops.conv3d(given.x, given.weight, stride=layer.stride, padding=layer.padding, kernel=kernel)
 
 
+def pooled(layer: Pooling, x: Tensor, _: Tensor, kernel: str) -> Tensor:
+    """The pooling itself."""
+    return ops.max_pool3d(x, layer.kernel, padding=layer.padding, kernel=kernel)
+
+
 def max_pool(layer: Pooling, x: Tensor, relevance: Tensor, kernel: str) -> Tensor:
     """Proportional max pooling."""
     return ops.max_pool3d_relevance(x, relevance, layer.kernel, padding=layer.padding, kernel=kernel)

@@ -173,16 +173,16 @@ def check_bounds(x: Tensor, low: Tensor, high: Tensor, relevance: Tensor) -> Non
 
 def check_max_pool3d(
     x: Tensor,
-    relevance: Tensor,
+    relevance: Tensor | None,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     ceil_mode: bool,
-    stabilizer: float,
+    stabilizer: float = 0.0,
     times: int | None = None,
-) -> None:
-    """Refuse what is no pooling of x, and relevance that is not of its output, whose times a table may say."""
+) -> tuple[int, ...]:
+    """The output's shape. Refuses what is no pooling of x, and relevance not of its output, whose times a table may say."""
     check_x(x)
     check_numbers("kernel_size", kernel_size, 3, 1)
     check_numbers("stride", stride, 3, 1)
@@ -194,7 +194,8 @@ def check_max_pool3d(
     )
     check(stabilizer >= 0, f"stabilizer must be zero or positive, got {stabilizer}")
     check_padded(x, [n + 2 * p for n, p in zip(x.shape[2:], padding, strict=True)], padding)
-    check_tensor("relevance", relevance, 5, accumulator(x.dtype), x.device)
+    if relevance is not None:
+        check_tensor("relevance", relevance, 5, accumulator(x.dtype), x.device)
     expected = (*x.shape[:2], *map(_pooled, x.shape[2:], kernel_size, stride, padding, dilation, [ceil_mode] * 3))
     if times is not None:
         _check_no_window_in_time(stride[0], padding[0], padding[0], dilation[0])
@@ -204,10 +205,12 @@ def check_max_pool3d(
         f"kernel_size {list(kernel_size)} with dilation {list(dilation)} does not fit into x of shape {tuple(x.shape)} "
         f"with padding {list(padding)}",
     )
-    check(
-        tuple(relevance.shape) == expected,
-        f"relevance must have the shape {expected} of the pooling's output, got {tuple(relevance.shape)}",
-    )
+    if relevance is not None:
+        check(
+            tuple(relevance.shape) == expected,
+            f"relevance must have the shape {expected} of the pooling's output, got {tuple(relevance.shape)}",
+        )
+    return expected
 
 
 def check_add(x: Tensor, other: Tensor, relevance: Tensor, alpha: float, stabilizer: float) -> None:

@@ -404,9 +404,13 @@ class FrozenNetwork:
         return self._read[node, source]
 
     def _max_pool(self, node: fx.Node, values: Values) -> Tensor:
-        """A max pooling along time: over H and W of every class once, then over the classes that a window reads."""
+        """A max pooling along time: by a table, or over H and W of every class once and then over those that a window reads."""
         here, source = self.in_time[node], node.all_input_nodes[0]
         assert here.window is not None and here.args is not None and here.times is not None
+        call = Call(node, (0,), values.__getitem__)
+        kernel = self.network.forward_kernel(call)
+        if fused.serves_frozen(kernel, node, values[source]):
+            return fused.forward(call, kernel, self._route(node, source).table(here.window.taps))
         x, size, stride, *others = here.args(here.times.distinct)
         pooled = self.network.compute(node, values.__getitem__, (x, [1, *size[1:]], [1, *stride[1:]], *others))
         (read,), taps = self._route(node, source).rows, here.window.taps

@@ -74,9 +74,11 @@ def forward_kernel_for(call: Call, output: Sequence[int], precision: Precision) 
 
     Precision "mixed" is about the walk back only; forward it is "float32".
     """
-    if kind_of(call.node) not in ("convolution", "linear"):
+    kind = kind_of(call.node)
+    if kind not in ("convolution", "linear", "max pool"):
         return "reference"
-    return _choose("conv3d", call, output, "float32" if precision == "mixed" else precision)
+    op = "max_pool3d" if kind == "max pool" else "conv3d"
+    return _choose(op, call, output, "float32" if precision == "mixed" else precision)
 
 
 def redistribute(
@@ -105,11 +107,7 @@ def redistribute(
         shared = ops.max_pool3d_relevance(
             _to_3d(x, pool.dims),
             _to_3d(relevance, pool.dims),
-            pool.kernel_size,
-            stride=pool.stride,
-            padding=pool.padding,
-            dilation=pool.dilation,
-            ceil_mode=pool.ceil_mode,
+            **pool.windows,
             winner_takes_all=isinstance(rule, WinnerTakesAll),
             stabilizer=rule.stabilizer if isinstance(rule, Proportional) else 0.0,
             kernel=kernel,
@@ -159,11 +157,16 @@ def denominator(
 
 
 def forward(call: Call, kernel: str, reads: Table | None = None) -> Tensor:
-    """The output of a convolution or linear layer, by the kernel that `forward_kernel_for` named.
+    """The output of a convolution, linear layer or max pooling, by the kernel that `forward_kernel_for` named.
 
     With ``reads`` it is that of a frozen clip's layer, which reads times of its input by this table (`ops.frozen_conv3d`).
     """
     (x,) = call.signals
+    if kind_of(call.node) == "max pool":
+        pool = _Pool.of(call)
+        if reads is not None:
+            return ops.frozen_max_pool3d(x, pool.kernel_size, reads, **pool.in_space, kernel=kernel)
+        return _from_3d(ops.max_pool3d(_to_3d(x, pool.dims), **pool.windows, kernel=kernel), x, pool.dims)
     conv = _Convolution.of(call)
     return _from_3d(_convolve(_to_3d(x, conv.dims), conv, conv.weight, conv.bias, reads, kernel), x, conv.dims)
 
@@ -190,10 +193,7 @@ def redistribute_frozen_pool(
         relevance.to(accumulator(x.dtype)),
         pool.kernel_size,
         *tables,
-        stride=pool.stride[1:],
-        padding=pool.padding[1:],
-        dilation=pool.dilation[1:],
-        ceil_mode=pool.ceil_mode,
+        **pool.in_space,
         winner_takes_all=isinstance(rule, WinnerTakesAll),
         stabilizer=rule.stabilizer if isinstance(rule, Proportional) else 0.0,
         kernel=kernel,
@@ -298,6 +298,20 @@ class _Pool:
             _three(dilation, dims, 1),
             bool(ceil_mode),
         )
+
+    @property
+    def windows(self) -> dict[str, Any]:
+        """All of it, as arguments."""
+        return {"kernel_size": self.kernel_size, **self._geometry(0)}
+
+    @property
+    def in_space(self) -> dict[str, Any]:
+        """The geometry of H and W."""
+        return self._geometry(1)
+
+    def _geometry(self, first: int) -> dict[str, Any]:
+        sizes = {name: getattr(self, name)[first:] for name in ("stride", "padding", "dilation")}
+        return {**sizes, "ceil_mode": self.ceil_mode}
 
 
 def _alpha(call: Call) -> float:

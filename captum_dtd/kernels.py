@@ -77,7 +77,8 @@ def available(op: str, device: str, dtype: torch.dtype) -> list[str]:
     module = native.loaded.get(device)
     if module is None:
         return ["reference"]
-    lists = {"max_pool3d_relevance": module.max_pool3d_kernels, "z_plus_add": module.add_kernels}
+    pools = dict.fromkeys(("max_pool3d", "max_pool3d_relevance"), module.max_pool3d_kernels)
+    lists = {**pools, "z_plus_add": module.add_kernels}
     names = lists.get(op.removeprefix(FROZEN), module.conv3d_kernels)(str(dtype).removeprefix("torch."))
     return [*names, "reference"]
 

@@ -39,9 +39,11 @@ __all__ = [
     "SCHEMAS",
     "conv3d",
     "frozen_conv3d",
+    "frozen_max_pool3d",
     "frozen_max_pool3d_relevance",
     "frozen_z_beta_conv3d",
     "frozen_z_plus_conv3d",
+    "max_pool3d",
     "max_pool3d_relevance",
     "z_beta_conv3d",
     "z_plus_add",
@@ -60,6 +62,7 @@ SCHEMAS = {
     "bool winner_takes_all, float stabilizer, str kernel) -> Tensor",
     "z_plus_add": "(Tensor x, Tensor other, Tensor relevance, float alpha, float stabilizer, str kernel) -> (Tensor, Tensor)",
     "conv3d": f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, int groups, str kernel) -> Tensor",
+    "max_pool3d": f"(Tensor x, int[] kernel_size, {_GEOMETRY}, bool ceil_mode, str kernel) -> Tensor",
     "frozen_z_plus_conv3d": f"(Tensor x, Tensor weight, Tensor? bias, Tensor relevance, {_TABLES}, {_GEOMETRY}, int groups, "
     "bool non_negative, float stabilizer, bool divided, str kernel) -> Tensor",
     "frozen_z_beta_conv3d": "(Tensor x, Tensor low, Tensor high, Tensor weight, Tensor? bias, Tensor relevance, "
@@ -67,6 +70,8 @@ SCHEMAS = {
     "frozen_max_pool3d_relevance": f"(Tensor x, Tensor relevance, {_TABLES}, int[] kernel_size, {_GEOMETRY}, bool ceil_mode, "
     "bool winner_takes_all, float stabilizer, str kernel) -> Tensor",
     "frozen_conv3d": f"(Tensor x, Tensor weight, Tensor? bias, int[] reads, int times, {_GEOMETRY}, int groups, str kernel) "
+    "-> Tensor",
+    "frozen_max_pool3d": f"(Tensor x, int[] reads, int times, int[] kernel_size, {_GEOMETRY}, bool ceil_mode, str kernel) "
     "-> Tensor",
 }
 """Every operation. A convolution's ``padding`` is (front, back) of T, then of H, then of W; ``kernel`` names the kernel that
@@ -279,6 +284,35 @@ def conv3d(
     return _call("conv3d", x, weight, bias, *geometry, groups, kernel)
 
 
+def max_pool3d(
+    x: Tensor,
+    kernel_size: Triple,
+    *,
+    stride: Triple | None = None,
+    padding: Triple = 0,
+    dilation: Triple = 1,
+    ceil_mode: bool = False,
+    kernel: str = "auto",
+) -> Tensor:
+    """The max pooling itself, for the way forward: every window's largest element, or NaN where it has one; the type of ``x``.
+
+    Windows that lie in the padding alone are -inf.
+
+    Args:
+        x: the input (N, C, T, H, W).
+        kernel_size: of the windows, one number or one per dimension.
+        stride: as in `max_pool3d_relevance`, and so are all further arguments and the errors.
+
+    Example:
+        >>> max_pool3d(torch.tensor([1.0, 3.0, 0.0, -2.0]).view(1, 1, 1, 1, 4), (1, 1, 2)).flatten()
+        tensor([3., 0.])
+    """
+    kernel_size = _triple("kernel_size", kernel_size)
+    stride = kernel_size if stride is None else _triple("stride", stride)
+    geometry = (kernel_size, stride, _triple("padding", padding), _triple("dilation", dilation), ceil_mode)
+    return _call("max_pool3d", x, *geometry, kernel)
+
+
 def frozen_z_plus_conv3d(
     x: Tensor,
     weight: Tensor,
@@ -417,12 +451,12 @@ def frozen_max_pool3d_relevance(
         >>> frozen_max_pool3d_relevance(x, torch.full((1, 1, 3, 1, 1), 8.0), (2, 1, 1), reads, reads, 2).flatten()
         tensor([18.,  6.])
     """
-    kernel_size = _triple("kernel_size", kernel_size)
-    stride = kernel_size[1:] if stride is None else _pair("stride", stride)
-    geometry = ([1, *stride], [0, *_pair("padding", padding)], [1, *_pair("dilation", dilation)], ceil_mode)
+    kernel_size, *geometry = _flat_windows(kernel_size, stride, padding, dilation)
     tables = (_flat("reads", reads), _flat("gives", gives), times)
     options = (winner_takes_all, stabilizer)
-    return _call("frozen_max_pool3d_relevance", x, relevance, *tables, kernel_size, *geometry, *options, kernel)
+    return _call(
+        "frozen_max_pool3d_relevance", x, relevance, *tables, kernel_size, *geometry, ceil_mode, *options, kernel
+    )
 
 
 def frozen_conv3d(
@@ -457,6 +491,38 @@ def frozen_conv3d(
     geometry = _flat_geometry(stride, padding, dilation, weight)
     times = len(reads[0]) if len(reads) else 0
     return _call("frozen_conv3d", x, weight, bias, _flat("reads", reads), times, *geometry, groups, kernel)
+
+
+def frozen_max_pool3d(
+    x: Tensor,
+    kernel_size: Triple,
+    reads: Table,
+    *,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    kernel: str = "auto",
+) -> Tensor:
+    """The max pooling of a frozen clip's layer, whose equal times are kept once: window q reads times ``reads[q]`` of ``x``.
+
+    Args:
+        x: the input (N, C, times that differ, H, W).
+        kernel_size: of the windows, one number or one per dimension.
+        reads: times of ``x``, as (1 or N, Q, kT); -1 for none.
+        stride: as in `frozen_max_pool3d_relevance`, and so are all further arguments and the errors.
+
+    Returns:
+        (N, C, Q, H', W').
+
+    Example:
+        >>> frames = torch.tensor([1.0, 3.0]).view(1, 1, 2, 1, 1)
+        >>> frozen_max_pool3d(frames, (2, 1, 1), [[(-1, 0), (0, 0), (0, 1)]]).flatten()
+        tensor([1., 1., 3.])
+    """
+    times = len(reads[0]) if len(reads) else 0
+    geometry = _flat_windows(kernel_size, stride, padding, dilation)
+    return _call("frozen_max_pool3d", x, _flat("reads", reads), times, *geometry, ceil_mode, kernel)
 
 
 def _call(name: str, *arguments: Any) -> Tensor:
@@ -514,6 +580,13 @@ def _flat_geometry(
     else:
         sides = [0, *_pair("padding", padding)]
     return _geometry([1, *stride], sides, [1, *dilation], weight[:, :, :1])
+
+
+def _flat_windows(kernel_size: Triple, stride: Pair | None, padding: Pair, dilation: Pair) -> tuple[list[int], ...]:
+    """Kernel size, stride, padding and dilation of windows that by themselves do nothing along T."""
+    size = _triple("kernel_size", kernel_size)
+    steps = size[1:] if stride is None else _pair("stride", stride)
+    return size, [1, *steps], [0, *_pair("padding", padding)], [1, *_pair("dilation", dilation)]
 
 
 def _pair(name: str, value: Pair) -> list[int]:
@@ -595,6 +668,11 @@ def _fake_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) 
     return _like_x(x, x.dtype, output_shape(x, weight, stride, padding, dilation))
 
 
+def _fake_max_pool3d_forward(x: Tensor, *options: Any) -> Tensor:
+    *geometry, _ = options
+    return _like_x(x, x.dtype, check_max_pool3d(x, None, *geometry))
+
+
 def _fake_frozen_z_plus(x: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any) -> Tensor:
     reads, gives, times, stride, padding, dilation, groups, _, stabilizer, _, _ = options
     check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, times_of(relevance))
@@ -628,6 +706,13 @@ def _fake_frozen_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options
     return _like_x(x, x.dtype, (n, channels, times, *size))
 
 
+def _fake_frozen_max_pool3d_forward(x: Tensor, *options: Any) -> Tensor:
+    reads, times, kernel_size, stride, padding, dilation, ceil_mode, _ = options
+    shape = check_max_pool3d(x, None, kernel_size, stride, padding, dilation, ceil_mode, times=times)
+    check_table("reads", reads, x.shape[0], times, kernel_size[0], x.shape[2])
+    return _like_x(x, x.dtype, shape)
+
+
 def _definition(fake: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
     """An operator in plain ATen: the checks and the layout of its fake kernel, filled in."""
 
@@ -645,10 +730,12 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "max_pool3d_relevance": _fake_max_pool3d,
     "z_plus_add": _fake_z_plus_add,
     "conv3d": _fake_conv3d,
+    "max_pool3d": _fake_max_pool3d_forward,
     "frozen_z_plus_conv3d": _fake_frozen_z_plus,
     "frozen_z_beta_conv3d": _fake_frozen_z_beta,
     "frozen_max_pool3d_relevance": _fake_frozen_max_pool3d,
     "frozen_conv3d": _fake_frozen_conv3d,
+    "frozen_max_pool3d": _fake_frozen_max_pool3d_forward,
 }
 _DEFINITIONS = {name: _definition(fake, getattr(reference, name)) for name, fake in _FAKES.items()}
 

@@ -283,7 +283,7 @@ class Network:
         """A node's value, by its kernel; ``args`` stand for its own arguments, nodes of the graph among them."""
         if node in self._overwrites:
             return value_of(node.all_input_nodes[0]).relu_()
-        if self.precision is not None and fused.kind_of(node) in ("convolution", "linear"):
+        if self.precision is not None and fused.kind_of(node) in ("convolution", "linear", "max pool"):
             call = Call(node, (0,), value_of, args)
             kernel = self.forward_kernel(call)
             if kernel != "reference":
@@ -291,7 +291,7 @@ class Network:
         return _run(node, value_of, args)
 
     def forward_kernel(self, call: Call) -> str:
-        """Name of the kernel that computes a convolution or linear layer on the way forward; "reference" is torch's own."""
+        """Name of the kernel that computes a convolution, linear layer or max pooling forward; "reference" is torch's own."""
         if self.precision is None:
             return "reference"
         return fused.forward_kernel_for(call, call.node.meta["val"].shape, self.precision)

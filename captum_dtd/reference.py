@@ -211,6 +211,35 @@ def conv3d(
     return F.conv3d(padded, weight.to(dtype), wide, stride, 0, dilation, groups).to(x.dtype)
 
 
+def max_pool3d(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> Tensor:
+    """The max pooling itself: the largest element of every window, -inf where it lies in the padding alone."""
+    return aten.max_pool3d(x, kernel_size, stride, padding, dilation, ceil_mode)  # type: ignore[no-any-return]
+
+
+def frozen_max_pool3d(
+    x: Tensor,
+    reads: Sequence[int],
+    times: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> Tensor:
+    """The max pooling of a frozen clip's layer, whose windows read times of ``x`` by a table; -1 reads nothing."""
+    taps = kernel_size[0]
+    read = _rows(reads, x.shape[0], times, taps)
+    windows = (_windows(x, [row[q] for row in read], taps, -math.inf) for q in range(times))
+    return torch.cat([max_pool3d(one, kernel_size, stride, padding, dilation, ceil_mode) for one in windows], 2)
+
+
 def frozen_conv3d(
     x: Tensor,
     weight: Tensor,

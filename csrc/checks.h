@@ -243,11 +243,11 @@ inline void check_bound(const char* argument, const Tensor& bound, const Tensor&
   CAPTUM_DTD_REQUIRE(fits, argument, " of shape ", shape(bound), " does not broadcast to x of shape ", shape(x));
 }
 
-// Checks a max pooling's arguments and returns its geometry; `relevance` is of its output.
+// Checks a max pooling's arguments and returns its geometry. `relevance` is of its output; a pooling alone has none.
 // `times` is how many times the output has where a table says so, not a window.
-inline MaxPool3d check_max_pool3d(const Tensor& x, const Tensor& relevance, const Numbers& kernel, const Numbers& stride,
-                                  const Numbers& padding, const Numbers& dilation, bool ceil_mode, double stabilizer,
-                                  std::optional<int64_t> times = std::nullopt) {
+inline MaxPool3d check_max_pool3d(const Tensor& x, const std::optional<Tensor>& relevance, const Numbers& kernel,
+                                  const Numbers& stride, const Numbers& padding, const Numbers& dilation, bool ceil_mode,
+                                  double stabilizer = 0, std::optional<int64_t> times = std::nullopt) {
   using namespace checks;
   check_x(x);
   check_numbers("kernel_size", kernel, 3, 1);
@@ -261,7 +261,7 @@ inline MaxPool3d check_max_pool3d(const Tensor& x, const Tensor& relevance, cons
   Numbers padded;
   for (int a = 0; a < 3; ++a) padded.push_back(x.size(a + 2) + 2 * padding[a]);
   check_padded(x, padded, padding);
-  check_tensor("relevance", relevance, 5, accumulator(x.scalar_type()), x);
+  if (relevance) check_tensor("relevance", *relevance, 5, accumulator(x.scalar_type()), x);
   MaxPool3d pool{};
   pool.n = x.size(0);
   pool.c = x.size(1);
@@ -284,8 +284,9 @@ inline MaxPool3d check_max_pool3d(const Tensor& x, const Tensor& relevance, cons
                      " with dilation ", list(dilation), " does not fit into x of shape ", shape(x), " with padding ",
                      list(padding));
   const Numbers expected{pool.n, pool.c, pool.out[0], pool.out[1], pool.out[2]};
-  CAPTUM_DTD_REQUIRE(std::equal(expected.begin(), expected.end(), relevance.sizes().begin()), "relevance must have the shape ",
-                     tuple(expected), " of the pooling's output, got ", shape(relevance));
+  if (relevance)
+    CAPTUM_DTD_REQUIRE(std::equal(expected.begin(), expected.end(), relevance->sizes().begin()), "relevance must have the shape ",
+                       tuple(expected), " of the pooling's output, got ", shape(*relevance));
   return pool;
 }
 

@@ -81,6 +81,23 @@ struct Operators {
     return share(problem, x, relevance, winner_takes_all, stabilizer, asked);
   }
 
+  static Tensor max_pool3d(const Tensor& x, const Numbers& kernel_size, const Numbers& stride, const Numbers& padding,
+                           const Numbers& dilation, bool ceil_mode, const std::string& asked) {
+    MaxPool3dForward problem{};
+    problem.pool = check_max_pool3d(x, std::nullopt, kernel_size, stride, padding, dilation, ceil_mode);
+    return pool(problem, x, asked);
+  }
+
+  static Tensor frozen_max_pool3d(const Tensor& x, const Numbers& reads, int64_t times, const Numbers& kernel_size,
+                                  const Numbers& stride, const Numbers& padding, const Numbers& dilation, bool ceil_mode,
+                                  const std::string& asked) {
+    MaxPool3dForward problem{};
+    problem.pool = check_max_pool3d(x, std::nullopt, kernel_size, stride, padding, dilation, ceil_mode, 0, times);
+    check_table("reads", reads, x.size(0), times, kernel_size[0], x.size(2));
+    problem.reads = table(reads, problem.pool);
+    return pool(problem, x, asked);
+  }
+
   static std::tuple<Tensor, Tensor> z_plus_add(const Tensor& x, const Tensor& other, const Tensor& relevance, double alpha,
                                                double stabilizer, const std::string& asked) {
     AddRelevance problem{};
@@ -159,6 +176,8 @@ struct Operators {
     library.impl("z_plus_conv3d", TORCH_BOX(&z_plus_conv3d));
     library.impl("z_beta_conv3d", TORCH_BOX(&z_beta_conv3d));
     library.impl("max_pool3d_relevance", TORCH_BOX(&max_pool3d_relevance));
+    library.impl("max_pool3d", TORCH_BOX(&max_pool3d));
+    library.impl("frozen_max_pool3d", TORCH_BOX(&frozen_max_pool3d));
     library.impl("z_plus_add", TORCH_BOX(&z_plus_add));
   }
 
@@ -218,6 +237,19 @@ struct Operators {
     problem.element = element(x.scalar_type());
     problem.x = view(x);
     problem.relevance = view(relevance);
+    problem.out = view(out);
+    Device::run(problem, kernel, x);
+    return out;
+  }
+
+  static Tensor pool(MaxPool3dForward& problem, const Tensor& x, const std::string& asked) {
+    const typename Device::Guard guard(x);
+    const std::string kernel = choose(asked, Device::max_pool3d_kernels(), x);
+    const int64_t (&size)[3] = problem.pool.out;
+    Tensor out = Device::result_like(x, x.scalar_type(), {x.size(0), x.size(1), size[0], size[1], size[2]});
+    if (out.numel() == 0) return out;
+    problem.element = element(x.scalar_type());
+    problem.x = view(x);
     problem.out = view(out);
     Device::run(problem, kernel, x);
     return out;

@@ -56,6 +56,9 @@ struct Cpu {
   static void run(const MaxPool3dRelevance& problem, const std::string& kernel, const Tensor&) {
     cpu::max_pool3d_relevance(problem, kernel, parallel_for);
   }
+  static void run(const MaxPool3dForward& problem, const std::string& kernel, const Tensor&) {
+    cpu::max_pool3d_forward(problem, kernel, parallel_for);
+  }
   static void run(const AddRelevance& problem, const std::string& kernel, const Tensor&) {
     cpu::add_relevance(problem, kernel, parallel_for);
   }

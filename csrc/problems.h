@@ -67,6 +67,15 @@ struct MaxPool3dRelevance {
   View x, relevance, out;
 };
 
+// The pooling itself: every window's largest number, or its last NaN; -inf where it reads nothing. `x` and `out` have the type
+// `element`.
+struct MaxPool3dForward {
+  MaxPool3d pool;  // pool.in has the times of x
+  TimeTable reads;
+  Element element;
+  View x, out;
+};
+
 // Relevance of the summands of x + alpha * other, given that of the sum; all are of one size, and the results are dense. `x` and
 // `other` have the type `element`; `relevance` and the results that of the accumulator (float, or double for Float64).
 //

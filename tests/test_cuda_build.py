@@ -46,6 +46,7 @@ REGISTERS = {
     "relevance_of_cells": 80,
     "summarize_windows": 80,
     "gather_from_windows": 64,
+    "largest_of_windows": 64,
     "share_between_summands": 64,
 }
 """The most registers of a thread, for every kernel."""

@@ -77,6 +77,15 @@ LAYERS = (
         *("frozen pool", "frozen_max_pool3d_relevance", (2, 64, 3, 28, 28), (2, 64, 5, 14, 14)),
         **{"kernel_size": 3, "stride": 2, "padding": 1, "reads": THREE, "gives": THREE, "times": 3},
     ),
+    layer("pooled", "max_pool3d", (2, 64, 8, 28, 28), (2, 64, 4, 14, 14), kernel_size=2),
+    layer(
+        *("largest", "max_pool3d", (2, 64, 8, 28, 28), (2, 64, 8, 28, 28)),
+        **{"kernel_size": 3, "stride": 1, "padding": 1},
+    ),
+    layer(
+        *("frozen, pooled", "frozen_max_pool3d", (2, 64, 3, 28, 28), (2, 64, 5, 14, 14)),
+        **{"kernel_size": 3, "stride": 2, "padding": 1, "reads": THREE},
+    ),
     layer(
         *("winner", "max_pool3d_relevance", (2, 64, 8, 28, 28), (2, 64, 4, 14, 14)),
         **{"kernel_size": 3, "stride": 2, "padding": 1, "winner_takes_all": True},
@@ -116,7 +125,7 @@ def operands(
         }
     if op == "z_plus_add":
         given["other"] = random(layer.x, dtype)
-    if op != "conv3d":
+    if op not in ("conv3d", "max_pool3d"):
         given["relevance"] = random(layer.out or output(layer, given), torch.float32)
     return given
 

@@ -30,7 +30,7 @@ from op_cases import (
 from oracle import tuples
 from torch import Tensor
 
-OP = "max_pool3d_relevance"
+OP, FORWARD = "max_pool3d_relevance", "max_pool3d"
 KERNELS = ("cuda/ieee",)
 
 CASES = (
@@ -74,6 +74,35 @@ def front() -> ModuleType:
     return load("max_pool3d_front")
 
 
+def windows_of(options: dict[str, Any], times: int | None) -> dict[str, tuple[int, ...]]:
+    """Kernel size, stride, padding and dilation, taken from the options; those along T where no table tells of it."""
+    if options["stride"] is None:
+        options["stride"] = options["kernel_size"]
+    if times is not None:  # along T there are tables, and nothing else
+        flat = {name: tuples(options[name], 2)[-2:] for name in ("stride", "padding", "dilation")}
+        options |= {name: (int(name != "padding"), *numbers) for name, numbers in flat.items()}
+        options |= {name: np.array(options[name]) for name in ("reads", "gives") if name in options}
+    return {name: tuples(options.pop(name), 3) for name in ("kernel_size", "stride", "padding", "dilation")}
+
+
+@pytest.fixture
+def forward(front: ModuleType) -> Relevance:
+    """The pooling itself, by the emulated kernel."""
+
+    def run(x: Tensor, out: str = "contiguous", ceil_mode: bool = False, **options: Any) -> Tensor:
+        times = len(options["reads"][0]) if "reads" in options else None
+        windows = windows_of(options, times)
+        in_space = [(along, *numbers[1:]) for along, numbers in zip((1, 1, 0, 1), windows.values(), strict=True)]
+        n, c, t, *size = F.max_pool3d(x.float(), *(windows.values() if times is None else in_space), ceil_mode).shape
+        result = lay_out(torch.full((n, c, times or t, *size), torch.nan, dtype=x.dtype), out)
+        name = str(x.dtype).removeprefix("torch.")
+        bytes_asked = front.forward(name, as_array(x), as_array(result), *windows.values(), **options)
+        assert bytes_asked == (0 if times is None else 2 * options["reads"].size)
+        return result
+
+    return run
+
+
 @pytest.fixture
 def relevance(front: ModuleType) -> Relevance:
     """The operation by the emulated kernel."""
@@ -90,13 +119,7 @@ def relevance(front: ModuleType) -> Relevance:
     ) -> Tensor:
         size = x.shape if times is None else (*x.shape[:2], times, *x.shape[3:])
         result = lay_out(torch.full(size, torch.nan, dtype=relevance.dtype), out)
-        if options["stride"] is None:
-            options["stride"] = options["kernel_size"]
-        if times is not None:  # along T there are tables, and nothing else
-            flat = {name: tuples(options[name], 2)[-2:] for name in ("stride", "padding", "dilation")}
-            options |= {name: (int(name != "padding"), *numbers) for name, numbers in flat.items()}
-            options |= {name: np.array(options[name]) for name in ("reads", "gives")}
-        windows = {name: tuples(options.pop(name), 3) for name in ("kernel_size", "stride", "padding", "dilation")}
+        windows = windows_of(options, times)
         name = str(x.dtype).removeprefix("torch.")
         arrays = [as_array(t) for t in (x, relevance, result)]
         bytes_asked = front.relevance(name, *arrays, *windows.values(), winner_takes_all, stabilizer, **options)
@@ -108,17 +131,19 @@ def relevance(front: ModuleType) -> Relevance:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_agrees_with_the_oracle(case: Pool, relevance: Relevance) -> None:
+def test_agrees_with_the_oracle(case: Pool, relevance: Relevance, forward: Relevance) -> None:
     assert_agrees(OP, case, relevance)
+    assert_agrees(FORWARD, case, forward)
 
 
 @pytest.mark.parametrize("case", FROZEN, ids=lambda case: case.name)
-def test_layers_of_frozen_clips(case: FrozenPool, relevance: Relevance) -> None:
+def test_layers_of_frozen_clips(case: FrozenPool, relevance: Relevance, forward: Relevance) -> None:
     assert_agrees(f"frozen_{OP}", case, relevance)
+    assert_agrees(f"frozen_{FORWARD}", case, forward)
 
 
 @pytest.mark.parametrize("case", APART_AND_OVERLAPPING, ids=lambda case: case.name)
-def test_strides_are_free(case: Pool, relevance: Relevance) -> None:
+def test_strides_are_free(case: Pool, relevance: Relevance, forward: Relevance) -> None:
     variant = VARIANTS[OP][0]
     posed = problem(OP, case, variant, torch.float32, True)
     for of_x, of_relevance, of_out in itertools.product(LAYOUTS, LAYOUTS[:4], LAYOUTS[:4]):
@@ -126,14 +151,19 @@ def test_strides_are_free(case: Pool, relevance: Relevance) -> None:
         arguments["relevance"] = lay_out(arguments["relevance"].contiguous(), of_relevance)
         actual = relevance(**arguments, out=of_out)
         assert not disagreement(actual, posed, 1e-6), (of_x, of_relevance, of_out)
+    pooled = problem(FORWARD, case, VARIANTS[FORWARD][0], torch.float32, True)
+    for of_x, of_out in itertools.product(LAYOUTS, LAYOUTS[:4]):
+        actual = forward(**pooled.on("cpu", torch.float32, of_x), out=of_out)
+        assert not disagreement(actual, pooled, 0.0), (of_x, of_out)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", APART_AND_OVERLAPPING, ids=lambda case: case.name)
 def test_bits_depend_on_neither_the_order_of_threads_nor_the_size_of_launches(
-    case: Pool, layout: str, relevance: Relevance, front: ModuleType
+    case: Pool, layout: str, relevance: Relevance, forward: Relevance, front: ModuleType
 ) -> None:
     assert_same_bits(OP, case, VARIANTS[OP], layout, 100, relevance, front)
+    assert_same_bits(FORWARD, case, VARIANTS[FORWARD], layout, 100, forward, front)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -154,7 +184,7 @@ def test_vanishing_sums_pass_nothing_and_nan_is_told(case: Pool, layout: str, re
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", APART_AND_OVERLAPPING, ids=lambda case: case.name)
-def test_winners_are_those_of_torch(case: Pool, layout: str, relevance: Relevance) -> None:
+def test_winners_are_those_of_torch(case: Pool, layout: str, relevance: Relevance, forward: Relevance) -> None:
     """The first of equals, the last NaN, and the first place of a window in which all is minus infinity."""
     x = torch.randint(-3, 4, case.x).float()
     x[0, 0, 1, 1, 0:3] = torch.nan
@@ -165,6 +195,8 @@ def test_winners_are_those_of_torch(case: Pool, layout: str, relevance: Relevanc
     expected = torch.zeros(case.x).flatten(2).scatter_add_(2, indices.flatten(2), given.flatten(2)).view(case.x)
     shared = relevance(lay_out(x, layout), lay_out(given, layout), layout, winner_takes_all=True, **case.options)
     assert torch.equal(shared, expected)
+    largest = forward(lay_out(x, layout), layout, **case.options)
+    assert torch.equal(largest.nan_to_num(99.0), pooled.nan_to_num(99.0))
 
 
 SANITIZED = """
@@ -181,6 +213,7 @@ for dtype, bits, sums in (("float32", "f4", "f4"), ("bfloat16", "u2", "f4")):
             for winner in (False, True):
                 arrays = array(shape, bits), array(outputs, sums), array(shape, sums)
                 front.relevance(dtype, *arrays, *windows, winner)
+            front.forward(dtype, array(shape, bits), array(outputs, bits), *windows)
 print("clean")
 """
 

@@ -21,9 +21,11 @@ from op_cases import (
     DEVICES,
     DTYPES,
     EACH,
+    FORWARD,
     FROZEN,
     FROZEN_POOLS,
     LAYOUTS,
+    POOLING,
     POOLS,
     THREE,
     VARIANTS,
@@ -51,13 +53,13 @@ from torch.library import opcheck
 from captum_dtd import kernels, native, ops
 
 CASES: dict[str, tuple[Any, ...]] = {op: FROZEN if op.startswith("frozen") else CONVS for op in VARIANTS} | {
-    "max_pool3d_relevance": POOLS,
-    "frozen_max_pool3d_relevance": FROZEN_POOLS,
+    **dict.fromkeys(POOLING, POOLS),
+    **dict.fromkeys((f"frozen_{op}" for op in POOLING), FROZEN_POOLS),
     "z_plus_add": ADDS,
 }
 EVERY = [pytest.param(op, case, id=f"{op}-{case.name}") for op, cases in CASES.items() for case in cases]
 CONVOLUTIONS = [op for op, cases in CASES.items() if cases is CONVS]
-RULES = [op for op in VARIANTS if kind(op) != "conv3d"]
+RULES = [op for op in VARIANTS if kind(op) not in FORWARD]
 
 NAMES: dict[str, Any] = {case.name: case for case in (*CONVS, *FROZEN, *POOLS, *FROZEN_POOLS, *ADDS)}
 SAMPLE = {
@@ -79,16 +81,11 @@ SAMPLE = {
             (op for op, cases in CASES.items() if cases is FROZEN),
             ("frozen 3x3x3", "frozen three", "frozen, each its own", "frozen, stride 2", "frozen stem"),
         ).items(),
-        ("max_pool3d_relevance", ("2x2x2", "overlapping", "ceil, padded", "dilated, padded, stride 2, ceil")),
-        (
-            "frozen_max_pool3d_relevance",
-            (
-                "frozen pool",
-                "frozen pool of three",
-                "frozen pool, batch of 3",
-                "frozen pool, one to several",
-            ),
-        ),
+        *dict.fromkeys(POOLING, ("2x2x2", "overlapping", "ceil, padded", "dilated, padded, stride 2, ceil")).items(),
+        *dict.fromkeys(
+            (f"frozen_{op}" for op in POOLING),
+            ("frozen pool", "frozen pool of three", "frozen pool, batch of 3", "frozen pool, one to several"),
+        ).items(),
         ("z_plus_add", ("summands", "summands of 17 channels", "summands in vectors", "summands, one frozen")),
     )
 }
@@ -211,7 +208,7 @@ def test_agrees_with_the_oracle(op: str, case: Case, device: str) -> None:
                 arguments = posed.on(device, dtype)
                 for kernel in kernels.available(op, device, dtype):
                     actual = call(op, arguments, kernel)
-                    assert actual.dtype == (dtype if kind(op) == "conv3d" else accumulator(dtype))
+                    assert actual.dtype == (dtype if kind(op) in FORWARD else accumulator(dtype))
                     wrong = disagreement(actual, posed, tolerance(op, kernel, dtype, short))
                     if wrong:
                         operands = "short" if short else "full"
@@ -308,7 +305,7 @@ def unanswered(op: str, case: Case, variant: Variant, dtype: torch.dtype, device
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, type)
 
     arguments: dict[str, Any] = {"x": normal(*case.x).relu()} | case.options | variant.options
-    if op == "frozen_conv3d":
+    if kind(op) in FORWARD:
         arguments = {name: value for name, value in arguments.items() if name not in ("gives", "times")}
     if isinstance(case, Pool):
         out = case(arguments["x"].float())
@@ -324,7 +321,7 @@ def unanswered(op: str, case: Case, variant: Variant, dtype: torch.dtype, device
             arguments["low"] = -normal(1, type=accumulator(dtype)).abs()
             arguments["high"] = 5 + normal(1, case.x[1], 1, 1, 1, type=accumulator(dtype)).abs()
         out = case(arguments["x"].float(), arguments["weight"].float())
-    if kind(op) != "conv3d":
+    if kind(op) not in FORWARD:
         arguments["relevance"] = normal(*out.shape, type=accumulator(dtype))
     return arguments
 
@@ -336,7 +333,7 @@ def test_same_bits_in_every_run_and_for_any_number_of_threads(op: str, device: s
         for kernel, dtype in every_kernel(op, device, torch.float32, torch.float64):
             if kernel == "reference":
                 continue  # torch's own convolutions may split their sums otherwise
-            arguments = unanswered(op, case, VARIANTS[op][1], dtype, device)
+            arguments = unanswered(op, case, VARIANTS[op][:2][-1], dtype, device)
             once = call(op, arguments, kernel)
             torch.set_num_threads(2)
             again = call(op, arguments, kernel)
@@ -356,7 +353,7 @@ def test_large_results_agree_with_the_definition(op: str, device: str) -> None:
             for dtype in (torch.float32, torch.float64) if has_weights else DTYPES:
                 arguments = unanswered(op, case, variant, dtype, device)
                 wide = {k: v.cpu().double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-                signless = {name: wide[name].abs() for name in ("relevance",) if kind(op) != "conv3d"}
+                signless = {name: wide[name].abs() for name in ("relevance",) if kind(op) not in FORWARD}
                 if kind(op) == "conv3d":
                     signless = {name: wide[name].abs() for name in ("x", "weight", "bias") if name in wide}
                 posed = Problem(op, {}, {}, call(op, wide, "reference"), call(op, wide | signless, "reference"))
@@ -454,8 +451,8 @@ def test_calls_from_several_threads_at_once(device: str) -> None:
 def test_a_batch_is_its_clips(op: str, device: str) -> None:
     """To rounding: a kernel may choose its blocks by the size of the batch."""
     named = {
-        "max_pool3d_relevance": "batch of 3, 33 channels",
-        "frozen_max_pool3d_relevance": "frozen pool, clips alike",
+        **dict.fromkeys(POOLING, "batch of 3, 33 channels"),
+        **dict.fromkeys((f"frozen_{op}" for op in POOLING), "frozen pool, clips alike"),
         "z_plus_add": "summands, batch of 3",
     }
     case = NAMES[named.get(op, "frozen batch of 3" if CASES[op] is FROZEN else "batch of 3")]
@@ -706,6 +703,7 @@ def test_nan_wins_its_window(device: str) -> None:
         R = torch.tensor([3.0, 5.0]).view(1, 1, 1, 1, 2).to(device, accumulator(dtype))
         shared = ops.max_pool3d_relevance(x, R, (1, 1, 4), winner_takes_all=True, kernel=kernel)
         assert shared.flatten().tolist() == [0, 3, 0, 0, 5, 0, 0, 0], f"{kernel} {dtype}"
+        assert ops.max_pool3d(x, (1, 1, 2), kernel=kernel).isnan().flatten().tolist() == [True, False, True, False]
 
 
 def test_windows_without_a_winner(device: str) -> None:
@@ -756,6 +754,7 @@ BIG = {
     "pixels": ("z_beta_conv3d", 3, 2, {"low": -6.0, "high": 6.0}),
     "overlapping windows": ("max_pool3d_relevance", 3, 2, {}),
     "windows apart": ("max_pool3d_relevance", 2, 2, {}),
+    "largest of windows": ("max_pool3d", 3, 1, {}),
     "summands": ("z_plus_add", 1, 1, {}),
 }
 """Operation, size of its window, stride, and what else it is told."""
@@ -780,13 +779,13 @@ def test_many_megabytes_are_what_a_few_are(name: str, layout: str, device: str) 
             for option, value in more.items()
         }
         by_example = {"x": x}
-        if op == "max_pool3d_relevance":
+        if op in POOLING:
             options["kernel_size"] = size
         elif op == "z_plus_add":
             by_example["other"], options = x.flip(-1), {"alpha": -0.5}
         else:
             options["weight"] = torch.randn(window, generator=generator).to(device)
-        if op != "conv3d":
+        if op not in FORWARD:
             out = F.max_pool3d(x, size, stride, size // 2).shape
             relevance = torch.randn(out, generator=generator)
             by_example["relevance"] = relevance.to(device, memory_format=memory_format)

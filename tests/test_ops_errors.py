@@ -18,7 +18,8 @@ from captum_dtd import kernels, ops
 
 CONVOLUTIONS = ("z_plus_conv3d", "z_beta_conv3d", "conv3d")
 RULES = ("z_plus_conv3d", "z_beta_conv3d", "max_pool3d_relevance")
-POOLING = ("max_pool3d_relevance",)
+POOLING_RULES = ("max_pool3d_relevance",)
+POOLING = (*POOLING_RULES, "max_pool3d")
 BOXED = ("z_beta_conv3d",)
 ADDITION = ("z_plus_add",)
 WINDOWS = (*CONVOLUTIONS, *POOLING)
@@ -26,9 +27,10 @@ ALL = (*WINDOWS, *ADDITION)
 SHARING = (*RULES, *ADDITION)
 FROZEN_RULES = ("frozen_z_plus_conv3d", "frozen_z_beta_conv3d")
 FROZEN_CONVOLUTIONS = (*FROZEN_RULES, "frozen_conv3d")
-FROZEN_POOLING = ("frozen_max_pool3d_relevance",)
+FROZEN_POOLING_RULES = ("frozen_max_pool3d_relevance",)
+FROZEN_POOLING = (*FROZEN_POOLING_RULES, "frozen_max_pool3d")
 FROZEN = (*FROZEN_CONVOLUTIONS, *FROZEN_POOLING)
-FROZEN_SHARING = (*FROZEN_RULES, *FROZEN_POOLING)
+FROZEN_SHARING = (*FROZEN_RULES, *FROZEN_POOLING_RULES)
 
 
 @pytest.fixture(params=DEVICES)
@@ -39,16 +41,16 @@ def device(request: pytest.FixtureRequest) -> str:
 def valid(op: str, device: str) -> dict[str, Any]:
     """Arguments that every operation takes, to be spoiled one at a time."""
     if op in FROZEN_POOLING:
-        return {
+        given = {
             "x": torch.rand(2, 6, 3, 5, 5, device=device),
-            "relevance": torch.rand(2, 6, 5, 3, 2, device=device),
             "kernel_size": [3, 3, 3],
             "reads": THREE,
-            "gives": THREE,
-            "times": 3,
             "stride": [2, 2],
             "padding": [1, 0],
         }
+        if op in FROZEN_POOLING_RULES:
+            given |= {"relevance": torch.rand(2, 6, 5, 3, 2, device=device), "gives": THREE, "times": 3}
+        return given
     if op in FROZEN:
         given = {
             "x": torch.rand(2, 6, 3, 5, 5, device=device),
@@ -64,15 +66,17 @@ def valid(op: str, device: str) -> dict[str, Any]:
         if op == "frozen_z_beta_conv3d":
             given |= {"low": torch.full((6, 1, 1, 1), -1.0, device=device), "high": torch.ones(1, device=device)}
         return given
-    if op == "max_pool3d_relevance":
-        return {
+    if op in POOLING:
+        given = {
             "x": torch.rand(2, 6, 5, 5, 5, device=device),
-            "relevance": torch.rand(2, 6, 2, 3, 3, device=device),
             "kernel_size": [2, 2, 2],
             "stride": [2, 2, 2],
             "padding": [0, 1, 1],
             "dilation": [1, 1, 1],
         }
+        if op in POOLING_RULES:
+            given["relevance"] = torch.rand(2, 6, 2, 3, 3, device=device)
+        return given
     if op == "z_plus_add":
         return {name: torch.rand(2, 6, 4, 5, 5, device=device) for name in ("x", "other", "relevance")}
     given = {
@@ -122,7 +126,10 @@ REFUSALS = {
     "x of integers": Refusal(ALL, "x", to(torch.int32), r"x must be float32.*int32"),
     "x of bytes": Refusal(ALL, "x", to(torch.uint8), r"x must be float32.*uint8"),
     "x of another type than the rest": Refusal(
-        ALL, "x", to(torch.float64), r"(weight|relevance|other) must be .*float64.*float32"
+        (*CONVOLUTIONS, *POOLING_RULES, *ADDITION),
+        "x",
+        to(torch.float64),
+        r"(weight|relevance|other) must be .*float64.*float32",
     ),
     "weight of a 2D layer": Refusal(CONVOLUTIONS, "weight", of(4, 3, 3, 3), r"weight must have 5 dim.*\(4, 3, 3, 3\)"),
     "weight of another type": Refusal(
@@ -209,10 +216,13 @@ REFUSALS = {
         POOLING, "padding", value([0, 2, 1]), r"padding must be at most half of kernel_size \[2, 2, 2\].*\[0, 2, 1\]"
     ),
     "relevance of other windows": Refusal(
-        POOLING, "relevance", of(2, 6, 2, 2, 2), r"relevance must have the shape \(2, 6, 2, 3, 3\).*\(2, 6, 2, 2, 2\)"
+        POOLING_RULES,
+        "relevance",
+        of(2, 6, 2, 2, 2),
+        r"relevance must have the shape \(2, 6, 2, 3, 3\).*\(2, 6, 2, 2, 2\)",
     ),
     "ceil_mode's windows": Refusal(
-        POOLING, "ceil_mode", value(True), r"relevance must have the shape \(2, 6, 3, 3, 3\).*\(2, 6, 2, 3, 3\)"
+        POOLING_RULES, "ceil_mode", value(True), r"relevance must have the shape \(2, 6, 3, 3, 3\).*\(2, 6, 2, 3, 3\)"
     ),
     "other without a batch": Refusal(ADDITION, "other", of(6, 4, 5, 5), r"other must have 5 dim.*\(6, 4, 5, 5\)"),
     "other of one example": Refusal(
@@ -453,11 +463,12 @@ def test_tables_and_geometry_that_the_functions_cannot_write_out(op: str) -> Non
             function(op, "auto", given | changed)
 
 
-def test_pooling_geometry_that_the_function_cannot_write_out() -> None:
-    given = valid("max_pool3d_relevance", "cpu")
+@pytest.mark.parametrize("op", POOLING)
+def test_pooling_geometry_that_the_function_cannot_write_out(op: str) -> None:
+    given = valid(op, "cpu")
     for name in ("kernel_size", "stride", "padding", "dilation"):
         with pytest.raises(RuntimeError, match=rf"{name} .*\(1, 1\)"):
-            function("max_pool3d_relevance", "auto", given | {name: (1, 1)})
+            function(op, "auto", given | {name: (1, 1)})
 
 
 def test_a_refused_call_changes_nothing(device: str) -> None:

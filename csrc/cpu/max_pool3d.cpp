@@ -1,9 +1,9 @@
-// Relevance of max pooling on the CPU: which rows meet which; the arithmetic along a row is in pool_loops.h.
+// Max pooling and its relevance on the CPU: which rows meet which; the arithmetic along a row is in pool_loops.h.
 //
-// The work is cut into tiles: some channels of one example, and the input rows from where a few windows begin to where the
-// next begin. A tile's windows write down what they pass on (their share, or their winner), then its input rows gather from all
-// windows that contain them, in a fixed order. Windows that reach into a neighbouring tile are computed for both. So a tile stays
-// in the cache: where windows do not overlap, every tensor is read or written once.
+// Of relevance the work is cut into tiles: some channels of one example, and the input rows from where a few windows begin to
+// where the next begin. A tile's windows write down what they pass on (their share, or their winner), then its input rows gather
+// from all windows that contain them, in a fixed order. Windows that reach into a neighbouring tile are computed for both. So a
+// tile stays in the cache: where windows do not overlap, every tensor is read or written once.
 #include "max_pool3d.h"
 
 #include <algorithm>
@@ -465,12 +465,75 @@ class Pooling {
   int64_t tile_t_, tile_h_, tiles_t_, tiles_h_;  // of windows
 };
 
+// The pooling itself. The work is cut into some channels of one example and a few rows of windows of one time.
 template <typename Sum>
-void run(const MaxPool3dRelevance& problem, const std::string& isa, ParallelFor parallel_for) {
-  Pooling<Sum> pooling(problem, instructions<Sum>(isa));
+class Largest {
+ public:
+  Largest(const MaxPool3dForward& problem, Instructions<Sum> run)
+      : problem_(problem), run_(run), t_(axes_of_time(problem)), h_(problem.pool, 1), w_(problem.pool, 2) {
+    const MaxPool3d& pool = problem.pool;
+    row_ = {w_.positions, w_.windows, w_.of_windows(), w_.of_positions()};
+    const bool side_by_side = problem.x.stride[1] == 1 && problem.out.stride[1] == 1;
+    lanes_ = side_by_side ? pool.c : std::min(pool.c, kLanes);
+    blocks_ = (pool.c + lanes_ - 1) / lanes_;
+    const int64_t row_bytes = w_.positions * lanes_ * sizeof(Sum) * pool.kernel[0] * pool.stride[1];
+    tile_h_ = std::clamp<int64_t>(kTileBytes / row_bytes, 1, h_.windows);
+    tiles_h_ = (h_.windows + tile_h_ - 1) / tile_h_;
+  }
+
+  int64_t tiles() const { return problem_.pool.n * blocks_ * problem_.pool.out[0] * tiles_h_; }
+
+  void run(int64_t begin, int64_t end) const {
+    Rows<Sum> x(problem_.x, problem_.element, w_.positions, run_.memory);
+    Rows<Sum> out(problem_.out, problem_.element, w_.windows, run_.memory);
+    const Buffer columns(w_.positions * lanes_ * sizeof(Sum));
+    std::vector<const Sum*> met;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile % tiles_h_ * tile_h_, t = tile / tiles_h_ % problem_.pool.out[0];
+      const int64_t block = tile / tiles_h_ / problem_.pool.out[0], n = block / blocks_, channel = block % blocks_ * lanes_;
+      const int64_t lanes = std::min(lanes_, problem_.pool.c - channel);
+      const Range windows_h{first, std::min(first + tile_h_, h_.windows)};
+      const Axis& times = t_.size() > 1 ? t_[n] : t_[0];
+      x.set(n, channel, lanes, Axis::met(times.of_windows(), {t, t + 1}), Axis::met(h_.of_windows(), windows_h));
+      x.load();
+      out.set(n, channel, lanes, {t, t + 1}, windows_h);
+      for (int64_t h = windows_h.begin; h < windows_h.end; ++h) {
+        met.clear();
+        each(times.of_windows(), t,
+             [&](Meeting a) { each(h_.of_windows(), h, [&](Meeting b) { met.push_back(x.row(a.at, b.at)); }); });
+        run_.pool->largest(row_, lanes, met.size(), met.data(), columns.as<Sum>(), out.row(t, h));
+      }
+      out.store();
+    }
+  }
+
+ private:
+  // One for all examples, or one for each.
+  static std::vector<Axis> axes_of_time(const MaxPool3dForward& problem) {
+    const MaxPool3d& pool = problem.pool;
+    if (problem.reads.data == nullptr) return {Axis(pool, 0)};
+    std::vector<Axis> axes;
+    for (int64_t n = 0; n < (problem.reads.of_each_example ? pool.n : 1); ++n) {
+      const int64_t* const reads = problem.reads.data + n * pool.out[0] * pool.kernel[0];
+      axes.emplace_back(pool, reads, reads);
+    }
+    return axes;
+  }
+
+  const MaxPool3dForward& problem_;
+  Instructions<Sum> run_;
+  std::vector<Axis> t_;
+  Axis h_, w_;
+  PoolRow row_;
+  int64_t lanes_, blocks_;    // of channels
+  int64_t tile_h_, tiles_h_;  // of windows
+};
+
+template <typename Pool>
+void run_all(const Pool& pool, ParallelFor parallel_for) {
   parallel_for(
-      pooling.tiles(), 1,
-      [](void* pooling, int64_t begin, int64_t end) { static_cast<const Pooling<Sum>*>(pooling)->run(begin, end); }, &pooling);
+      pool.tiles(), 1, [](void* pool, int64_t begin, int64_t end) { static_cast<const Pool*>(pool)->run(begin, end); },
+      const_cast<Pool*>(&pool));
 }
 
 }  // namespace
@@ -480,7 +543,17 @@ std::vector<std::string> max_pool3d_kernels() {
 }
 
 void max_pool3d_relevance(const MaxPool3dRelevance& problem, const std::string& kernel, ParallelFor parallel_for) {
-  with_sum_of(problem.element, [&](auto sum) { run<decltype(sum)>(problem, isa_of(kernel), parallel_for); });
+  with_sum_of(problem.element, [&](auto sum) {
+    using Sum = decltype(sum);
+    run_all(Pooling<Sum>(problem, instructions<Sum>(isa_of(kernel))), parallel_for);
+  });
+}
+
+void max_pool3d_forward(const MaxPool3dForward& problem, const std::string& kernel, ParallelFor parallel_for) {
+  with_sum_of(problem.element, [&](auto sum) {
+    using Sum = decltype(sum);
+    run_all(Largest<Sum>(problem, instructions<Sum>(isa_of(kernel))), parallel_for);
+  });
 }
 
 }  // namespace captum_dtd::cpu

@@ -1,4 +1,5 @@
-// The inner loops of max pooling's relevance, along one row of windows or of the input; compiled once for each instruction set.
+// The inner loops of max pooling and of its relevance, along one row of windows or of the input; compiled once for each
+// instruction set.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +27,9 @@ struct PoolRow {
 template <typename Sum>
 struct PoolLoops {
   using Tap = std::conditional_t<std::is_same_v<Sum, double>, int64_t, int32_t>;  // as wide as what it goes with
+
+  // The largest of every window, given the input rows that they contain. `columns` has room for a row of positions.
+  void (*largest)(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* x, Sum* columns, Sum* to);
 
   // Proportional, in two steps. A row's sums over windows of u = max(x, 0), given the input rows that they contain, all of them
   // or those of one time: added up along T and H first and then along W. And what the windows pass to a unit of u at each

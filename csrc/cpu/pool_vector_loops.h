@@ -90,6 +90,30 @@ inline void sum_met(const Meetings& meetings, int64_t count, int64_t lanes, cons
     });
 }
 
+// The larger of two, or the last that is NaN.
+template <typename Sum>
+inline Vector<Sum> larger(Vector<Sum> best, Vector<Sum> x) {
+  return (x > best) | (x != x) ? x : best;
+}
+
+template <typename Sum>
+void largest(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* x, Sum* columns, Sum* to) {
+  const Vector<Sum> none = Vector<Sum>{} - static_cast<Sum>(__builtin_inf());
+  each_vector<Sum>(row.positions * lanes, [=](int64_t i, int64_t some) {
+    Vector<Sum> best = none;
+    for (int64_t r = 0; r < rows; ++r) best = larger<Sum>(best, load(x[r] + i, some));
+    store(best, columns + i, some);
+  });
+  for (int64_t o = 0; o < row.windows; ++o)
+    with_meetings(row.of_windows, o, [=](const Meeting* begin, const Meeting* end) __attribute__((always_inline)) {
+      each_vector<Sum>(lanes, [=](int64_t lane, int64_t some) {
+        Vector<Sum> best = none;
+        for (const Meeting* m = begin; m < end; ++m) best = larger<Sum>(best, load(columns + m->at * lanes + lane, some));
+        store(best, to + o * lanes + lane, some);
+      });
+    });
+}
+
 template <typename Sum>
 void sum(const PoolRow& row, int64_t lanes, int64_t rows, const Sum* const* x, Sum* columns, Sum* sums) {
   each_vector<Sum>(row.positions * lanes, [=](int64_t i, int64_t some) {
@@ -197,7 +221,7 @@ void award(const PoolRow& row, int64_t lanes, int64_t rows, const typename PoolL
 }
 
 template <typename Sum>
-constexpr PoolLoops<Sum> kPoolLoops{sum<Sum>, share<Sum>, total<Sum>, gather<Sum>, compete<Sum>, award<Sum>};
+constexpr PoolLoops<Sum> kPoolLoops{largest<Sum>, sum<Sum>, share<Sum>, total<Sum>, gather<Sum>, compete<Sum>, award<Sum>};
 
 }  // namespace
 }  // namespace captum_dtd::cpu

@@ -55,6 +55,10 @@ struct Cuda {
     const Tensor workspace = scratch(x, cuda::max_pool3d_workspace(problem));
     cuda::max_pool3d_relevance(problem, workspace.mutable_data_ptr(), current_stream(x));
   }
+  static void run(const MaxPool3dForward& problem, const std::string&, const Tensor& x) {
+    const Tensor workspace = scratch(x, cuda::max_pool3d_workspace(problem));
+    cuda::max_pool3d_forward(problem, workspace.mutable_data_ptr(), current_stream(x));
+  }
   static void run(const AddRelevance& problem, const std::string&, const Tensor& x) {
     cuda::add_relevance(problem, current_stream(x));
   }

@@ -1,4 +1,4 @@
-// Relevance through max pooling. Both rules move few bytes per operation, so the kernels are about memory: neighbouring
+// Max pooling and relevance through it. Both rules move few bytes per operation, so the kernels are about memory: neighbouring
 // threads read neighbouring addresses, in vectors where the layout allows, and each result is written once.
 //
 // Windows that do not overlap (the usual stride == kernel): the input is tiled by cells, one per window; a thread reads its
@@ -11,8 +11,11 @@
 //
 // Layers of frozen clips read and give to times by a table (in_time.h); there every window is one of those that overlap.
 //
+// The pooling itself is one pass: a thread reads the taps of its window, of which neighbours share most through the caches.
+//
 // Every sum has a fixed order (T, H, W), so results do not change from run to run.
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <type_traits>
 
@@ -26,6 +29,9 @@ namespace {
 constexpr int kBlocks = 8;         // of a multiprocessor, where a kernel asks for it: leaves it 64 registers
 constexpr int kSummaryBlocks = 6;  // leaves 80, with which nothing is spilled
 constexpr int kBatch = 8;          // taps whose loads are in flight together: a whole 2x2x2 window
+
+template <typename Sum>
+constexpr Sum kNothing = -std::numeric_limits<Sum>::infinity();  // the largest of no numbers
 
 // The six nested loops of a tensor: two axes without windows, the three that are pooled, and lanes. Lanes are what
 // neighbouring threads take: channels in channels_last_3d; in other layouts a single one, since there the threads run along W,
@@ -264,6 +270,47 @@ __global__ void __launch_bounds__(kThreads, kSummaryBlocks) summarize_windows(co
   }
 }
 
+// The pooling itself; `pair` windows lie side by side along a vector of W if it is 2.
+template <int vector, int pair, bool by_table, typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks) largest_of_windows(const Pooling p, const Work<kLoops> work) {
+  using Sum = SumOf<T>;
+  constexpr int windows = vector / pair;
+  int at[kLoops];
+  if (!coordinates(work, at)) return;
+  at[kLane] *= windows;
+  auto* const to = reinterpret_cast<Pack<T, windows>*>(locate<T>(p.out, at));
+  at[kLane] *= pair;
+  const int16_t* times = by_table ? p.in_time.reads.row(at[0]) + at[kPooled] * p.kernel[0] : nullptr;
+  int begin[3];
+#pragma unroll
+  for (int a = 0; a < 3; ++a) at[kPooled + a] = begin[a] = a == 0 && by_table ? 0 : at[kPooled + a] * p.stride[a] - p.padding[a];
+  const T* x = locate<const T>(p.x, at);
+  Sum largest[windows];
+#pragma unroll
+  for (int w = 0; w < windows; ++w) largest[w] = kNothing<Sum>;
+  Batch<vector, T> batch;
+  for (Tap tap; tap.number < p.taps;) {
+    batch.template read<by_table>(p, begin, x, tap, times);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+      for (int i = 0; i < vector; ++i) {
+        const Sum value = batch.value[b][i];
+        if (batch.inside[b] && (value > largest[i / pair] || value != value)) largest[i / pair] = value;
+      }
+    }
+  }
+  Pack<T, windows> pack;
+#pragma unroll
+  for (int w = 0; w < windows; ++w) {
+    if constexpr (std::is_same_v<T, double>)
+      pack.value[w] = largest[w];
+    else
+      pack.value[w] = narrow<T>(largest[w]);
+  }
+  *to = pack;
+}
+
 // The windows of one axis that contain a position: from first to last, `step` apart. The position is tap `tap` of the first
 // of them, and the tap falls by `fall` from one to the next.
 struct Containing {
@@ -476,10 +523,10 @@ Plan plan_for(const MaxPool3dRelevance& problem, void* workspace) {
 
 // Runs a kernel once for each vector at the given positions of the pooled axes.
 void launch_over(void (*kernel)(Pooling, Work<kLoops>), const Plan& plan, const int64_t (&positions)[3], void* stream,
-                 int64_t threads) {
+                 int64_t threads, const char* name = "max_pool3d_relevance") {
   const int64_t sizes[kLoops] = {plan.outer[0], plan.outer[1], positions[0],
                                  positions[1],  positions[2],  plan.lanes / plan.vector};
-  launch_each("max_pool3d_relevance", kernel, plan.pooling, sizes, stream, threads);
+  launch_each(name, kernel, plan.pooling, sizes, stream, threads);
 }
 
 template <int vector, bool winner_takes_all, bool by_table, typename T>
@@ -514,6 +561,25 @@ void run_rule(const Plan& plan, void* stream, int64_t threads) {
   run<1, 1, winner_takes_all, T>(plan, stream, threads);
 }
 
+template <int vector, int pair, typename T>
+void run_forward(const Plan& plan, void* stream, int64_t threads) {
+  const Pooling& p = plan.pooling;
+  const int64_t windows[3] = {p.windows[0], p.windows[1], p.windows[2]};
+  auto kernel = largest_of_windows<vector, pair, false, T>;
+  if constexpr (pair == 1)
+    if (plan.by_table) kernel = largest_of_windows<vector, pair, true, T>;
+  launch_over(kernel, plan, windows, stream, threads, "max_pool3d");
+}
+
+template <typename T>
+void run_forward_type(const Plan& plan, void* stream, int64_t threads) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (plan.pair == 2) return run_forward<kVector, 2, T>(plan, stream, threads);
+    if (plan.vector == kVector) return run_forward<kVector, 1, T>(plan, stream, threads);
+  }
+  run_forward<1, 1, T>(plan, stream, threads);
+}
+
 template <typename T>
 void run_type(bool winner_takes_all, const Plan& plan, void* stream, int64_t threads) {
   winner_takes_all ? run_rule<true, T>(plan, stream, threads) : run_rule<false, T>(plan, stream, threads);
@@ -537,6 +603,28 @@ void max_pool3d_relevance(const MaxPool3dRelevance& problem, void* workspace, vo
     case Element::Float64: return run_type<double>(problem.winner_takes_all, plan, stream, threads);
     case Element::BFloat16: return run_type<bfloat16>(problem.winner_takes_all, plan, stream, threads);
     case Element::Float16: return run_type<float16>(problem.winner_takes_all, plan, stream, threads);
+  }
+}
+
+int64_t max_pool3d_workspace(const MaxPool3dForward& problem) { return time_tables(problem.pool, problem.reads, {}).bytes(); }
+
+void max_pool3d_forward(const MaxPool3dForward& problem, void* workspace, void* stream, int64_t threads) {
+  // Laid out as relevance is that comes back from its windows.
+  MaxPool3dRelevance back{};
+  back.pool = problem.pool;
+  back.reads = problem.reads;
+  back.times = problem.pool.in[0];
+  back.element = problem.element;
+  back.x = back.out = problem.x;
+  back.relevance = problem.out;
+  Plan plan = plan_for(back, nullptr);
+  plan.pooling.out = plan.pooling.relevance;
+  if (plan.by_table) plan.pooling.in_time = write_tables(time_tables(problem.pool, problem.reads, {}), workspace, stream);
+  switch (problem.element) {
+    case Element::Float32: return run_forward_type<float>(plan, stream, threads);
+    case Element::Float64: return run_forward_type<double>(plan, stream, threads);
+    case Element::BFloat16: return run_forward_type<bfloat16>(plan, stream, threads);
+    case Element::Float16: return run_forward_type<float16>(plan, stream, threads);
   }
 }
 

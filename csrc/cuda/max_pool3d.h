@@ -21,4 +21,8 @@ int64_t max_pool3d_workspace(const MaxPool3dRelevance& problem);
 // A launch covers at most `threads` threads; more work takes several.
 void max_pool3d_relevance(const MaxPool3dRelevance& problem, void* workspace, void* stream, int64_t threads = int64_t{1} << 30);
 
+// The same of the pooling itself, which needs memory for its table alone.
+int64_t max_pool3d_workspace(const MaxPool3dForward& problem);
+void max_pool3d_forward(const MaxPool3dForward& problem, void* workspace, void* stream, int64_t threads = int64_t{1} << 30);
+
 }  // namespace captum_dtd::cuda
