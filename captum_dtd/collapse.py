@@ -433,9 +433,9 @@ class FrozenNetwork:
         if along.all_differ:
             return self.network.compute(node, values.__getitem__)  # type: ignore[no-any-return]
         whole_layer = along.layer(values, (0,))
-        kernel = self.network.forward_kernel(whole_layer)
+        kernel, relu = self.network.forward_kernel(whole_layer), self.network.rectifies(node)
         if fused.serves_frozen(kernel, node, values[along.source]):
-            return fused.forward(whole_layer, kernel, self._route(node, along.source).table(along.window.taps))
+            return fused.forward(whole_layer, kernel, self._route(node, along.source).table(along.window.taps), relu)
         if along.products >= _WORTH_IT * along.multiplications:
             whole = Route.of([along.read.classes], along.read.distinct).gather(values[along.source], 2)
             output = self.network.compute(node, lambda n: whole if n is along.source else values[n])
@@ -448,7 +448,8 @@ class FrozenNetwork:
 
         sums = along.sum_of_taps(one)
         bias = values[node.args[2]] if isinstance(node.args[2:3] and node.args[2], fx.Node) else None  # type: ignore[index]
-        return sums if bias is None else sums.add_(bias.view(-1, 1, 1, 1))
+        sums = sums if bias is None else sums.add_(bias.view(-1, 1, 1, 1))
+        return sums.relu_() if relu else sums
 
     # ------------------------------------------------------------------------------------------------------ backward
 

@@ -156,10 +156,11 @@ def denominator(
     return _from_3d(z.add_(rest[0]) if rest else z, signal, conv.dims)
 
 
-def forward(call: Call, kernel: str, reads: Table | None = None) -> Tensor:
+def forward(call: Call, kernel: str, reads: Table | None = None, relu: bool = False) -> Tensor:
     """The output of a convolution, linear layer or max pooling, by the kernel that `forward_kernel_for` named.
 
     With ``reads`` it is that of a frozen clip's layer, which reads times of its input by this table (`ops.frozen_conv3d`).
+    ``relu`` asks for the positive part of a convolution or linear layer.
     """
     (x,) = call.signals
     if kind_of(call.node) == "max pool":
@@ -168,7 +169,7 @@ def forward(call: Call, kernel: str, reads: Table | None = None) -> Tensor:
             return ops.frozen_max_pool3d(x, pool.kernel_size, reads, **pool.in_space, kernel=kernel)
         return _from_3d(ops.max_pool3d(_to_3d(x, pool.dims), **pool.windows, kernel=kernel), x, pool.dims)
     conv = _Convolution.of(call)
-    return _from_3d(_convolve(_to_3d(x, conv.dims), conv, conv.weight, conv.bias, reads, kernel), x, conv.dims)
+    return _from_3d(_convolve(_to_3d(x, conv.dims), conv, conv.weight, conv.bias, reads, kernel, relu), x, conv.dims)
 
 
 def serves_frozen(kernel: str, node: fx.Node, x: Tensor) -> bool:
@@ -233,11 +234,17 @@ def redistribute_frozen(
 
 
 def _convolve(
-    x: Tensor, conv: _Convolution, weight: Tensor, bias: Tensor | None, reads: Table | None, kernel: str
+    x: Tensor,
+    conv: _Convolution,
+    weight: Tensor,
+    bias: Tensor | None,
+    reads: Table | None,
+    kernel: str,
+    relu: bool = False,
 ) -> Tensor:
     if reads is None:
-        return ops.conv3d(x, weight, bias, **conv.geometry, kernel=kernel)
-    return ops.frozen_conv3d(x, weight, reads, bias=bias, **conv.in_space, kernel=kernel)
+        return ops.conv3d(x, weight, bias, **conv.geometry, relu=relu, kernel=kernel)
+    return ops.frozen_conv3d(x, weight, reads, bias=bias, **conv.in_space, relu=relu, kernel=kernel)
 
 
 @dataclass(frozen=True)

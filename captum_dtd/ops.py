@@ -61,7 +61,7 @@ SCHEMAS = {
     "max_pool3d_relevance": f"(Tensor x, Tensor relevance, int[] kernel_size, {_GEOMETRY}, bool ceil_mode, "
     "bool winner_takes_all, float stabilizer, str kernel) -> Tensor",
     "z_plus_add": "(Tensor x, Tensor other, Tensor relevance, float alpha, float stabilizer, str kernel) -> (Tensor, Tensor)",
-    "conv3d": f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, int groups, str kernel) -> Tensor",
+    "conv3d": f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, int groups, bool relu, str kernel) -> Tensor",
     "max_pool3d": f"(Tensor x, int[] kernel_size, {_GEOMETRY}, bool ceil_mode, str kernel) -> Tensor",
     "frozen_z_plus_conv3d": f"(Tensor x, Tensor weight, Tensor? bias, Tensor relevance, {_TABLES}, {_GEOMETRY}, int groups, "
     "bool non_negative, float stabilizer, bool divided, str kernel) -> Tensor",
@@ -69,8 +69,8 @@ SCHEMAS = {
     f"{_TABLES}, {_GEOMETRY}, int groups, float stabilizer, bool divided, str kernel) -> Tensor",
     "frozen_max_pool3d_relevance": f"(Tensor x, Tensor relevance, {_TABLES}, int[] kernel_size, {_GEOMETRY}, bool ceil_mode, "
     "bool winner_takes_all, float stabilizer, str kernel) -> Tensor",
-    "frozen_conv3d": f"(Tensor x, Tensor weight, Tensor? bias, int[] reads, int times, {_GEOMETRY}, int groups, str kernel) "
-    "-> Tensor",
+    "frozen_conv3d": f"(Tensor x, Tensor weight, Tensor? bias, int[] reads, int times, {_GEOMETRY}, int groups, bool relu, "
+    "str kernel) -> Tensor",
     "frozen_max_pool3d": f"(Tensor x, int[] reads, int times, int[] kernel_size, {_GEOMETRY}, bool ceil_mode, str kernel) "
     "-> Tensor",
 }
@@ -267,6 +267,7 @@ def conv3d(
     padding: Triple | Literal["same"] = 0,
     dilation: Triple = 1,
     groups: int = 1,
+    relu: bool = False,
     kernel: str = "auto",
 ) -> Tensor:
     """The convolution itself, by the same kernels, for the way forward; the result has the type of ``x``.
@@ -275,13 +276,14 @@ def conv3d(
         x: the input (N, C, T, H, W).
         weight: as in `z_plus_conv3d`, and so are all further arguments and the errors.
         bias: (C_out,), added to the result.
+        relu: whether of the result only what is positive is wanted, zero elsewhere.
 
     Example:
         >>> conv3d(torch.ones(1, 1, 1, 1, 4), torch.ones(1, 1, 1, 1, 2)).flatten()
         tensor([2., 2., 2.])
     """
     geometry = _geometry(stride, padding, dilation, weight)
-    return _call("conv3d", x, weight, bias, *geometry, groups, kernel)
+    return _call("conv3d", x, weight, bias, *geometry, groups, relu, kernel)
 
 
 def max_pool3d(
@@ -469,6 +471,7 @@ def frozen_conv3d(
     padding: Pair | Literal["same"] = 0,
     dilation: Pair = 1,
     groups: int = 1,
+    relu: bool = False,
     kernel: str = "auto",
 ) -> Tensor:
     """The convolution of a frozen clip's layer, whose equal times are kept once: ``out[q] = sum over j of A_j(x[reads[q][j]])``.
@@ -478,6 +481,7 @@ def frozen_conv3d(
         weight: as in `frozen_z_plus_conv3d`, and so are all further arguments.
         reads: times of ``x``, as (1 or N, Q, kT).
         bias: (C_out,), added to the result.
+        relu: whether of the result only what is positive is wanted, zero elsewhere.
 
     Returns:
         (N, C_out, Q, H', W').
@@ -490,7 +494,7 @@ def frozen_conv3d(
     """
     geometry = _flat_geometry(stride, padding, dilation, weight)
     times = len(reads[0]) if len(reads) else 0
-    return _call("frozen_conv3d", x, weight, bias, _flat("reads", reads), times, *geometry, groups, kernel)
+    return _call("frozen_conv3d", x, weight, bias, _flat("reads", reads), times, *geometry, groups, relu, kernel)
 
 
 def frozen_max_pool3d(
@@ -663,7 +667,7 @@ def _fake_z_plus_add(x: Tensor, other: Tensor, relevance: Tensor, *options: Any)
 
 
 def _fake_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-    stride, padding, dilation, groups, _ = options
+    stride, padding, dilation, groups, _, _ = options
     check_conv3d(x, weight, bias, None, stride, padding, dilation, groups, 0.0)
     return _like_x(x, x.dtype, output_shape(x, weight, stride, padding, dilation))
 
@@ -699,7 +703,7 @@ def _fake_frozen_max_pool3d(x: Tensor, relevance: Tensor, *options: Any) -> Tens
 
 
 def _fake_frozen_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-    reads, times, stride, padding, dilation, groups, _ = options
+    reads, times, stride, padding, dilation, groups, _, _ = options
     check_conv3d(x, weight, bias, None, stride, padding, dilation, groups, 0.0, times)
     check_table("reads", reads, x.shape[0], times, weight.shape[2], x.shape[2])
     n, channels, _, *size = output_shape(x, weight, stride, padding, dilation)

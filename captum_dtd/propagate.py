@@ -139,6 +139,9 @@ class Network:
         self._last_uses = self._find_last_uses()
         self._kept = self._find_kept()
         self._overwrites = self._find_overwrites()
+        self._rectified = frozenset(
+            source for node in self._overwrites if (source := node.all_input_nodes[0]).target is not aten.add.Tensor
+        )
         self.bytes_per_example = self._estimate_bytes()
 
     def _plan(self, model: nn.Module, composite: Composite) -> tuple[Step, ...]:
@@ -279,16 +282,23 @@ class Network:
             assert isinstance(output, Tensor)
             return Activations(values, output)
 
+    def rectifies(self, node: fx.Node) -> bool:
+        """Whether a convolution or linear layer gives the positive part of its output at once: a ReLU alone reads it."""
+        return node in self._rectified
+
     def compute(self, node: fx.Node, value_of: ValueOf, args: tuple[Any, ...] | None = None) -> Any:
         """A node's value, by its kernel; ``args`` stand for its own arguments, nodes of the graph among them."""
         if node in self._overwrites:
-            return value_of(node.all_input_nodes[0]).relu_()
+            source = node.all_input_nodes[0]
+            return value_of(source) if self.rectifies(source) else value_of(source).relu_()
+        relu = self.rectifies(node)
         if self.precision is not None and fused.kind_of(node) in ("convolution", "linear", "max pool"):
             call = Call(node, (0,), value_of, args)
             kernel = self.forward_kernel(call)
             if kernel != "reference":
-                return fused.forward(call, kernel)
-        return _run(node, value_of, args)
+                return fused.forward(call, kernel, relu=relu)
+        value = _run(node, value_of, args)
+        return value.relu_() if relu else value
 
     def forward_kernel(self, call: Call) -> str:
         """Name of the kernel that computes a convolution, linear layer or max pooling forward; "reference" is torch's own."""

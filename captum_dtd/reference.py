@@ -203,12 +203,14 @@ def conv3d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    relu: bool,
 ) -> Tensor:
-    """The convolution itself, zero-padded by (front, back) of T, of H, of W, in the type of ``x``."""
+    """The convolution itself, or its positive part, zero-padded by (front, back) of T, of H, of W, in the type of ``x``."""
     dtype = accumulator(x.dtype)
     padded = F.pad(x.to(dtype), [padding[4], padding[5], padding[2], padding[3], padding[0], padding[1]])
     wide = None if bias is None else bias.to(dtype)
-    return F.conv3d(padded, weight.to(dtype), wide, stride, 0, dilation, groups).to(x.dtype)
+    out = F.conv3d(padded, weight.to(dtype), wide, stride, 0, dilation, groups)
+    return (out.relu_() if relu else out).to(x.dtype)
 
 
 def max_pool3d(
@@ -250,12 +252,13 @@ def frozen_conv3d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    relu: bool,
 ) -> Tensor:
     """The convolution of a frozen clip's layer, whose output times read times of ``x`` by a table; -1 reads zeros."""
     taps = weight.shape[2]
     read = _rows(reads, x.shape[0], times, taps)
     outputs = [
-        conv3d(_windows(x, [row[q] for row in read], taps), weight, bias, stride, padding, dilation, groups)
+        conv3d(_windows(x, [row[q] for row in read], taps), weight, bias, stride, padding, dilation, groups, relu)
         for q in range(times)
     ]
     return torch.cat(outputs, 2)

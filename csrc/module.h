@@ -122,8 +122,9 @@ struct Operators {
   }
 
   static Tensor conv3d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Numbers& stride,
-                       const Numbers& padding, const Numbers& dilation, int64_t groups, const std::string& asked) {
+                       const Numbers& padding, const Numbers& dilation, int64_t groups, bool relu, const std::string& asked) {
     Conv3dForward problem{};
+    problem.relu = relu;
     problem.conv = check_conv3d(x, weight, bias, std::nullopt, stride, padding, dilation, groups);
     const int64_t (&size)[3] = problem.conv.out;
     const typename Device::Guard guard(x);
@@ -155,8 +156,9 @@ struct Operators {
 
   static Tensor frozen_conv3d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Numbers& reads,
                               int64_t times, const Numbers& stride, const Numbers& padding, const Numbers& dilation,
-                              int64_t groups, const std::string& asked) {
+                              int64_t groups, bool relu, const std::string& asked) {
     Conv3dForward problem{};
+    problem.relu = relu;
     problem.conv = check_conv3d(x, weight, bias, std::nullopt, stride, padding, dilation, groups, 0, times);
     check_table("reads", reads, x.size(0), times, weight.size(2), x.size(2));
     problem.reads = table(reads, problem.conv);

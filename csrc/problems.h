@@ -40,13 +40,14 @@ struct Conv3dRelevance {
   TimeTable reads, gives;  // conv.in has the times of the result, which x may have fewer of
 };
 
-// The plain convolution, out = conv(x, weight) + bias; everything has the type `element`.
+// The plain convolution, out = conv(x, weight) + bias, or what of it is positive; everything has the type `element`.
 struct Conv3dForward {
   Conv3d conv;
   Element element;
   View x, out;
   const void* weight;  // contiguous
   const void* bias;    // c_out values or null
+  bool relu;
   TimeTable reads;
 };
 

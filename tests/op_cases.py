@@ -581,7 +581,7 @@ def explicit(op: str, arguments: dict[str, Any], kernel: str = "auto") -> dict[s
             given["stride"] = given["kernel_size"][1:]
     else:
         defaults |= {"bias": None, "groups": 1} | ({"non_negative": False} if kind(op) == "z_plus_conv3d" else {})
-        defaults |= {"divided": False} if kind(op) != "conv3d" else {}
+        defaults |= {"divided": False} if kind(op) != "conv3d" else {"relu": False}
     if kind(op) not in FORWARD:
         defaults["stabilizer"] = 0.0
     if kind(op) != op and kind(op) in FORWARD:
@@ -650,7 +650,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         Variant("pixels outside of their box", STABLE, box="violated", exact_only=True),
         Variant("divided", {"divided": True}, box="channel"),
     ),
-    "conv3d": (Variant("no bias"), Variant("bias", bias=True)),
+    "conv3d": (Variant("no bias"), Variant("bias", bias=True), Variant("rectified", {"relu": True}, bias=True)),
     "max_pool3d": (Variant("largest"),),
     "max_pool3d_relevance": (
         Variant("proportional"),
@@ -710,7 +710,8 @@ def problem(
     if kind(op) == "conv3d":
         expected = read.flatten(1) @ V.T + b
         scale = read.flatten(1).abs() @ V.T.abs() + b.abs()
-        return Problem(op, tensors, of_reading(case), expected.view(out), scale.view(out))
+        expected = pos(expected) if variant.options.get("relu") else expected
+        return Problem(op, tensors, of_reading(case) | variant.options, expected.view(out), scale.view(out))
 
     # Z (N, outputs, inputs): what every input gave to every output.
     u = read.flatten(1).unsqueeze(1)

@@ -88,7 +88,8 @@ def run(
     reads, gives = (np.array(case.reads), np.array(case.gives)) if isinstance(case, Frozen) else (None, None)
     if kind(posed.op) == "conv3d":
         out = torch.full_like(x, torch.nan).new_full(posed.expected.shape, torch.nan)
-        front.forward(*shared, array(out), *geometry, kernel, (*tile, splits), reads)
+        relu = posed.options.get("relu", False)
+        front.forward(*shared, array(out), *geometry, kernel, (*tile, splits), reads, relu)
         return out
     low, high = (given[name].expand(x.shape) if name in given else None for name in ("low", "high"))
     lift = "box" if low is not None else "none" if posed.options.get("non_negative") else "signed"

@@ -90,10 +90,14 @@ struct Keep {
   const Loops<Sum>& loops;
   View out;
   Element element;
-  bool stream;
+  bool relu, stream;
 
   void operator()(const Spot& spot, const Sums<Sum>& sums) const {
-    store(loops, sums.data, sums.pitch, out, element, spot, stream);
+    if (!relu) return store(loops, sums.data, sums.pitch, out, element, spot, stream);
+    const int64_t pitch = spot.columns();
+    for (int64_t row = 0; row < spot.rows(); ++row)
+      loops.lift(Lift::Signed, 0, 1, pitch, sums.data + row * sums.pitch, nullptr, sums.room + row * pitch, pitch);
+    store(loops, static_cast<const Sum*>(sums.room), pitch, out, element, spot, stream);
   }
 };
 
@@ -498,7 +502,7 @@ void forward(const Conv3dForward& problem, const Engine<Operand, Sum>& engine, c
   const bool has_table = problem.reads.data != nullptr;
   if (!has_table && is_linear(problem.conv))
     return LinearLayer<Sum>(problem.conv, problem.element, problem.weight, bias.data(), loops, parallel_for)
-        .forward(problem.x, problem.out);
+        .forward(problem.x, problem.out, problem.relu);
 
   const Filter weights = filter(loops, problem.conv, problem.element, problem.weight, parallel_for);
   Conv3d conv = problem.conv;
@@ -506,7 +510,7 @@ void forward(const Conv3dForward& problem, const Engine<Operand, Sum>& engine, c
   const bool stream = is_big(problem.conv.n * problem.conv.c_out, problem.conv.out, problem.element);
   for (int64_t n = 0; n < problem.conv.n; n += conv.n) {
     const Source x{skip_examples(problem.x, problem.element, n), problem.element, Lift::None, {}, {}};
-    const Keep<Sum> keep{loops, skip_examples(problem.out, problem.element, n), problem.element, stream};
+    const Keep<Sum> keep{loops, skip_examples(problem.out, problem.element, n), problem.element, problem.relu, stream};
     const InTime times = has_table ? in_time(conv, problem.reads, {}, n) : InTime{};
     const Sweep sweep = has_table ? by_table(forward_sweep(conv), conv, times.reads) : forward_sweep(conv);
     const Task task{sweep, arithmetic.forward, 1, 1, x, weights, {false, false}, arithmetic.transformed};

@@ -41,7 +41,7 @@ class LinearLayer {
         c_in_(conv.c_in / conv.groups),
         c_out_(conv.c_out / conv.groups) {}
 
-  void forward(const View& x, const View& out) const {
+  void forward(const View& x, const View& out, bool relu) const {
     const std::vector<Sum> u = gather({x, element_, Lift::None, {}, {}}, 0);
     each_stretch([&](int64_t group, int64_t first, int64_t rows, int64_t) {
       for (int64_t row = first; row < first + rows; row += kRows)
@@ -50,6 +50,7 @@ class LinearLayer {
           Sum z[kRows];
           std::copy_n(bias_ + to.channel, to.channels, z);
           loops_.dot(element_, weights(to.channel), to.channels, c_in_, Sign::Both, &u[input(p, group)], z);
+          if (relu) loops_.lift(Lift::Signed, 0, 1, to.channels, z, nullptr, z, to.channels);
           store(loops_, z, to.channels, out, element_, to, false);
         }
     });

@@ -614,7 +614,7 @@ void conv3d_forward(const Conv3dForward& problem, const std::string& kernel, con
   tables.write(stream);
   forward.epilogue = Epilogue::Add;
   const View out = without_unit_axes(problem.out, problem.conv.n, problem.conv.out);
-  forward.add = {problem.bias, problem.element, out};
+  forward.add = {problem.bias, problem.element, problem.relu, out};
   launch_pass(layer, plan.forward, forward, out, memory + plan.weights, stream);
 }
 

@@ -75,6 +75,7 @@ struct Share {
 struct Add {
   const void* bias;
   Element element;  // of the bias and of out
+  bool relu;
   View out;
 };
 
@@ -615,6 +616,10 @@ class Quad {
 #pragma unroll
     for (int e = 0; e < 4; ++e)
       if (a.bias != nullptr && column_ + e < gemm.columns) sums[e] += load_element(a.bias, channel + e, a.element);
+    if (a.relu) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[e] = positive(sums[e]);
+    }
     if (gemm.in_quads) {
       const int64_t quad = (at + channel) / 4;
       if (a.element == Element::Float32)

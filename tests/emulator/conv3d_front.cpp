@@ -71,13 +71,14 @@ void relevance(py::array x, py::array weight, py::object bias, py::array relevan
 }
 
 void forward(py::array x, py::array weight, py::object bias, py::array out, Triple stride, Triple padding, Triple dilation,
-             int64_t groups, const std::string& kernel, Triple tiling, py::object reads) {
+             int64_t groups, const std::string& kernel, Triple tiling, py::object reads, bool relu) {
   const Conv3dForward problem{conv_of(x, weight, out, stride, padding, dilation, groups),
                               element_of(x),
                               view_of(x),
                               view_of(out),
                               weight.data(),
                               data_of(bias),
+                              relu,
                               table_of(reads)};
   with_workspace(problem, kernel, tiling, conv3d_forward);
 }
@@ -92,5 +93,5 @@ PYBIND11_MODULE(conv3d_front, m) {
         "dilation"_a, "groups"_a, "lift"_a, "stabilizer"_a, "divided"_a, "kernel"_a, "tiling"_a, "reads"_a = py::none(),
         "gives"_a = py::none());
   m.def("forward", forward, "x"_a, "weight"_a, "bias"_a, "out"_a, "stride"_a, "padding"_a, "dilation"_a, "groups"_a, "kernel"_a,
-        "tiling"_a, "reads"_a = py::none());
+        "tiling"_a, "reads"_a = py::none(), "relu"_a = false);
 }
