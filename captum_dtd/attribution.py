@@ -25,7 +25,15 @@ from tqdm.auto import tqdm
 from captum_dtd.bounds import Bound, broadcast_bound
 from captum_dtd.collapse import FrozenNetwork, Wanted
 from captum_dtd.composites import Composite, Selector, as_composite
-from captum_dtd.graph import InputMismatchError, operation_name, source_line, structure_of, trace, unwrap
+from captum_dtd.graph import (
+    InputMismatchError,
+    hooked_modules,
+    operation_name,
+    source_line,
+    structure_of,
+    trace,
+    unwrap,
+)
 from captum_dtd.kernels import Precision
 from captum_dtd.propagate import Network, Observer, Step, Values
 from captum_dtd.replay import Choose, Replay
@@ -357,6 +365,11 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         count, size = enough
         return min(affordable, max(count, size // max(1, network.bytes_per_example)))
 
+    def fixed_batch(self, inputs: tuple[Tensor, ...], additional_forward_args: Any = None) -> int | None:
+        """The number of examples that the model's code insists on; None where it takes any."""
+        network = self._network(inputs, as_arguments(additional_forward_args))
+        return None if network.any_batch else len(inputs[0])
+
     def _affordable(self, network: Network, inputs: tuple[Tensor, ...]) -> int:
         return max(1, free_memory(inputs[0].device) // 2 // max(1, network.bytes_per_example))
 
@@ -370,8 +383,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
     ) -> list[tuple[tuple[Tensor, ...], Tensor]]:
         tensors, extra = checked_inputs(inputs), as_arguments(additional_forward_args)
         check_batch_size(internal_batch_size)
-        if not targets:
-            raise ValueError("targets is empty; give at least one")
+        check_targets(targets)
         count = len(tensors[0])
         with tqdm(total=count, desc=self.get_name(), unit="clip", disable=not show_progress) as progress:
             progress.set_postfix_str("tracing the model")
@@ -477,6 +489,10 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
     def _network(self, inputs: tuple[Tensor, ...], extra: tuple[Any, ...]) -> Network:
         """The traced network for inputs of this shape, from memory where the model still has the same structure."""
         model = unwrap(self.model)
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                "the model is a TorchScript module, which torch.export cannot trace; give the nn.Module it was made of"
+            )
         check_evaluation_mode(model)
         count = len(inputs[0])
         options = (self.composite, self.backend, self.precision)
@@ -520,7 +536,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
     def _findings(self, network: Network, inputs: tuple[Tensor, ...], bounds: list[tuple[Tensor, Tensor]]) -> list[str]:
         """What a user should know before relying on the relevance."""
         findings = list(network.notes)
-        hooked = [name or "the model" for name, module in unwrap(self.model).named_modules() if module._forward_hooks]
+        hooked = hooked_modules(unwrap(self.model))
         if hooked:
             findings.append(
                 f"forward hooks ({', '.join(hooked[:3])}) are not run while explaining: if they change what the model computes, "
@@ -628,6 +644,14 @@ def check_batch_size(internal_batch_size: int | None) -> None:
         raise TypeError(f"internal_batch_size must be an integer or None, got {internal_batch_size!r}")
     if internal_batch_size is not None and internal_batch_size < 1:
         raise ValueError(f"internal_batch_size must be at least 1, got {internal_batch_size}")
+
+
+def check_targets(targets: Sequence[Target]) -> None:
+    """Raise TypeError unless these are several targets, ValueError if there are none."""
+    if isinstance(targets, (str, Tensor)) or not isinstance(targets, Sequence):
+        raise TypeError(f"targets must be a list with a target for each explanation ([3, 7], say), got {targets!r}")
+    if not targets:
+        raise ValueError("targets is empty; give at least one")
 
 
 def as_tuple(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

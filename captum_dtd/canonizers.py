@@ -39,6 +39,8 @@ def canonize(graph: fx.Graph) -> tuple[str, ...]:
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             # A view was legal for the strides of the traced example; reshape is for any, and is a view where it can be.
             node.target = aten.reshape.default
+        elif node.target is aten.squeeze.dim:
+            node.target, node.args = aten.squeeze.dims, (node.args[0], [node.args[1]])
         elif node.target is aten.copy.default:
             # Writing into a tensor in place: what was there before is gone, only its shape matters.
             node.target, node.args = aten.expand_as.default, (node.args[1], node.args[0])
@@ -241,7 +243,7 @@ def _average_first(graph: fx.Graph, average: fx.Node) -> bool:
         return _swap_mean(graph, average, head, dims)
     if head.target is aten.reshape.default and rank - 1 not in dims:
         return _swap_view(graph, average, head)
-    if head.target in (aten.squeeze.dim, aten.squeeze.dims):
+    if head.target is aten.squeeze.dims:
         return _swap_squeeze(graph, average, head, dims)
     return False
 

@@ -34,6 +34,7 @@ from captum_dtd.attribution import (
     as_tuple,
     check_batch_size,
     check_option,
+    check_targets,
     checked_inputs,
     order_hint,
     take_arguments,
@@ -439,8 +440,9 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
         """
         if frame_cache is not None and not isinstance(frame_cache, FrameCache):
             raise TypeError(f"frame_cache must be a captum_dtd.FrameCache, got {type(frame_cache).__name__}")
-        if not targets:
-            raise ValueError("targets is empty; give at least one")
+        check_targets(targets)
+        for name, bound in (("low", self.method.low), ("high", self.method.high)):
+            check_same_for_all_examples(name, bound)
         return self._attribute(
             partial(self._read_distinct_times, frame_cache),
             inputs,
@@ -482,6 +484,7 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
     ) -> _Reader:
         """Explains frozen clips at distinct times only, and walks relevance back no further than it is read."""
         frozen = self.method.frozen_clips(clips, extra)
+        fixed = self.method.fixed_batch(clips, extra) if frozen is None else None
         count, length = clips[0].shape[0], clips[0].shape[2]
 
         def arguments(jobs: Sequence[_Job], targets: Sequence[Target]) -> tuple[list[Target], tuple[Any, ...]]:
@@ -490,7 +493,7 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
 
         def relevance(jobs: Sequence[_Job], wanted: Wanted, targets: Sequence[Target]) -> list[tuple[Tensor, ...]]:
             if frozen is None:
-                return _whole(clips, explain, jobs, targets)
+                return _whole_in_groups(clips, explain, jobs, targets, fixed or len(jobs))
             frames = tuple(_frames(part, jobs) for part in clips)
             return [_over_channels(one) for one in frozen.explain(frames, *arguments(jobs, targets), wanted)]
 
@@ -614,6 +617,17 @@ def check_clips(clips: tuple[Tensor, ...]) -> None:
             )
 
 
+def check_same_for_all_examples(name: str, bound: Bound | tuple[Bound, ...]) -> None:
+    """Raise ValueError if a pixel bound, or one of several, has an entry for each example: frozen clips are others."""
+    for part in bound if isinstance(bound, tuple) else (bound,):
+        shape = tuple(part.shape) if isinstance(part, Tensor) else ()
+        if len(shape) == 5 and shape[0] != 1:
+            raise ValueError(
+                f"{name} of shape {shape} differs from example to example; to explain frozen clips too, give a number, one "
+                "number per channel, or a tensor (1, C, T, H, W)"
+            )
+
+
 class _Job(NamedTuple):
     """A frame that is to be explained: in which example it stands, where first, and at which times it is shown."""
 
@@ -635,6 +649,19 @@ def _whole(
     """For every target and input, relevance of the jobs' whole frozen clips (jobs, T, H, W)."""
     frozen = tuple(_frames(part, jobs).expand(-1, -1, part.shape[2], -1, -1) for part in clips)
     return [_over_channels(one) for one in explain(frozen, [job.row for job in jobs], targets)]
+
+
+def _whole_in_groups(
+    clips: tuple[Tensor, ...], explain: _Explain, jobs: Sequence[_Job], targets: Sequence[Target], size: int
+) -> list[tuple[Tensor, ...]]:
+    """The same, by so many clips at once, neither more nor less: where some are missing the last one is repeated."""
+    found: list[list[tuple[Tensor, ...]]] = []
+    for start in range(0, len(jobs), size):
+        group = list(jobs[start : start + size])
+        padded = group + group[-1:] * (size - len(group))
+        maps = _whole(clips, explain, padded, targets)
+        found.append([tuple(part[: len(group)] for part in of_target) for of_target in maps])
+    return [tuple(map(torch.cat, zip(*of_target, strict=True))) for of_target in zip(*found, strict=True)]
 
 
 def _frames(clips: Tensor, jobs: Sequence[_Job]) -> Tensor:

@@ -104,15 +104,28 @@ def digest(values: Iterable[Any]) -> bytes:
 def weights_of(model: nn.Module) -> bytes:
     """A short name for the model's weights as they are: another one after they were written to, in whatever way.
 
-    Tensors are named by where they lie, how often torch saw them written to, and a sample of their values, since writes
-    through ``.data`` are not counted.
+    Tensors, also those that are plain attributes of modules, are named by where they lie, how often torch saw them written to,
+    and sums of their bits over 64 stretches, since writes through ``.data`` are not counted.
     """
     known: list[Any] = []
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    held = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        plain = pytree.tree_leaves(list(vars(module).values()))
+        held.update((id(leaf), leaf) for leaf in plain if isinstance(leaf, Tensor))
+    for tensor in held.values():
         version = None if tensor.is_inference() else tensor._version
-        every = max(1, tensor.numel() // 64)
-        known += [name, tensor.data_ptr(), version, tensor.detach().reshape(-1)[::every]]
+        known += [tensor.data_ptr(), version, tuple(tensor.shape), _sums(tensor.detach())]
     return digest(known)
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+
+
+def _sums(tensor: Tensor) -> Tensor:
+    """Of the bits of 64 stretches and of what is left behind them."""
+    bits = tensor.contiguous().view(-1).view(_BITS[tensor.element_size()])
+    whole = bits.numel() // 64 * 64
+    return torch.cat([bits[:whole].view(64, -1).sum(1, dtype=torch.int64), bits[whole:].to(torch.int64)])
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

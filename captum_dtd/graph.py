@@ -8,18 +8,25 @@ shares its parameters, because export itself would swap them under other threads
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import itertools
+import logging
 import os
 import re
 import threading
 import warnings
+import weakref
+from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
@@ -88,26 +95,60 @@ def unwrap(model: nn.Module) -> nn.Module:
 def structure_of(model: nn.Module) -> tuple[object, ...]:
     """A value that changes when modules are replaced or reconfigured, and does not when only weights change.
 
-    It covers what a trace depends on: the modules, their settings and other plain attributes (by value; objects by
-    identity), which parameters they have, and hooks that run before their forward.
+    It covers what a trace depends on: the modules, their settings and other plain attributes, which parameters and buffers they
+    have, and hooks that run before their forward. Attributes are compared by value as far as they are numbers, strings, NumPy
+    arrays, and lists, dicts, sets, dataclasses and namespaces of such; tensors and other objects by identity.
     """
     return tuple(
         (
             name,
-            id(module),
+            _Same(module),
             module.extra_repr(),
-            tuple(module._parameters),
-            tuple(map(id, module._forward_pre_hooks.values())),
-            tuple((key, _value(value)) for key, value in vars(module).items() if not key.startswith("_")),
+            tuple((key, tensor is None) for key, tensor in (*module._parameters.items(), *module._buffers.items())),
+            tuple(map(_Same, module._forward_pre_hooks.values())),
+            tuple((key, _value(value)) for key, value in vars(module).items() if key not in _OF_EVERY_MODULE),
         )
         for name, module in model.named_modules()
     )
 
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
+
+
+class _Same:
+    """Equal to what stands for the same object, as long as that lives: numbers of objects that are gone are given again."""
+
+    def __init__(self, value: object) -> None:
+        self._number = id(value)
+        try:
+            self._get: Callable[[], object] = weakref.ref(value)
+        except TypeError:  # it stays as long as this does
+            self._get = lambda: value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._get() is not None and self._get() is other._get()
+
+    def __hash__(self) -> int:
+        return hash(self._number)
+
+    def __repr__(self) -> str:
+        return f"object {self._number}"
+
+
 def _value(value: Any) -> object:
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return type(value), value
     if isinstance(value, (list, tuple)):
-        return tuple(map(_value, value))
-    return value if value is None or isinstance(value, (bool, int, float, str)) else id(value)
+        return type(value), tuple(map(_value, value))
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(map(_value, value))
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return value.shape, str(value.dtype), value.tobytes()
+    if dataclasses.is_dataclass(value) or isinstance(value, (SimpleNamespace, Namespace)):
+        return _Same(value), _value(vars(value)) if hasattr(value, "__dict__") else None
+    if isinstance(value, Mapping):
+        return type(value), tuple((_value(key), _value(each)) for key, each in value.items())
+    return _Same(value)
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:
@@ -136,7 +177,7 @@ def trace(model: nn.Module, arguments: Sequence[Any], batch: int) -> TracedModel
         InputMismatchError: if the model does not run on such inputs.
         ValueError: if torch.export cannot trace it, or it does not return one tensor.
     """
-    with _EXPORT_LOCK, plain_modes():
+    with _EXPORT_LOCK, plain_modes(), _failed_attempts_untold():
         double = _structural_copy(model)
         try:
             with_free_batch = _export(double, [_example(a, batch) for a in arguments], _FREE_BATCH)
@@ -147,6 +188,18 @@ def trace(model: nn.Module, arguments: Sequence[Any], batch: int) -> TracedModel
             if batch == _FREE_BATCH:
                 raise
         return _export(double, list(arguments), None)
+
+
+@contextmanager
+def _failed_attempts_untold() -> Iterator[None]:
+    """Where a model does not take two examples torch logs a traceback, though one more attempt is made or an error raised."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _structural_copy(model: nn.Module) -> nn.Module:
@@ -163,13 +216,24 @@ def _structural_copy(model: nn.Module) -> nn.Module:
         module._forward_hooks = OrderedDict()
         module._backward_hooks = OrderedDict()
         module._backward_pre_hooks = OrderedDict()
-        # weight_norm and spectral_norm of torch.nn.utils compute the weight in a pre-hook: that one is part of the model.
         module._forward_pre_hooks = OrderedDict(
-            (key, hook)
-            for key, hook in module._forward_pre_hooks.items()
-            if type(hook).__module__.startswith("torch.nn.utils.")
+            (key, hook) for key, hook in module._forward_pre_hooks.items() if _is_part_of_the_model(hook)
         )
     return double
+
+
+def _is_part_of_the_model(pre_hook: object) -> bool:
+    """weight_norm, spectral_norm and pruning of torch.nn.utils compute the weight in a hook before the module runs."""
+    return type(pre_hook).__module__.startswith("torch.nn.utils.")
+
+
+def hooked_modules(model: nn.Module) -> list[str]:
+    """Names of the modules with hooks of the user's around their forward, which do not run in a trace."""
+    return [
+        name or "the model"
+        for name, module in model.named_modules()
+        if module._forward_hooks or not all(map(_is_part_of_the_model, module._forward_pre_hooks.values()))
+    ]
 
 
 def _shareable(tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ A layer for a further operation is registered in one place::
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -492,7 +493,9 @@ def layer_for(node: fx.Node, signals: Sequence[int]) -> Layer | None:
 
 def signal_positions(node: fx.Node, is_signal: Callable[[fx.Node], bool]) -> tuple[int, ...]:
     """Positions, among the node's flattened arguments, of those that are signals."""
-    leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))
+    # Of what a tensor is expanded as, nothing but the shape is read.
+    given = node.args[:1] if node.target in (aten.expand_as.default, aten.view_as.default) else node.args
+    leaves = pytree.tree_leaves((given, dict(node.kwargs)))
     return tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node) and is_signal(leaf))
 
 
@@ -568,14 +571,33 @@ def _matrix_product(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     return Weighted(weight=first + 1, bias_position=0 if first else None, channel_dim=-1)
 
 
+_FILLS = {
+    aten.fill.Scalar: 1,
+    aten.where.ScalarSelf: 1,
+    aten.where.ScalarOther: 2,
+    aten.masked_fill.Scalar: 2,
+}
+"""Rearrangements that put a number in places, and where it stands among their arguments."""
+
+_PARTS = (
+    SHAPE_ONLY
+    | {aten.expand.default, aten.expand_as.default, aten.repeat.default, aten.slice.Tensor, aten.select.int}
+    | {aten.narrow.default, aten.index_select.default, aten.flip.default, aten.unbind.int, aten.chunk.default}
+    | {aten.split.Tensor, aten.split_with_sizes.default, operator.getitem}
+    | {aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec}
+)
+"""Operations whose every value is one of their first argument's."""
+
+
 def _comes_from(node: Any, targets: Collection[Any]) -> bool:
-    """Whether a value is the result of one of these operations, reshaped, broadcast, scaled or shifted by a number."""
+    """Whether a value is the result of one of these operations: moved, joined with others, scaled or shifted by a number."""
     scalar = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.rsub.Scalar}
     while isinstance(node, fx.Node) and (
-        node.target in SHAPE_ONLY | {aten.expand.default}
-        or (node.target in scalar and isinstance(node.args[1], (int, float)))
+        node.target in _PARTS or (node.target in scalar and isinstance(node.args[1], (int, float)))
     ):
         node = node.args[0]
+    if isinstance(node, fx.Node) and node.target in (aten.cat.default, aten.stack.default):
+        return all(_comes_from(part, targets) for part in node.args[0])  # type: ignore[union-attr]
     return isinstance(node, fx.Node) and node.target in targets
 
 
@@ -597,7 +619,9 @@ def is_non_negative(node: fx.Node, layer: Layer, of: Callable[[fx.Node], bool]) 
         values = [value for value in (*node.args[2:], *node.kwargs.values()) if isinstance(value, (int, float))]
         return of(inputs[0]) and all(value >= 0 for value in values)
     if isinstance(layer, Rearrangement):
-        return all(of(source) for source in inputs if holds_numbers(source))
+        fill = node.args[_FILLS[node.target]] if node.target in _FILLS else 0.0
+        is_filled_so = isinstance(fill, (int, float)) and fill >= 0
+        return is_filled_so and all(of(source) for source in inputs if holds_numbers(source))
     if isinstance(layer, (Average, MaxPool)) or node.target in SIGN_PRESERVING_ACTIVATIONS | CASTS:
         return of(inputs[0])
     if isinstance(layer, Gate) or (isinstance(layer, Sum) and layer.sign > 0):

@@ -275,6 +275,10 @@ def _reshape(node: fx.Node, times_of: TimesOf) -> InTime | None:
     if len(dims) != 1 or not isinstance(behind, int):
         return None
     (dim,) = dims
+    if node.target is aten.squeeze.dims:
+        # Several times are not squeezed away, and one that is left of them must not be either.
+        squeezed = [int(each) for each in node.args[1] if int(each) % len(before) != times.dim]  # type: ignore[union-attr, arg-type]
+        return _pointwise(times, dim, lambda _: (node.args[0], squeezed))
     if node.target is not aten.reshape.default:
         return _pointwise(times, dim)
     sizes: list[Any] = list(node.args[1])  # type: ignore[arg-type]
@@ -397,7 +401,7 @@ _TREATMENTS: dict[Any, _Treatment] = {
     **dict.fromkeys((*ADAPTIVE_AVERAGES, *ADAPTIVE_MAXIMA), _adaptive),
     **dict.fromkeys((aten.permute.default, aten.transpose.int), _permute),
     **dict.fromkeys((aten.reshape.default, aten.flatten.using_ints, aten.unsqueeze.default), _reshape),
-    **dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims), _reshape),
+    aten.squeeze.dims: _reshape,
     **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default), _split),
     **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _pad),
     **dict.fromkeys((aten.max_pool3d.default, aten.avg_pool3d.default), _pool),

@@ -78,17 +78,37 @@ def test_each_target_is_explained_by_itself(method: DiscriminativeDeepTaylor, vi
     assert len(cache) == 16
 
 
-@pytest.mark.parametrize("change", ["optimiser step", "data", "parameter", "composite", "bounds", "seed"])
+class Scaled(nn.Module):
+    """Its logits times a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.factor = torch.ones((), dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) * self.factor
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["optimiser step", "data", "one number of the data", "plain tensor", "parameter", "composite", "bounds", "seed"],
+)
 def test_nothing_stale_is_found(video: Tensor, change: str) -> None:
     model, cache = build(), FrameCache()
+    scaled = Scaled(model).eval()
     clip = windows(video)[0]
     options: dict[str, Any] = {"low": LOW, "high": HIGH}
-    DiscriminativeDeepTaylor(model, **options).attribute(clip, 1, frame_cache=cache)
+    DiscriminativeDeepTaylor(scaled, **options).attribute(clip, 1, frame_cache=cache)
     if change == "optimiser step":
         with torch.no_grad():
             model[3].weight.mul_(-1)
     elif change == "data":
         model[3].weight.data.mul_(-1)
+    elif change == "one number of the data":
+        model[3].weight.data[3, 1, 1, 1, 0].add_(1.0)
+    elif change == "plain tensor":
+        scaled.factor.mul_(3)
     elif change == "parameter":
         model[3].weight = build(1)[3].weight
     elif change == "composite":
@@ -97,7 +117,7 @@ def test_nothing_stale_is_found(video: Tensor, change: str) -> None:
         options["low"] = LOW - 1
     else:
         options["seed"] = "one"
-    changed = DiscriminativeDeepTaylor(model, **options)
+    changed = DiscriminativeDeepTaylor(scaled, **options)
     assert_same(changed.attribute(clip, 1, frame_cache=cache), changed.attribute(clip, 1))
     assert cache.hits == 0
 

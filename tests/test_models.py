@@ -370,6 +370,7 @@ def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "from torch import nn\n"
         "def net(num_classes=2):\n    return nn.Sequential(nn.Flatten(), nn.Linear(8, num_classes))\n"
         "def fixed():\n    return nn.Linear(8, 3)\n"
+        "ready = nn.Linear(8, 4)\n"
         "def number():\n    return 3\n"
         "def broken():\n    return nn.NoSuchLayer()\n"
     )
@@ -379,6 +380,7 @@ def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert loaded.model(torch.ones(1, 8)).shape == (1, 6) and not loaded.model.training
     assert loaded.classes is None and loaded.preprocessing is None
     assert load_model("own_models:fixed", num_classes=3).model(torch.ones(1, 8)).shape == (1, 3)
+    assert load_model("own_models:ready").model(torch.ones(1, 8)).shape == (1, 4)
     with pytest.raises(TypeError, match=r"own_models:number must return an nn\.Module, not int"):
         load_model("own_models:number")
     with pytest.raises(ValueError, match="module 'own_models' has no function 'nothing'"):

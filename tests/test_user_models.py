@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -204,6 +207,202 @@ def test_hooks_are_left_out_and_that_is_said_once() -> None:
         warnings.simplefilter("error")
         method.attribute(x, 1)
     assert not calls
+
+
+def test_hooks_before_a_forward_are_left_out_and_that_is_said() -> None:
+    m, x = model(lambda m, x: m.head(F.relu(m.stem(x)))), clips()
+    method = DeepTaylor(m, LOW, HIGH)
+    expected = method.attribute(x, 1)
+    m.stem.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,))
+    with pytest.warns(UserWarning, match=r"forward hooks \(stem\)"):
+        torch.testing.assert_close(method.attribute(x, 1), expected)
+
+
+FILLED = {
+    "masked": lambda x: x.masked_fill(torch.arange(x.shape[-1]) < 3, -1.0),
+    "where, self": lambda x: torch.where(torch.arange(x.shape[-1]) < 3, -1.0, x),
+    "where, other": lambda x: torch.where(torch.arange(x.shape[-1]) >= 3, x, -1.0),
+    "filled": lambda x: _filled(x.clone()),
+}
+"""Ways to put -1 into the first columns."""
+
+
+def _filled(x: Tensor) -> Tensor:
+    x[..., :3].fill_(-1.0)
+    return x
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("way", FILLED)
+def test_negative_numbers_put_among_rectified_ones_are_seen(way: str, backend: Any) -> None:
+    def padded(m: Layers, x: Tensor) -> Tensor:
+        return m.head(F.relu(m.block(F.pad(F.relu(m.stem(x))[..., 3:], (3, 0), value=-1.0))))
+
+    def filled(m: Layers, x: Tensor) -> Tensor:
+        return m.head(F.relu(m.block(FILLED[way](F.relu(m.stem(x))))))
+
+    expected, actual = (
+        DeepTaylor(model(f), LOW, HIGH, backend=backend).attribute(clips(), 1) for f in (padded, filled)
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("written", ["new zeros", "a buffer", "zeros like it"])
+def test_a_constant_tensor_written_into_a_slice(written: str) -> None:
+    def write(m: Layers, x: Tensor) -> Tensor:
+        h = F.relu(m.stem(x)).clone()
+        new = {
+            "new zeros": h.new_zeros(h[:, :, -1:].shape),
+            "a buffer": m.zeros,
+            "zeros like it": torch.zeros_like(h[:, :, -1:]),
+        }
+        h[:, :, -1:] = new[written]
+        return m.head(F.relu(m.block(h)))
+
+    def number(m: Layers, x: Tensor) -> Tensor:
+        h = F.relu(m.stem(x)).clone()
+        h[:, :, -1:] = 0.0
+        return m.head(F.relu(m.block(h)))
+
+    own = model(write)
+    own.register_buffer("zeros", torch.zeros(1, 8, 1, 10, 10, dtype=torch.float64))
+    expected = DeepTaylor(model(number), LOW, HIGH).attribute(clips(), 1)
+    torch.testing.assert_close(DeepTaylor(own, LOW, HIGH).attribute(clips(), 1), expected)
+
+
+@pytest.mark.parametrize("dims", [2, (2, 3, 4), -3])
+def test_squeezes_that_time_survives(dims: Any) -> None:
+    """Frozen clips have one time there; what is squeezed of a clip must not be squeezed of them."""
+
+    def body(m: Layers, x: Tensor) -> Tensor:
+        h = F.relu(m.frame(x))
+        return (
+            m.head(h.squeeze(dims))
+            if isinstance(dims, int)
+            else m.fc(h.mean((3, 4), keepdim=True).squeeze(dims).mean(2))
+        )
+
+    m = model(body)
+    m.frame = nn.Conv3d(3, 8, (1, 3, 3), dtype=torch.float64)
+    x = clips()
+    maps = DiscriminativeDeepTaylor(m, LOW, HIGH).attribute(x, 1)
+    for t in (0, 5):
+        frozen = x[:, :, t : t + 1].expand(x.shape).contiguous()
+        expected = DeepTaylor(m, LOW, HIGH).attribute(frozen, 1).sum(1)[:, t]
+        torch.testing.assert_close(maps.spatial[:, t], expected)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_model_that_fixes_the_number_of_examples_explains_frozen_clips_too(
+    count: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fixed, free = (model(lambda m, x, n=n: m.fc(F.relu(m.stem(x)).mean((2, 3, 4)).view(n, 8))) for n in (count, -1))
+    x = clips(count)
+    x[0, :, 1] = x[0, :, 0]  # so that the last group of frozen clips is not full
+    expected = DiscriminativeDeepTaylor(free, LOW, HIGH).attribute(x, 1)
+    actual = DiscriminativeDeepTaylor(fixed, LOW, HIGH).attribute(x, 1)
+    torch.testing.assert_close(actual.spatial, expected.spatial)
+    torch.testing.assert_close(actual.total, expected.total)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_gates_that_are_sliced_or_joined() -> None:
+    def gated(spread: Callable[[Tensor], Tensor]) -> Tensor:
+        def body(m: Layers, x: Tensor) -> Tensor:
+            h = F.relu(m.stem(x))
+            return m.head(h * spread(torch.sigmoid(m.squeeze(h.mean((2, 3, 4))))))
+
+        own = model(body)
+        own.squeeze = nn.Linear(8, 8, dtype=torch.float64)
+        nn.init.eye_(own.squeeze.weight)
+        nn.init.zeros_(own.squeeze.bias)
+        return DeepTaylor(own, LOW, HIGH).attribute(clips(), 1)
+
+    expected = gated(lambda gate: gate[..., None, None, None])
+    for spread in (
+        lambda gate: gate[:, :, None, None, None],
+        lambda gate: torch.cat([part[:, :, None, None, None] for part in gate.chunk(2, 1)], 1),
+        lambda gate: gate[..., None, None, None].repeat(1, 1, 8, 10, 10),
+    ):
+        torch.testing.assert_close(gated(spread), expected)
+
+
+class Setting:
+    """An object that a model reads."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+
+def _reset(m: Layers, scale: float) -> None:
+    m.thing = Setting(scale)
+
+
+RECONFIGURED: dict[str, tuple[Any, Callable[[Layers], Any], Callable[[Layers], Any]]] = {
+    "a private number": (1.0, lambda m: m.thing, lambda m: setattr(m, "thing", 3.0)),
+    "a dict": ({"scale": 1.0}, lambda m: m.thing["scale"], lambda m: m.thing.update(scale=3.0)),
+    "a set": ({1.0}, lambda m: max(m.thing), lambda m: m.thing.add(3.0)),
+    "a tensor in a dict": (
+        {"scale": torch.tensor(1.0)},
+        lambda m: m.thing["scale"],
+        lambda m: m.thing.update(scale=torch.tensor(3.0)),
+    ),
+    "an array": (np.ones(1), lambda m: float(m.thing[0]), lambda m: m.thing.fill(3.0)),
+    "a namespace": (SimpleNamespace(scale=1.0), lambda m: m.thing.scale, lambda m: setattr(m.thing, "scale", 3.0)),
+    "an object": (Setting(1.0), lambda m: m.thing.scale, lambda m: _reset(m, 3.0)),
+}
+
+
+@pytest.mark.parametrize("what", RECONFIGURED)
+def test_a_model_that_was_reconfigured_is_traced_anew(what: str) -> None:
+    first, read, change = RECONFIGURED[what]
+    m, x = model(lambda m, x: m.head(F.relu(m.stem(x)) * read(m))), clips()
+    m.thing = copy.deepcopy(first)
+    method = DeepTaylor(m, LOW, HIGH)
+    method.attribute(x, 1)
+    change(m)
+    torch.testing.assert_close(method.attribute(x, 1), DeepTaylor(m, LOW, HIGH).attribute(x, 1))
+    with torch.no_grad():
+        assert not torch.allclose(m(x)[:, 1], m.head(F.relu(m.stem(x)))[:, 1]), "the change is one"
+
+
+def test_a_buffer_that_came_to_be_is_traced() -> None:
+    m, x = model(lambda m, x: m.head(F.relu(m.stem(x)) if m.maybe is None else F.relu(m.stem(x)) * m.maybe)), clips()
+    m.register_buffer("maybe", None)
+    method = DeepTaylor(m, LOW, HIGH)
+    method.attribute(x, 1)
+    m.maybe = torch.tensor(3.0, dtype=torch.float64)
+    torch.testing.assert_close(method.attribute(x, 1), DeepTaylor(m, LOW, HIGH).attribute(x, 1))
+
+
+def test_objects_that_took_the_place_of_others() -> None:
+    """Their numbers (id) are given again."""
+    m, x = model(lambda m, x: m.head(F.relu(m.stem(x)) * m.thing.scale)), clips()
+    method = DeepTaylor(m, LOW, HIGH)
+    for scale in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0):
+        m.thing = None
+        m.thing = Setting(scale)
+        _, delta = method.attribute(x, 1, return_convergence_delta=True)
+        with torch.no_grad():
+            explained = method.attribute(x, 1).sum((1, 2, 3, 4)) + delta
+            torch.testing.assert_close(explained, m(x)[:, 1])
+
+
+def test_refusals_say_what_to_do() -> None:
+    m, x = model(lambda m, x: m.head(F.relu(m.stem(x)))), clips()
+    for targets in (3, torch.tensor([1, 2]), "13"):
+        for method in (DeepTaylor(m, LOW, HIGH), DiscriminativeDeepTaylor(m, LOW, HIGH)):
+            with pytest.raises(TypeError, match="targets must be a list"):
+                method.attribute_targets(x, targets)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"low of shape \(2, 3, 8, 10, 10\) differs from example to example; .* \(1, C, T, H, W\)"
+    ):
+        DiscriminativeDeepTaylor(m, torch.full_like(x, LOW), HIGH).attribute(x, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.trace(nn.Sequential(nn.Conv3d(3, 4, 1), nn.Flatten()).eval(), x.float())
+    with pytest.raises(TypeError, match="TorchScript"):
+        DeepTaylor(scripted, LOW, HIGH).attribute(x, 1)
 
 
 def test_mostly_lost_relevance_is_said() -> None:

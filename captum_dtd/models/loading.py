@@ -92,8 +92,8 @@ def load_model(spec: str, weights: str | os.PathLike[str] | None = None, num_cla
 
     Args:
         spec: "c3d_mini", "c3d", a video model of torchvision ("r3d_18", "mc3_18", "r2plus1d_18", "s3d"), or
-            "package.module:function" for a function of your own that returns an nn.Module; the current directory is
-            searched too.
+            "package.module:function" for a function of your own that returns an nn.Module, or for such a module itself; the
+            current directory is searched too.
         weights: the path of a checkpoint (see :func:`load_checkpoint`); for c3d_mini also "ucf10" (what None means),
             "weizmann", or a file that benchmarks/train wrote. Nothing is ever downloaded: without weights C3D and
             torchvision's models are random, and a UserWarning says so; your own model is as your function made it.
@@ -208,6 +208,8 @@ def _from_function(spec: str, num_classes: int | None) -> nn.Module:
     sys.path.insert(0, here)  # a console script, unlike python -m, does not search there
     try:
         function = getattr(importlib.import_module(module_name), function_name)
+        if isinstance(function, nn.Module):
+            return function  # made already
         takes_it = num_classes is not None and "num_classes" in inspect.signature(function).parameters
         model = function(num_classes=num_classes) if takes_it else function()
     except ModuleNotFoundError as error:
