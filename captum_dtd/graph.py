@@ -22,6 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,19 +136,23 @@ class _Same:
         return f"object {self._number}"
 
 
-def _value(value: Any) -> object:
+def _value(value: Any, depth: int = 8) -> object:
+    """What an attribute is compared by; below so many containers, which may hold each other, by identity."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return type(value), value
-    if isinstance(value, (list, tuple)):
-        return type(value), tuple(map(_value, value))
-    if isinstance(value, (set, frozenset)):
-        return type(value), frozenset(map(_value, value))
     if isinstance(value, np.ndarray) and value.dtype != object:
         return value.shape, str(value.dtype), value.tobytes()
-    if dataclasses.is_dataclass(value) or isinstance(value, (SimpleNamespace, Namespace)):
-        return _Same(value), _value(vars(value)) if hasattr(value, "__dict__") else None
+    if depth == 0:
+        return _Same(value)
+    inner = partial(_value, depth=depth - 1)
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(inner, value))
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(map(inner, value))
     if isinstance(value, Mapping):
-        return type(value), tuple((_value(key), _value(each)) for key, each in value.items())
+        return type(value), tuple((inner(key), inner(each)) for key, each in value.items())
+    if dataclasses.is_dataclass(value) or isinstance(value, (SimpleNamespace, Namespace)):
+        return _Same(value), inner(vars(value)) if hasattr(value, "__dict__") else None
     return _Same(value)
 
 

@@ -366,6 +366,14 @@ def test_a_model_that_was_reconfigured_is_traced_anew(what: str) -> None:
         assert not torch.allclose(m(x)[:, 1], m.head(F.relu(m.stem(x)))[:, 1]), "the change is one"
 
 
+def test_namespaces_that_hold_themselves_do_no_harm() -> None:
+    m, x = model(lambda m, x: m.head(F.relu(m.stem(x)))), clips()
+    expected = DeepTaylor(m, LOW, HIGH).attribute(x, 1)
+    m.thing = SimpleNamespace()
+    m.thing.itself = m.thing
+    torch.testing.assert_close(DeepTaylor(m, LOW, HIGH).attribute(x, 1), expected)
+
+
 def test_a_buffer_that_came_to_be_is_traced() -> None:
     m, x = model(lambda m, x: m.head(F.relu(m.stem(x)) if m.maybe is None else F.relu(m.stem(x)) * m.maybe)), clips()
     m.register_buffer("maybe", None)
