@@ -620,7 +620,7 @@ def check_clips(clips: tuple[Tensor, ...]) -> None:
 def check_same_for_all_examples(name: str, bound: Bound | tuple[Bound, ...]) -> None:
     """Raise ValueError if a pixel bound, or one of several, has an entry for each example: frozen clips are others."""
     for part in bound if isinstance(bound, tuple) else (bound,):
-        shape = tuple(part.shape) if isinstance(part, Tensor) else ()
+        shape = tuple(getattr(part, "shape", ()))
         if len(shape) == 5 and shape[0] != 1:
             raise ValueError(
                 f"{name} of shape {shape} differs from example to example; to explain frozen clips too, give a number, one "

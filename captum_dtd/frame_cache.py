@@ -118,14 +118,12 @@ def weights_of(model: nn.Module) -> bytes:
     return digest(known)
 
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
-
-
 def _sums(tensor: Tensor) -> Tensor:
-    """Of the bits of 64 stretches and of what is left behind them."""
-    bits = tensor.contiguous().view(-1).view(_BITS[tensor.element_size()])
-    whole = bits.numel() // 64 * 64
-    return torch.cat([bits[:whole].view(64, -1).sum(1, dtype=torch.int64), bits[whole:].to(torch.int64)])
+    """Of 64 stretches, as numbers of 8 bytes each, which memory bounds; and the bytes that are left behind them."""
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    flat = flat.clone() if flat.storage_offset() % 8 else flat
+    whole = flat.numel() // 512 * 512
+    return torch.cat([flat[:whole].view(torch.int64).view(64, -1).sum(1), flat[whole:].to(torch.int64)])
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

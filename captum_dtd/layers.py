@@ -555,11 +555,13 @@ def _addition(node: fx.Node, signals: Sequence[int]) -> Layer | None:
 def _multiplication(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     if len(signals) == 1:
         return Elementwise(affine=True)
-    # A tanh is a gate beside a plain signal, and a signal beside a sigmoid (as in gated convolutions).
+    # A tanh is a gate beside a plain signal, and a signal beside a sigmoid (as in gated convolutions). A part of what a sigmoid
+    # made is a gate beside a plain signal, and a signal beside a whole one.
     for kinds in (GATES, {aten.tanh.default}):
-        gates = [position for position in signals if _comes_from(node.args[position], kinds)]
-        if gates:
-            return Gate(gates[0]) if len(gates) == 1 else None
+        for moved in (_RESHAPED, _PARTS):
+            gates = [position for position in signals if _comes_from(node.args[position], kinds, moved)]
+            if gates:
+                return Gate(gates[0]) if len(gates) == 1 else None
     return None
 
 
@@ -579,9 +581,10 @@ _FILLS = {
 }
 """Rearrangements that put a number in places, and where it stands among their arguments."""
 
+_RESHAPED = SHAPE_ONLY | {aten.expand.default}
 _PARTS = (
-    SHAPE_ONLY
-    | {aten.expand.default, aten.expand_as.default, aten.repeat.default, aten.slice.Tensor, aten.select.int}
+    _RESHAPED
+    | {aten.expand_as.default, aten.repeat.default, aten.slice.Tensor, aten.select.int}
     | {aten.narrow.default, aten.index_select.default, aten.flip.default, aten.unbind.int, aten.chunk.default}
     | {aten.split.Tensor, aten.split_with_sizes.default, operator.getitem}
     | {aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec}
@@ -589,15 +592,15 @@ _PARTS = (
 """Operations whose every value is one of their first argument's."""
 
 
-def _comes_from(node: Any, targets: Collection[Any]) -> bool:
-    """Whether a value is the result of one of these operations: moved, joined with others, scaled or shifted by a number."""
+def _comes_from(node: Any, targets: Collection[Any], moved: Collection[Any]) -> bool:
+    """Whether a value is the result of one of these operations: ``moved`` by others, joined, scaled or shifted by a number."""
     scalar = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.rsub.Scalar}
     while isinstance(node, fx.Node) and (
-        node.target in _PARTS or (node.target in scalar and isinstance(node.args[1], (int, float)))
+        node.target in moved or (node.target in scalar and isinstance(node.args[1], (int, float)))
     ):
         node = node.args[0]
     if isinstance(node, fx.Node) and node.target in (aten.cat.default, aten.stack.default):
-        return all(_comes_from(part, targets) for part in node.args[0])  # type: ignore[union-attr]
+        return all(_comes_from(part, targets, moved) for part in node.args[0])  # type: ignore[union-attr]
     return isinstance(node, fx.Node) and node.target in targets
 
 

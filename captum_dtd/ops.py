@@ -215,10 +215,8 @@ def max_pool3d_relevance(
         >>> max_pool3d_relevance(x, torch.tensor([8.0, 5.0]).view(1, 1, 1, 1, 2), (1, 1, 2)).flatten()
         tensor([2., 6., 0., 0.])
     """
-    kernel_size = _triple("kernel_size", kernel_size)
-    stride = kernel_size if stride is None else _triple("stride", stride)
-    geometry = (kernel_size, stride, _triple("padding", padding), _triple("dilation", dilation), ceil_mode)
-    return _call("max_pool3d_relevance", x, relevance, *geometry, winner_takes_all, stabilizer, kernel)
+    geometry = _pooling(kernel_size, stride, padding, dilation)
+    return _call("max_pool3d_relevance", x, relevance, *geometry, ceil_mode, winner_takes_all, stabilizer, kernel)
 
 
 def z_plus_add(
@@ -309,10 +307,7 @@ def max_pool3d(
         >>> max_pool3d(torch.tensor([1.0, 3.0, 0.0, -2.0]).view(1, 1, 1, 1, 4), (1, 1, 2)).flatten()
         tensor([3., 0.])
     """
-    kernel_size = _triple("kernel_size", kernel_size)
-    stride = kernel_size if stride is None else _triple("stride", stride)
-    geometry = (kernel_size, stride, _triple("padding", padding), _triple("dilation", dilation), ceil_mode)
-    return _call("max_pool3d", x, *geometry, kernel)
+    return _call("max_pool3d", x, *_pooling(kernel_size, stride, padding, dilation), ceil_mode, kernel)
 
 
 def frozen_z_plus_conv3d(
@@ -453,7 +448,7 @@ def frozen_max_pool3d_relevance(
         >>> frozen_max_pool3d_relevance(x, torch.full((1, 1, 3, 1, 1), 8.0), (2, 1, 1), reads, reads, 2).flatten()
         tensor([18.,  6.])
     """
-    kernel_size, *geometry = _flat_windows(kernel_size, stride, padding, dilation)
+    kernel_size, *geometry = _flat_pooling(kernel_size, stride, padding, dilation)
     tables = (_flat("reads", reads), _flat("gives", gives), times)
     options = (winner_takes_all, stabilizer)
     return _call(
@@ -525,7 +520,7 @@ def frozen_max_pool3d(
         tensor([1., 1., 3.])
     """
     times = len(reads[0]) if len(reads) else 0
-    geometry = _flat_windows(kernel_size, stride, padding, dilation)
+    geometry = _flat_pooling(kernel_size, stride, padding, dilation)
     return _call("frozen_max_pool3d", x, _flat("reads", reads), times, *geometry, ceil_mode, kernel)
 
 
@@ -586,7 +581,13 @@ def _flat_geometry(
     return _geometry([1, *stride], sides, [1, *dilation], weight[:, :, :1])
 
 
-def _flat_windows(kernel_size: Triple, stride: Pair | None, padding: Pair, dilation: Pair) -> tuple[list[int], ...]:
+def _pooling(kernel_size: Triple, stride: Triple | None, padding: Triple, dilation: Triple) -> tuple[list[int], ...]:
+    size = _triple("kernel_size", kernel_size)
+    steps = size if stride is None else _triple("stride", stride)
+    return size, steps, _triple("padding", padding), _triple("dilation", dilation)
+
+
+def _flat_pooling(kernel_size: Triple, stride: Pair | None, padding: Pair, dilation: Pair) -> tuple[list[int], ...]:
     """Kernel size, stride, padding and dilation of windows that by themselves do nothing along T."""
     size = _triple("kernel_size", kernel_size)
     steps = size[1:] if stride is None else _pair("stride", stride)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from captum_dtd import DiscriminativeDeepTaylor, FrameCache
 from captum_dtd.composites import EPSILON_GAMMA_BOX
+from captum_dtd.frame_cache import weights_of
 
 LOW, HIGH = -1.0, 1.5
 
@@ -120,6 +121,19 @@ def test_nothing_stale_is_found(video: Tensor, change: str) -> None:
     changed = DiscriminativeDeepTaylor(scaled, **options)
     assert_same(changed.attribute(clip, 1, frame_cache=cache), changed.attribute(clip, 1))
     assert cache.hits == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.bool])
+def test_weights_are_told_apart_wherever_they_lie(dtype: torch.dtype) -> None:
+    """In a slice of a buffer, by any of their numbers, though torch is told of no write."""
+    flat = torch.arange(3001, dtype=torch.float64).remainder(2).to(dtype)
+    module = nn.Module()
+    module.slice = flat[1:]
+    names = {weights_of(module)}
+    for at in (0, 700, 2999):
+        flat.data[1 + at] = 1 - flat[1 + at].to(torch.uint8)
+        names.add(weights_of(module))
+    assert len(names) == 4
 
 
 def test_additional_arguments_are_part_of_what_is_explained(video: Tensor) -> None:

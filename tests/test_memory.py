@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 import sys
 import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +81,35 @@ def test_a_thousand_calls_leave_nothing_behind(cls: type) -> None:
     # One input kept per call would be 24 KiB x 1000 = 23 MiB.
     assert live_tensors() <= tensors
     assert resident() - memory < 8 * MIB
+
+
+GROWING = """
+import os, torch
+from pathlib import Path
+from captum_dtd import ops
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+def make(mebibytes):  # of which no other result is half, so that none can lie where another was
+    ops.conv3d(torch.ones(1).expand(1, 1, mebibytes, 512, 512), torch.ones(1, 1, 1, 1, 1))
+
+make(1)
+before = resident()
+for mebibytes in (100, 210, 430):
+    make(mebibytes)
+    print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="memory is read from /proc/self/statm, which only Linux has"
+)
+def test_memory_that_waits_for_results_is_a_part_of_what_they_once_took(cpu_kernels: Any) -> None:
+    """Blocks of 740 MiB in all, of which no two were ever in use at once."""
+    done = subprocess.run([sys.executable, "-c", GROWING], capture_output=True, text=True, check=True)
+    for taken, largest in zip(map(float, done.stdout.split()), (100, 210, 430), strict=True):
+        assert largest <= taken + 8 and taken < max(192, 1.25 * largest) + 32
 
 
 @pytest.mark.parametrize("cls", [DeepTaylor, DiscriminativeDeepTaylor])

@@ -327,6 +327,20 @@ def test_gates_that_are_sliced_or_joined() -> None:
         torch.testing.assert_close(gated(spread), expected)
 
 
+def test_a_part_of_a_sigmoid_s_output_beside_a_gate_is_a_signal() -> None:
+    """As in a network whose activations are sigmoids."""
+
+    def body(m: Layers, x: Tensor) -> Tensor:
+        signal, rest = torch.sigmoid(m.stem(x)).chunk(2, 1)
+        return m.fc(torch.cat([signal * torch.sigmoid(rest), rest], 1).mean((2, 3, 4)))
+
+    m, x = model(body), clips()
+    relevance, delta = DeepTaylor(m, LOW, HIGH).attribute(x, 1, return_convergence_delta=True)
+    with torch.no_grad():
+        torch.testing.assert_close(relevance.sum((1, 2, 3, 4)) + delta, m(x)[:, 1])
+    assert relevance.abs().max() > 0
+
+
 class Setting:
     """An object that a model reads."""
 

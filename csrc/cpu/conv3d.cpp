@@ -94,9 +94,9 @@ struct Keep {
 
   void operator()(const Spot& spot, const Sums<Sum>& sums) const {
     if (!relu) return store(loops, sums.data, sums.pitch, out, element, spot, stream);
-    const int64_t pitch = spot.columns();
-    for (int64_t row = 0; row < spot.rows(); ++row)
-      loops.lift(Lift::Signed, 0, 1, pitch, sums.data + row * sums.pitch, nullptr, sums.room + row * pitch, pitch);
+    const int64_t pitch = spot.columns(), rows = sums.pitch == pitch ? spot.rows() : 1;  // so many at once
+    for (int64_t row = 0; row < spot.rows(); row += rows)
+      loops.lift(Lift::Signed, 0, rows, pitch, sums.data + row * sums.pitch, nullptr, sums.room + row * pitch, pitch);
     store(loops, static_cast<const Sum*>(sums.room), pitch, out, element, spot, stream);
   }
 };

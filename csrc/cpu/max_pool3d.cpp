@@ -123,6 +123,19 @@ class Axis {
   std::vector<Meeting> of_window_, of_position_;
 };
 
+// T, by itself or by tables: one for all examples, or one for each.
+std::vector<Axis> axes_of_time(const MaxPool3d& pool, const TimeTable& reads, const TimeTable& gives) {
+  if (reads.data == nullptr) return {Axis(pool, 0)};
+  std::vector<Axis> axes;
+  const int64_t row = pool.out[0] * pool.kernel[0];
+  for (int64_t n = 0; n < (reads.of_each_example || gives.of_each_example ? pool.n : 1); ++n)
+    axes.emplace_back(pool, reads.data + (reads.of_each_example ? n * row : 0),
+                      gives.data + (gives.of_each_example ? n * row : 0));
+  return axes;
+}
+
+PoolRow row_of(const Axis& w) { return {w.positions, w.windows, w.of_windows(), w.of_positions()}; }
+
 // Calls body(meeting) for what one of an axis meets.
 template <typename Body>
 void each(const Meetings& meetings, int64_t i, Body body) {
@@ -230,9 +243,13 @@ template <typename Sum>
 class Pooling {
  public:
   Pooling(const MaxPool3dRelevance& problem, Instructions<Sum> run)
-      : problem_(problem), run_(run), t_(axes_of_time(problem)), h_(problem.pool, 1), w_(problem.pool, 2) {
+      : problem_(problem),
+        run_(run),
+        t_(axes_of_time(problem.pool, problem.reads, problem.gives)),
+        h_(problem.pool, 1),
+        w_(problem.pool, 2),
+        row_(row_of(w_)) {
     const MaxPool3d& pool = problem.pool;
-    row_ = {w_.positions, w_.windows, w_.of_windows(), w_.of_positions()};
     const bool side_by_side = problem.x.stride[1] == 1 && problem.out.stride[1] == 1;
     const bool overlap = t_[0].overlap || h_.overlap;
     deep_ = pool.kernel[0] > 1 && (by_table() || (pool.kernel[0] - 1) * pool.dilation[0] >= 2 * pool.stride[0]) &&
@@ -271,19 +288,6 @@ class Pooling {
   using Tap = typename PoolLoops<Sum>::Tap;
 
   bool by_table() const { return problem_.reads.data != nullptr; }
-
-  // One for all examples, or one for each.
-  static std::vector<Axis> axes_of_time(const MaxPool3dRelevance& problem) {
-    const MaxPool3d& pool = problem.pool;
-    if (problem.reads.data == nullptr) return {Axis(pool, 0)};
-    std::vector<Axis> axes;
-    const int64_t row = pool.out[0] * pool.kernel[0];
-    const bool of_each = problem.reads.of_each_example || problem.gives.of_each_example;
-    for (int64_t n = 0; n < (of_each ? pool.n : 1); ++n)
-      axes.emplace_back(pool, problem.reads.data + (problem.reads.of_each_example ? n * row : 0),
-                        problem.gives.data + (problem.gives.of_each_example ? n * row : 0));
-    return axes;
-  }
 
   const Axis& time(int64_t n) const { return t_.size() > 1 ? t_[n] : t_[0]; }
 
@@ -470,9 +474,13 @@ template <typename Sum>
 class Largest {
  public:
   Largest(const MaxPool3dForward& problem, Instructions<Sum> run)
-      : problem_(problem), run_(run), t_(axes_of_time(problem)), h_(problem.pool, 1), w_(problem.pool, 2) {
+      : problem_(problem),
+        run_(run),
+        t_(axes_of_time(problem.pool, problem.reads, problem.reads)),
+        h_(problem.pool, 1),
+        w_(problem.pool, 2),
+        row_(row_of(w_)) {
     const MaxPool3d& pool = problem.pool;
-    row_ = {w_.positions, w_.windows, w_.of_windows(), w_.of_positions()};
     const bool side_by_side = problem.x.stride[1] == 1 && problem.out.stride[1] == 1;
     lanes_ = side_by_side ? pool.c : std::min(pool.c, kLanes);
     blocks_ = (pool.c + lanes_ - 1) / lanes_;
@@ -508,18 +516,6 @@ class Largest {
   }
 
  private:
-  // One for all examples, or one for each.
-  static std::vector<Axis> axes_of_time(const MaxPool3dForward& problem) {
-    const MaxPool3d& pool = problem.pool;
-    if (problem.reads.data == nullptr) return {Axis(pool, 0)};
-    std::vector<Axis> axes;
-    for (int64_t n = 0; n < (problem.reads.of_each_example ? pool.n : 1); ++n) {
-      const int64_t* const reads = problem.reads.data + n * pool.out[0] * pool.kernel[0];
-      axes.emplace_back(pool, reads, reads);
-    }
-    return axes;
-  }
-
   const MaxPool3dForward& problem_;
   Instructions<Sum> run_;
   std::vector<Axis> t_;
@@ -530,10 +526,9 @@ class Largest {
 };
 
 template <typename Pool>
-void run_all(const Pool& pool, ParallelFor parallel_for) {
+void run_all(Pool&& pool, ParallelFor parallel_for) {
   parallel_for(
-      pool.tiles(), 1, [](void* pool, int64_t begin, int64_t end) { static_cast<const Pool*>(pool)->run(begin, end); },
-      const_cast<Pool*>(&pool));
+      pool.tiles(), 1, [](void* pool, int64_t begin, int64_t end) { static_cast<const Pool*>(pool)->run(begin, end); }, &pool);
 }
 
 }  // namespace
