@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
+from captum_dtd import native
 from captum_dtd.bounds import Bound, broadcast_bound
-from captum_dtd.collapse import FrozenNetwork, Wanted
+from captum_dtd.collapse import FrozenNetwork, Wanted, check_order
 from captum_dtd.composites import Composite, Selector, as_composite
 from captum_dtd.graph import (
     InputMismatchError,
@@ -269,9 +270,14 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         Returns:
             None where frozen clips can only be explained as any clip: pixel bounds vary over time, or the model's code fixes
             the number of examples.
+
+        Raises:
+            ValueError: if the model takes clips (N, T, C, H, W).
         """
         network = self._network(clips, extra)
-        if not network.any_batch or any(_varies_in_time(bound) for bound in (self.low, self.high)):
+        check_order(network, clips[0].shape[2])
+        bounds = self.bounds_of(tuple(clip[:1] for clip in clips))
+        if not network.any_batch or any(_varies_in_time(end) for pair in bounds for end in pair):
             return None
         with self._lock:
             if network not in self._frozen:
@@ -280,8 +286,8 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             while len(self._frozen) > _MOST_TRACES:
                 self._frozen.popitem(last=False)
             frozen = self._frozen[network]
-        bounds = self.bounds_of(tuple(clip[:1, :, :1] for clip in clips))
-        return FrozenClips(self, frozen, self._weights_of(network), bounds)
+        of_a_frame = [(low[:, :, :1], high[:, :, :1]) for low, high in bounds]
+        return FrozenClips(self, frozen, self._weights_of(network), of_a_frame)
 
     @torch.inference_mode(False)
     def ledger(
@@ -459,10 +465,11 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         """
 
         def run(given: Any, choose: Choose, weights: Callable[[], Values]) -> list[tuple[tuple[Tensor, ...], Tensor]]:
-            arguments, bounds = given
-            activations = network.forward(weights(), arguments)
-            seeds = [self.seed_of(activations.output, chosen) for chosen in choose(activations.output)]
-            return list(zip(network.backward(activations, seeds, bounds, asked), seeds, strict=True))
+            (arguments, bounds), values = given, weights()
+            with native.unchanging(values.values()):
+                activations = network.forward(values, arguments)
+                seeds = [self.seed_of(activations.output, chosen) for chosen in choose(activations.output)]
+                return list(zip(network.backward(activations, seeds, bounds, asked), seeds, strict=True))
 
         def choose(scores: Tensor) -> list[Tensor]:
             shape, count = tuple(scores.shape), len(arguments[0])
@@ -597,12 +604,9 @@ class FrozenClips:
         return [relevance for relevance, _ in explained]
 
 
-def _varies_in_time(bound: Bound | tuple[Bound, ...]) -> bool:
-    """Whether a pixel bound, or one of several, has a time axis of more than one time."""
-    if isinstance(bound, tuple) and not all(isinstance(value, (int, float)) for value in bound):
-        return any(map(_varies_in_time, bound))
-    shape = torch.as_tensor(bound).shape
-    return len(shape) >= 3 and shape[-3] > 1
+def _varies_in_time(bound: Tensor) -> bool:
+    """Whether a pixel bound of clips is more than one number repeated along time."""
+    return bound.shape[2] > 1 and bound.stride(2) != 0
 
 
 _MOSTLY_LOST = (

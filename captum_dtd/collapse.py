@@ -29,14 +29,15 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from captum_dtd import fused
+from captum_dtd.graph import operation_name
 from captum_dtd.layers import Arguments, Call, Limits, Weighted
 from captum_dtd.modes import exact_modes
 from captum_dtd.operations import aten
 from captum_dtd.ops import Table, memory_format
-from captum_dtd.propagate import Activations, Box, Network, Step, ValueOf, Values
+from captum_dtd.propagate import Activations, Box, Network, Step, ValueOf, Values, elements
 from captum_dtd.reference import accumulator
 from captum_dtd.rules import Group, Rule, ZBeta, ZPlus
-from captum_dtd.times import InTime, Times, in_time
+from captum_dtd.times import InTime, Times, in_time, time_axis
 
 Wanted: TypeAlias = Literal["all", "classes"] | Sequence[tuple[int, ...]]
 """At which times of the input relevance is wanted: at all; summed over all (every value keeps a sum per class of equal
@@ -689,6 +690,29 @@ class FrozenNetwork:
         shared = self.network.share(step, lambda node: take(values, node), limits, everywhere)
         to_kept = kept.route([range(along.read.length)])
         return [to_kept.scatter(one, 2) for (one,) in shared]
+
+
+def check_order(network: Network, frames: int) -> None:
+    """Raise ValueError if a model takes clips (N, T, C, H, W): to repeat what lies at an index of dimension 2 repeats a colour.
+
+    What takes the frames of clips of one channel for its channels, as 2D networks may, is none of these.
+    """
+    times: dict[fx.Node, Times | None] = dict.fromkeys(network.inputs, Times(2, (0,) * frames))
+    for node in network.nodes:
+        if node in network.pixels and node not in times:
+            times[node] = time_axis(node, times.get)
+    for step in network.steps:
+        found, seen = times.get(step.sources[0]), step.sources[0].meta["val"]
+        if not step.is_pixel_layer or fused.kind_of(step.node) != "convolution" or found is None or found.dim != 1:
+            continue
+        for clips in (node.meta["val"] for node in network.inputs):
+            if clips.shape[1] != 1 and elements(seen) == elements(clips):
+                shape = ", ".join(map(str, clips.shape[1:]))
+                raise ValueError(
+                    f"inputs must be clips (N, C, T, H, W), but of clips (N, {shape}) the model takes dimension 2 for "
+                    f"channels, as of (N, T, C, H, W): {step.path} ({operation_name(step.node)}) does; explain a module that "
+                    "calls model(x.permute(0, 2, 1, 3, 4)), on inputs.permute(0, 2, 1, 3, 4)"
+                )
 
 
 class _Convolution:

@@ -24,6 +24,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from captum_dtd import native
 from captum_dtd.attribution import (
     Backend,
     CompositeLike,
@@ -193,6 +194,7 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
 
         with tqdm(total=count * (1 + frames), desc=self.get_name(), unit="clip", disable=not show_progress) as progress:
             every = list(range(count))
+            reader = make_reader(clips, extra, targets, explain)  # which refuses what it does not take before any work
             # Before anything else is asked of a GPU, since the answer has to come back from it.
             alike = [_first_alike(tuple(part[row] for part in clips)) for row in every]
             if return_convergence_delta:
@@ -214,9 +216,7 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
                     scaled = normalised(part[row : row + 1], self.normalize)[0]
                     look[row] = read_out(scaled, range(frames), self.readout)
                 progress.update(frames)
-            reader = make_reader(clips, extra, targets, explain) if jobs else None
             for chosen in (jobs[start : start + size] for start in range(0, len(jobs), size)):
-                assert reader is not None
                 for look, maps in zip(_flat(looks), _flat(reader(chosen)), strict=True):
                     for job, spatial in zip(chosen, maps, strict=True):
                         for time, one in zip(job.times, spatial.expand(len(job.times), -1, -1), strict=True):
@@ -443,15 +443,16 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
         check_targets(targets)
         for name, bound in (("low", self.method.low), ("high", self.method.high)):
             check_same_for_all_examples(name, bound)
-        return self._attribute(
-            partial(self._read_distinct_times, frame_cache),
-            inputs,
-            [target.cpu() if isinstance(target, Tensor) else target for target in targets],
-            additional_forward_args,
-            return_convergence_delta,
-            internal_batch_size,
-            show_progress,
-        )
+        with native.unchanging(unwrap(self.method.model).parameters()):
+            return self._attribute(
+                partial(self._read_distinct_times, frame_cache),
+                inputs,
+                [target.cpu() if isinstance(target, Tensor) else target for target in targets],
+                additional_forward_args,
+                return_convergence_delta,
+                internal_batch_size,
+                show_progress,
+            )
 
     def rule_table(self, inputs: Tensor | tuple[Tensor, ...], additional_forward_args: Any = None) -> RuleTable:
         """As `DeepTaylor.rule_table`, with how many times of a frozen clip every operation computes.

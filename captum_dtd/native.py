@@ -5,10 +5,16 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-__all__ = ["MODULES", "load", "loaded", "missing"]
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MODULES", "load", "loaded", "missing", "unchanging"]
 
 MODULES = {"cpu": "captum_dtd._C", "cuda": "captum_dtd._C_cuda"}
 """Which module holds a device's kernels; importing it registers them with torch's dispatcher."""
@@ -33,6 +39,27 @@ def load() -> None:
             missing[device] = unbuilt.get(device, "they are not part of this installation")
         except ImportError as error:
             missing[device] = unbuilt.get(device, str(error))
+
+
+@contextmanager
+def unchanging(weights: Iterable[Any]) -> Iterator[None]:
+    """Promise that nothing is written to weights meanwhile: this thread's kernels look through each of them once.
+
+    Without it they do at every call, which costs as much time as reading all of a weight does.
+    """
+    module = loaded.get("cpu")
+    plain = (each for each in weights if type(each) in (Tensor, nn.Parameter) and each.layout == torch.strided)
+    places = [(each.data_ptr(), each.nbytes) for each in plain if each.device.type == "cpu" and each.is_contiguous()]
+    if module is None:
+        yield
+        return
+    for place in places:
+        module.hold(*place)
+    try:
+        yield
+    finally:
+        for place in places:
+            module.release(*place)
 
 
 def _unbuilt() -> dict[str, str]:

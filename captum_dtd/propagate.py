@@ -134,7 +134,7 @@ class Network:
         self.inputs = tuple(node for node in traced.inputs[:explained] if node is not None)
         self.nodes = [node for node in traced.graph.nodes if node.op in ("placeholder", "call_function")]
         self._non_negative: set[fx.Node] = set()
-        self._pixels: set[fx.Node] = set(self.inputs)
+        self.pixels: set[fx.Node] = set(self.inputs)
         self.steps = self._plan(model, composite)
         self._last_uses = self._find_last_uses()
         self._kept = self._find_kept()
@@ -155,7 +155,7 @@ class Network:
         for node, layer, positions in crossed:
             assert layer is not None
             sources = _arguments(node, positions)
-            is_pixel_layer = isinstance(layer, LinearMap) and self._pixels.issuperset(sources)
+            is_pixel_layer = isinstance(layer, LinearMap) and self.pixels.issuperset(sources)
             path = module_path(node) or node.name
             module = _module_at(model, module_path(node))
             rule, chosen = composite.rule_for(layer, is_pixel_layer, node in joining, path, module)
@@ -194,8 +194,8 @@ class Network:
             if is_non_negative(node, layer, self._non_negative.__contains__):
                 self._non_negative.add(node)
             affine = isinstance(layer, Rearrangement) or (isinstance(layer, Elementwise) and layer.affine)
-            if affine and self._pixels.issuperset(_arguments(node, positions)):
-                self._pixels.add(node)
+            if affine and self.pixels.issuperset(_arguments(node, positions)):
+                self.pixels.add(node)
         if self.output not in signals:
             raise ValueError(f"the output of {self._model_name} does not depend on the input that is to be explained")
         crossed: set[fx.Node] = {self.output}
@@ -417,7 +417,7 @@ class Network:
             shape = values[node].shape
             low[node], high[node] = (end.to(seed.dtype).expand(shape) for end in (lower, upper))
         for step in self.steps:
-            if step.node not in self._pixels:
+            if step.node not in self.pixels:
                 continue
             other = {n: in_type(values[n], seed.dtype) for n in step.node.all_input_nodes}
             ends = [compute(step.node, {**other, **{n: end[n] for n in step.sources}}) for end in (low, high)]
@@ -485,14 +485,15 @@ def _shape_only(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
+def elements(traced: Tensor) -> int:
+    """How many elements a value had when it was traced."""
+    return math.prod(size.node.hint if isinstance(size, torch.SymInt) else size for size in traced.shape)
+
+
 def _bytes(node: fx.Node) -> int:
     """Size of a node's value as it was traced."""
-    total = 0
-    for tensor in pytree.tree_leaves(node.meta.get("val")):
-        if isinstance(tensor, Tensor):
-            sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in tensor.shape]
-            total += math.prod(sizes) * tensor.element_size()
-    return total
+    tensors = (value for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor))
+    return sum(elements(tensor) * tensor.element_size() for tensor in tensors)
 
 
 def _arguments(node: fx.Node, positions: Sequence[int]) -> tuple[fx.Node, ...]:

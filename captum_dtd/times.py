@@ -127,11 +127,20 @@ def in_time(node: fx.Node, times_of: TimesOf) -> InTime:
         node: of a canonized graph.
         times_of: the times of a node before it; None where it has none.
     """
-    if all(times_of(source) is None for source in node.all_input_nodes):
-        return InTime("whole", None)
-    treatment = _TREATMENTS.get(node.target)
-    found = treatment(node, times_of) if treatment else None
+    found = _treated(node, times_of)
     return found if found and _keeps_examples(node, times_of) else InTime("whole", None)
+
+
+def time_axis(node: fx.Node, times_of: TimesOf) -> Times | None:
+    """The times of an operation's output, even where examples become part of another dimension; None where it has none."""
+    found = _treated(node, times_of)
+    return found.times if found else None
+
+
+def _treated(node: fx.Node, times_of: TimesOf) -> InTime | None:
+    if node.target not in _TREATMENTS or all(times_of(source) is None for source in node.all_input_nodes):
+        return None
+    return _TREATMENTS[node.target](node, times_of)
 
 
 def _keeps_examples(node: fx.Node, times_of: TimesOf) -> bool:

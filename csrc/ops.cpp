@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
+#include <cstdint>
 #include <utility>
 
 #include "cpu/add.h"
@@ -11,6 +12,7 @@
 #include "cpu/conv3d.h"
 #include "cpu/features.h"
 #include "cpu/max_pool3d.h"
+#include "cpu/weights.h"
 #include "module.h"
 
 namespace captum_dtd {
@@ -79,12 +81,25 @@ PyObject* cpu_features(PyObject*, PyObject*) {
   return PyUnicode_FromString(names.c_str());
 }
 
+// Calls `what` on the memory that Python names: its address and size.
+template <void (*what)(const void*, int64_t)>
+PyObject* on_memory(PyObject*, PyObject* arguments) {
+  unsigned long long address = 0;
+  long long bytes = 0;
+  if (!PyArg_ParseTuple(arguments, "KL", &address, &bytes)) return nullptr;
+  what(reinterpret_cast<const void*>(static_cast<uintptr_t>(address)), bytes);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef functions[] = {
     kConv3dKernels<Cpu>,
     kMaxPool3dKernels<Cpu>,
     kAddKernels<Cpu>,
     {"cpu_features", cpu_features, METH_NOARGS,
      "What this process may use of avx2, avx512, avx512_bf16, avx512_fp16 and amx_bf16."},
+    {"hold", on_memory<cpu::hold>, METH_VARARGS,
+     "hold(address, bytes): weights lie there that nothing changes until they are released as often; of this thread."},
+    {"release", on_memory<cpu::release>, METH_VARARGS, "release(address, bytes): the end of a `hold`."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -412,6 +412,40 @@ def test_a_weight_is_read_at_every_call(op: str, device: str) -> None:
         assert torch.allclose(actual, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()), kernel
 
 
+@pytest.mark.parametrize("op", CONVOLUTIONS)
+def test_a_weight_that_will_not_change_is_looked_through_once(op: str) -> None:
+    """Until the promise ends, however it does; by the thread that gave it, and not of what begins where the weight does."""
+    for kernel, dtype in every_kernel(op, "cpu"):
+        if kernel == "reference":
+            continue
+        arguments = problem(op, NAMES["3x3x3"], VARIANTS[op][0], dtype, True).on("cpu", dtype)
+        weight, asked = arguments["weight"].clone(), f"{kernel} {dtype}"
+
+        def result(weight: Tensor = weight, arguments: Any = arguments, kernel: str = kernel) -> Tensor:
+            return call(op, arguments | {"weight": weight}, kernel)
+
+        with native.unchanging([weight]):
+            before = result()
+            with native.unchanging([weight, weight[:1], None]):
+                pass
+            weight[-1, -1, -1, -1, -1] = 5
+            assert torch.equal(result(), before), asked
+            with ThreadPoolExecutor(1) as pool:
+                elsewhere = pool.submit(result).result()
+            assert not torch.equal(elsewhere, before), asked
+        assert torch.equal(result(), elsewhere), asked
+        with pytest.raises(KeyError), native.unchanging([weight]):
+            raise KeyError(result())
+        weight[-1, -1, -1, -1, -1] = 7
+        assert not torch.equal(result(), elsewhere), asked
+
+        whole = torch.cat([weight, weight])
+        with native.unchanging([whole]):
+            before = result(whole[: len(weight)])
+            whole[len(weight) - 1].neg_()
+            assert not torch.equal(result(whole[: len(weight)]), before), asked
+
+
 def test_small_changes_of_a_big_weight_are_seen(device: str) -> None:
     """One number, a sign, two numbers that change places or signs, however far they are apart."""
     x = torch.rand(1, 96, 1, 3, 3, device=device)

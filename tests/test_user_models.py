@@ -446,3 +446,46 @@ def test_half_precision_convolutions_with_full_precision_batch_norm() -> None:
     assert relevance.dtype == torch.float32
     assert bool(torch.isfinite(relevance).all())
     assert relevance.abs().max() > 0
+
+
+@pytest.mark.parametrize("still", [False, True])
+def test_clips_that_the_model_itself_reorders_are_refused(still: bool) -> None:
+    def reordering(m: Layers, x: Tensor) -> Tensor:
+        return m.head(F.relu(m.stem(x.permute(0, 2, 1, 3, 4))))
+
+    def by_frames(m: Layers, x: Tensor) -> Tensor:
+        seen = F.relu(m.picture(x.flatten(0, 1))).mean((2, 3))
+        return m.fc(seen.view(len(x), -1, 8).mean(1))
+
+    inputs = clips().permute(0, 2, 1, 3, 4)
+    inputs = inputs[:, :, :1].expand_as(inputs) if still else inputs  # grey: all channels are equal, as frames would be
+    for body, layer in ((reordering, "stem (conv3d)"), (by_frames, "picture (conv2d)")):
+        method = DiscriminativeDeepTaylor(model(body), LOW, HIGH)
+        with pytest.raises(
+            ValueError, match=r"of clips \(N, 8, 3, 10, 10\) the model takes dimension 2 for channels"
+        ) as raised:
+            method.attribute(inputs, target=1)
+        assert layer in str(raised.value) and "inputs.permute(0, 2, 1, 3, 4)" in str(raised.value)
+        with pytest.raises(ValueError, match="dimension 2 for channels"):
+            method.rule_table(inputs)
+
+
+def test_a_module_that_reorders_clips_back_is_explained() -> None:
+    inner = model(lambda m, x: m.head(F.relu(m.block(F.relu(m.stem(x.permute(0, 2, 1, 3, 4)))))))
+    plain = model(lambda m, x: m.head(F.relu(m.block(F.relu(m.stem(x))))))
+    wrapped = model(lambda m, x: inner(x.permute(0, 2, 1, 3, 4)))
+    wanted = DiscriminativeDeepTaylor(plain, LOW, HIGH).attribute(clips(), target=1)
+    for maps, expected in zip(
+        DiscriminativeDeepTaylor(wrapped, LOW, HIGH).attribute(clips(), target=1), wanted, strict=True
+    ):
+        torch.testing.assert_close(maps, expected)
+
+
+def test_frames_of_one_channel_may_be_channels_of_a_2d_network() -> None:
+    def stacked(m: Layers, x: Tensor) -> Tensor:
+        return m.fc(F.relu(m.picture(x.squeeze(1))).mean((2, 3)))
+
+    inputs = clips()[:, :1, :3]
+    spatial, temporal, total = DiscriminativeDeepTaylor(model(stacked), LOW, HIGH).attribute(inputs, target=1)
+    assert total.shape == (2, 3, 10, 10)
+    torch.testing.assert_close(spatial + temporal, total)

@@ -6,6 +6,7 @@
 #include <list>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -21,11 +22,29 @@ namespace {
 
 constexpr int64_t kPiece = 1 << 20;  // bytes hashed as one
 
+struct Held {
+  int64_t holders = 0;
+  std::optional<Hash> hash;  // once it was asked for
+};
+
+thread_local std::map<std::pair<const void*, int64_t>, Held> held;
+
 template <typename Sum>
 Hash digest(const Loops<Sum>& loops, const void* data, int64_t bytes) {
   uint64_t found[2];
   loops.digest(data, bytes, found);
   return {found[0], found[1]};
+}
+
+template <typename Sum>
+Hash hash_now(const Loops<Sum>& loops, const void* data, int64_t bytes, ParallelFor parallel_for) {
+  const auto* from = static_cast<const unsigned char*>(data);
+  std::vector<Hash> pieces(static_cast<size_t>((bytes + kPiece - 1) / kPiece));
+  parallel(parallel_for, static_cast<int64_t>(pieces.size()), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      pieces[static_cast<size_t>(i)] = digest(loops, from + i * kPiece, std::min(kPiece, bytes - i * kPiece));
+  });
+  return digest(loops, pieces.data(), static_cast<int64_t>(pieces.size() * sizeof(Hash)));
 }
 
 // ----------------------------------------------------------------------------------------------------- cache
@@ -160,15 +179,20 @@ class Packer {
 
 }  // namespace
 
+void hold(const void* data, int64_t bytes) { ++held[{data, bytes}].holders; }
+
+void release(const void* data, int64_t bytes) {
+  const auto found = held.find({data, bytes});
+  if (found != held.end() && --found->second.holders == 0) held.erase(found);
+}
+
 template <typename Sum>
 Hash hash_bytes(const Loops<Sum>& loops, const void* data, int64_t bytes, ParallelFor parallel_for) {
-  const auto* from = static_cast<const unsigned char*>(data);
-  std::vector<Hash> pieces(static_cast<size_t>((bytes + kPiece - 1) / kPiece));
-  parallel(parallel_for, static_cast<int64_t>(pieces.size()), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      pieces[static_cast<size_t>(i)] = digest(loops, from + i * kPiece, std::min(kPiece, bytes - i * kPiece));
-  });
-  return digest(loops, pieces.data(), static_cast<int64_t>(pieces.size() * sizeof(Hash)));
+  const auto known = held.find({data, bytes});
+  if (known == held.end()) return hash_now(loops, data, bytes, parallel_for);
+  std::optional<Hash>& hash = known->second.hash;
+  if (!hash) hash = hash_now(loops, data, bytes, parallel_for);
+  return *hash;
 }
 
 template Hash hash_bytes<float>(const Loops<float>&, const void*, int64_t, ParallelFor);

@@ -19,9 +19,15 @@ struct Hash {
   uint64_t low, high;
 };
 
-// Of all bytes, at the speed of memory: weights are hashed whenever they are used, since their owner may change them.
+// Of all bytes, at the speed of memory: weights are hashed whenever they are used, since their owner may change them, but once
+// while they are held.
 template <typename Sum>
 Hash hash_bytes(const Loops<Sum>& loops, const void* data, int64_t bytes, ParallelFor parallel_for);
+
+// The promise that nothing writes to weights, and nothing else comes to lie there, until they were released as often as they were
+// held. It is for what this thread computes.
+void hold(const void* data, int64_t bytes);
+void release(const void* data, int64_t bytes);
 
 struct Filter {
   const void* data;  // (c_out, c_in / groups, kT, kH, kW), contiguous
