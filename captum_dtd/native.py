@@ -48,11 +48,11 @@ def unchanging(weights: Iterable[Any]) -> Iterator[None]:
     Without it they do at every call, which costs as much time as reading all of a weight does.
     """
     module = loaded.get("cpu")
-    plain = (each for each in weights if type(each) in (Tensor, nn.Parameter) and each.layout == torch.strided)
-    places = [(each.data_ptr(), each.nbytes) for each in plain if each.device.type == "cpu" and each.is_contiguous()]
     if module is None:
         yield
         return
+    plain = [each for each in weights if type(each) in (Tensor, nn.Parameter) and each.layout == torch.strided]
+    places = [(each.data_ptr(), each.nbytes) for each in plain if each.device.type == "cpu" and each.is_contiguous()]
     for place in places:
         module.hold(*place)
     try:
