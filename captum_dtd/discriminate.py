@@ -194,9 +194,9 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
 
         with tqdm(total=count * (1 + frames), desc=self.get_name(), unit="clip", disable=not show_progress) as progress:
             every = list(range(count))
-            reader = make_reader(clips, extra, targets, explain)  # which refuses what it does not take before any work
             # Before anything else is asked of a GPU, since the answer has to come back from it.
             alike = [_first_alike(tuple(part[row] for part in clips)) for row in every]
+            reader = make_reader(clips, extra, targets, explain)  # refuses what it does not take, before any work
             if return_convergence_delta:
                 explained, deltas = zip(*explain(clips, every, targets, return_convergence_delta=True), strict=True)
             else:
