@@ -136,6 +136,7 @@ class Network:
         self._non_negative: set[fx.Node] = set()
         self.pixels: set[fx.Node] = set(self.inputs)
         self.steps = self._plan(model, composite)
+        self._filters = {node.args[1] for node in self.nodes if node.target in CONVOLUTIONS}
         self._last_uses = self._find_last_uses()
         self._kept = self._find_kept()
         self._overwrites = self._find_overwrites()
@@ -252,6 +253,11 @@ class Network:
                 sources = node.all_input_nodes
                 if node.op == "call_function" and all(source in values for source in sources):
                     values[node] = _run(node, values.__getitem__)
+            if self.precision is not None:
+                # As the CPU's kernels read them, which would copy others at every use: a model moved to channels_last has such.
+                values.update(
+                    (node, values[node].contiguous()) for node in self._filters if _on_compiled_cpu(values.get(node))
+                )
             return values
 
     def reads(self, model: nn.Module) -> list[Tensor]:
@@ -463,6 +469,10 @@ def _channels_last(tensor: Tensor) -> Tensor:
     """Channels innermost, as the kernels read them; whatever follows keeps the layout."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return tensor.contiguous(memory_format=formats[tensor.ndim]) if tensor.ndim in formats else tensor
+
+
+def _on_compiled_cpu(weight: Tensor | None) -> bool:
+    return weight is not None and weight.device.type == "cpu" and "cpu" in native.loaded
 
 
 def _add(relevance: Values, step: Step, source: fx.Node, part: Tensor) -> None:

@@ -18,6 +18,7 @@ from models import between
 from oracle import Node, Walk, assert_agrees, explain
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_dtd import DeepTaylor, fused, kernels, native
 from captum_dtd.fused import FUSED
@@ -265,3 +266,27 @@ def test_forward_is_torchs_own_where_nothing_was_measured_and_transforms_do_not_
     assert chosen["conv3d"].endswith("/winograd") or chosen["conv3d"] == "reference"
     assert exact == "reference"
     assert (chosen["z_plus_conv3d"] == "reference") == ("cpu" in native.missing)
+
+
+def test_filters_that_lie_channels_last_are_laid_out_once() -> None:
+    """Of a model that was moved to channels_last: operations would copy them at every use."""
+    if "cpu" not in native.loaded:
+        pytest.skip(f"kernels read filters, and there are none: {native.missing['cpu']}")
+    model = nn.Sequential(nn.Conv3d(3, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 4, 3), nn.Flatten())
+    model = model.append(nn.Linear(4 * 2 * 4 * 4, 3)).eval()
+    moved = copy.deepcopy(model).to(memory_format=torch.channels_last_3d)
+    assert not moved[3].weight.is_contiguous()
+    read: list[Tensor] = []
+
+    class Filters(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "captum_dtd":
+                read.extend(each for each in args if isinstance(each, Tensor) and each.shape[2:] == (3, 3, 3))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.rand(1, 3, 4, 6, 6)
+    with Filters():
+        found = DeepTaylor(moved, LOW, HIGH, precision="ieee").attribute(x, 1)
+    assert len(read) >= 3 and all(filter.is_contiguous() for filter in read)
+    assert torch.equal(found, DeepTaylor(model, LOW, HIGH, precision="ieee").attribute(x, 1))
+    assert not moved[3].weight.is_contiguous()
