@@ -227,8 +227,8 @@ def x86_flags(compiler: Sequence[str]) -> dict[str, tuple[str, ...]]:
 def alignment_flags(compiler: Sequence[str]) -> list[str]:
     """Keep jumps within 32 bytes, where the assembler can: Intel's CPUs of 2015 to 2020 decode others anew every time.
 
-    How fast a loop of theirs is depends on where it happens to lie, otherwise: by a third, in the convolutions' innermost ones
-    (Intel, Mitigations for Jump Conditional Code Erratum, 2019).
+    How fast the innermost loops are would depend on where they happen to lie (Intel, Mitigations for Jump Conditional Code
+    Erratum, 2019).
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return []

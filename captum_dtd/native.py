@@ -53,13 +53,11 @@ def unchanging(weights: Iterable[Any]) -> Iterator[None]:
         return
     plain = [each for each in weights if type(each) in (Tensor, nn.Parameter) and each.layout == torch.strided]
     places = [(each.data_ptr(), each.nbytes) for each in plain if each.device.type == "cpu" and each.is_contiguous()]
-    for place in places:
-        module.hold(*place)
     try:
+        module.hold(*places)  # in here, so that no interrupt leaves them held; to release what is not held does nothing
         yield
     finally:
-        for place in places:
-            module.release(*place)
+        module.release(*places)
 
 
 def _unbuilt() -> dict[str, str]:

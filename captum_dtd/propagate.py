@@ -253,11 +253,10 @@ class Network:
                 sources = node.all_input_nodes
                 if node.op == "call_function" and all(source in values for source in sources):
                     values[node] = _run(node, values.__getitem__)
-            if self.precision is not None:
+            if self.precision is not None and "cpu" in native.loaded:
                 # As the CPU's kernels read them, which would copy others at every use: a model moved to channels_last has such.
-                values.update(
-                    (node, values[node].contiguous()) for node in self._filters if _on_compiled_cpu(values.get(node))
-                )
+                filters = {node: values[node] for node in self._filters if node in values}
+                values.update((node, each.contiguous()) for node, each in filters.items() if each.device.type == "cpu")
             return values
 
     def reads(self, model: nn.Module) -> list[Tensor]:
@@ -469,10 +468,6 @@ def _channels_last(tensor: Tensor) -> Tensor:
     """Channels innermost, as the kernels read them; whatever follows keeps the layout."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return tensor.contiguous(memory_format=formats[tensor.ndim]) if tensor.ndim in formats else tensor
-
-
-def _on_compiled_cpu(weight: Tensor | None) -> bool:
-    return weight is not None and weight.device.type == "cpu" and "cpu" in native.loaded
 
 
 def _add(relevance: Values, step: Step, source: fx.Node, part: Tensor) -> None:

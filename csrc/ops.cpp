@@ -81,13 +81,16 @@ PyObject* cpu_features(PyObject*, PyObject*) {
   return PyUnicode_FromString(names.c_str());
 }
 
-// Calls `what` on the memory that Python names: its address and size.
+// Calls `what` on every place in memory that Python names, an address and a size each. One call for all: an interrupt comes
+// before or after it.
 template <void (*what)(const void*, int64_t)>
-PyObject* on_memory(PyObject*, PyObject* arguments) {
-  unsigned long long address = 0;
-  long long bytes = 0;
-  if (!PyArg_ParseTuple(arguments, "KL", &address, &bytes)) return nullptr;
-  what(reinterpret_cast<const void*>(static_cast<uintptr_t>(address)), bytes);
+PyObject* on_memory(PyObject*, PyObject* places) {
+  for (Py_ssize_t i = 0; i < PyTuple_Size(places); ++i) {
+    unsigned long long address = 0;
+    long long bytes = 0;
+    if (!PyArg_ParseTuple(PyTuple_GetItem(places, i), "KL", &address, &bytes)) return nullptr;
+    what(reinterpret_cast<const void*>(static_cast<uintptr_t>(address)), bytes);
+  }
   Py_RETURN_NONE;
 }
 
@@ -98,8 +101,8 @@ PyMethodDef functions[] = {
     {"cpu_features", cpu_features, METH_NOARGS,
      "What this process may use of avx2, avx512, avx512_bf16, avx512_fp16 and amx_bf16."},
     {"hold", on_memory<cpu::hold>, METH_VARARGS,
-     "hold(address, bytes): weights lie there that nothing changes until they are released as often; of this thread."},
-    {"release", on_memory<cpu::release>, METH_VARARGS, "release(address, bytes): the end of a `hold`."},
+     "hold(*(address, bytes)): weights lie there that nothing changes until they are released as often; of this thread."},
+    {"release", on_memory<cpu::release>, METH_VARARGS, "release(*(address, bytes)): the end of a `hold`."},
     {nullptr, nullptr, 0, nullptr},
 };
 
