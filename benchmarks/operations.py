@@ -15,6 +15,7 @@ import workloads
 from timing import Protocol, Timing, interleaved
 from torch import Tensor
 
+from captum_dtd import native
 from captum_dtd.kernels import Precision
 
 Contenders = dict[str, Callable[[], rivals.Result]]
@@ -31,6 +32,7 @@ class Case:
         reference: what the results are compared with, to show that all compute the same.
         contenders: everything that is timed.
         comparisons: (kind, precision, ours, rivals), the last two being names of contenders.
+        weights: that do not change while contenders are timed, so that what is made of them beforehand serves.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Case:
     reference: Callable[[], rivals.Result]
     contenders: Contenders = field(default_factory=dict)
     comparisons: list[tuple[str, str, list[str], list[str]]] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
 
     def add(self, kind: str, precision: str, ours: Contenders, theirs: Contenders) -> None:
         """Compare the best of ours with the best of theirs."""
@@ -71,7 +74,8 @@ def _convolution_case(layer: workloads.Convolution, precision: Precision, compil
     dtype = workloads.dtype_of(precision)
     given = workloads.draw(layer, dtype)
     kernel = workloads.chosen("z_plus_conv3d", layer, dtype, precision)
-    case = Case(str(layer), precision, layer.flops, partial(workloads.z_plus, layer, given, "reference"))
+    reference = partial(workloads.z_plus, layer, given, "reference")
+    case = Case(str(layer), precision, layer.flops, reference, weights=[given.weight])
     theirs = _by_name(rivals.z_plus_rivals(layer, given, compiled))
     kind = "linear layers" if workloads.shape_class(layer) == "linear" else "convolution layers"
     case.add(f"{kind} / best composition", precision, _ours(layer, given, kernel, workloads.z_plus), theirs)
@@ -83,7 +87,7 @@ def _pixel_case(layer: workloads.Convolution, precision: Precision, compiled: bo
     given = workloads.draw(layer, dtype, pixels=True)
     kernel = workloads.chosen("z_beta_conv3d", layer, dtype, precision)
     reference = partial(workloads.z_beta, layer, given, "reference")
-    case = Case(f"{layer} pixels", precision, 2 * layer.flops, reference)
+    case = Case(f"{layer} pixels", precision, 2 * layer.flops, reference, weights=[given.weight])
     ours = _ours(layer, given, kernel, workloads.z_beta)
     three = _by_name(rivals.z_beta_rivals(layer, given))
     lifted = {f"lifted {n}": run for n, run in _by_name(rivals.lifted_z_beta_rivals(layer, given, compiled)).items()}
@@ -141,8 +145,9 @@ def _by_name(found: list[rivals.Rival]) -> Contenders:
 def measured(case: Case, protocol: Protocol) -> dict[str, Any]:
     """Time a case; everything that is known about it afterwards."""
     right = workloads.joined(case.reference()).double()
-    errors = {name: _error(workloads.joined(run()), right) for name, run in case.contenders.items()}  # and warm up
-    timings = interleaved(case.contenders, protocol)
+    with native.unchanging(case.weights):
+        errors = {name: _error(workloads.joined(run()), right) for name, run in case.contenders.items()}  # and warm up
+        timings = interleaved(case.contenders, protocol)
     return {
         "case": f"{case.name} {case.precision}",
         "kind": "operation",

@@ -291,6 +291,8 @@ LARGE = {
         Conv("many examples", (1001, 150, 1, 1, 1), 17, 1),
         Conv("many small examples", (97, 9, 2, 5, 5), 20, (1, 3, 3), padding=(0, 1, 1)),
         Conv("tiles of several slabs", (1, 40, 9, 21, 60), 70, 3, padding=1),
+        Conv("phases of several slabs", (1, 20, 9, 43, 61), 90, 3, 2, 1),
+        Conv("phases that begin apart", (1, 20, 3, 43, 61), 90, (1, 3, 3), (2, 2, 4), (0, 3, 3), (1, 3, 6)),
     ]
     for op, cases in CASES.items()
 }

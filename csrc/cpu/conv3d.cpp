@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <memory>
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
@@ -46,24 +47,17 @@ struct Divide {
   }
 };
 
-// R_in = sum over parts of u * sums, at the positions of the input that a phase covers. Where an input is kept once for several
-// times, `stored` says at which of its times each time of the result reads it.
+// R_in = sum over parts of u * sums. Where an input is kept once for several times, `stored` says at which of its times each time
+// of the result reads it.
 template <typename Sum>
 struct Share {
   const Loops<Sum>& loops;
-  const Sweep& sweep;
   const Source& source;
   View out;
   const int64_t* stored;
   bool stream;
 
-  void operator()(const Spot& of_grid, const Sums<Sum>& sums) const {
-    Spot spot = of_grid;
-    spot.t = sweep.out_base[0] + of_grid.t * sweep.out_step[0];
-    spot.h = sweep.out_base[1] + of_grid.h * sweep.out_step[1];
-    spot.w = sweep.out_base[2] + of_grid.w * sweep.out_step[2];
-    spot.step = sweep.out_step[2];
-
+  void operator()(const Spot& spot, const Sums<Sum>& sums) const {
     const int64_t pitch = spot.columns(), size = spot.rows() * pitch;
     Sum *room = sums.room, *bound = room + size, *shared = bound + size;
     Spot of_input = spot;
@@ -216,9 +210,9 @@ std::vector<Sum> bias_of(const Loops<Sum>& loops, const Conv3d& conv, Element el
   return values;
 }
 
-// What a sweep does, beside where it writes.
+// What sweeps over one source do, beside where they write.
 struct Task {
-  Sweep sweep;
+  std::vector<Sweep> sweeps;
   const std::vector<Product>& products;
   int input_parts, output_parts;
   const Source& source;
@@ -227,13 +221,25 @@ struct Task {
   bool transformed;
 };
 
+// Calls body(runner) with what works off the items of these plans.
+template <typename Operand, typename Sum, typename Kernel, typename Epilogue, typename Body>
+void with_runner(const Task& task, const Plans& plans, const Kernel& kernel, const Loops<Sum>& loops, const Sum* start,
+                 const Epilogue& epilogue, ParallelFor parallel_for, Body body) {
+  std::vector<std::shared_ptr<const Buffer>> weights;
+  std::vector<SweepRunner<Kernel, Operand, Sum, Epilogue>> sweeps;
+  for (const Plan& plan : plans.sweeps) {
+    weights.push_back(packed_weights<Operand, Sum>(task.filter, task.use, plan, loops, parallel_for));
+    sweeps.emplace_back(plan, kernel, loops, weights.back()->template as<Operand>(), start, epilogue);
+  }
+  body(SlabRunner<Kernel, Operand, Sum, Epilogue>(plans.slab, loops, task.source, sweeps));
+}
+
 template <typename Operand, typename Sum, typename Kernel, typename Epilogue>
-void run_plan(const Task& task, const Plan& plan, const Kernel& kernel, const Loops<Sum>& loops, const Sum* start,
-              const Epilogue& epilogue, ParallelFor parallel_for) {
-  const auto weights = packed_weights<Operand, Sum>(task.filter, task.use, plan, loops, parallel_for);
-  const SweepRunner<Kernel, Operand, Sum, Epilogue> runner(plan, kernel, loops, task.source, weights->template as<Operand>(),
-                                                           start, epilogue);
-  parallel(parallel_for, runner.items(), [&](int64_t begin, int64_t end) { runner.run(begin, end); });
+void run_plans(const Task& task, const Plans& plans, const Kernel& kernel, const Loops<Sum>& loops, const Sum* start,
+               const Epilogue& epilogue, ParallelFor parallel_for) {
+  with_runner<Operand>(task, plans, kernel, loops, start, epilogue, parallel_for, [&](const auto& runner) {
+    parallel(parallel_for, runner.items(), [&](int64_t begin, int64_t end) { runner.run(begin, end); });
+  });
 }
 
 template <typename Operand, typename Sum>
@@ -242,53 +248,63 @@ bool runs_planar(const Sweep& sweep, int output_parts, const std::vector<Product
 }
 
 template <typename Operand, typename Sum, typename Epilogue>
-void run_directly(const Task& task, const Engine<Operand, Sum>& engine, const Sum* start, const Epilogue& epilogue,
-                  ParallelFor parallel_for) {
+void run_directly(const Task& task, const std::vector<Sweep>& sweeps, const Engine<Operand, Sum>& engine, const Sum* start,
+                  const Epilogue& epilogue, ParallelFor parallel_for) {
   const MicroKernel<Operand, Sum>& tile = *engine.tile;
-  if (runs_planar(task.sweep, task.output_parts, task.products, engine)) {
-    const int channels = planar_channels(task.sweep, task.output_parts, PlanarKernel<Sum>::kMaxChannels);
-    const Tiling tiling{true, channels, 1, 1, sizeof(Sum)};
-    const Plan plan = make_plan(task.sweep, task.input_parts, task.output_parts, ieee().forward, tiling);
-    run_plan<Sum, Sum>(task, plan, *engine.planar, *engine.loops, start, epilogue, parallel_for);
-  } else {
-    const int pair = std::is_same_v<Operand, bfloat16> ? 2 : 1;
-    const Tiling tiling{false, tile.channels, tile.depth_multiple, pair, sizeof(Operand)};
-    const Plan plan = make_plan(task.sweep, task.input_parts, task.output_parts, task.products, tiling);
-    run_plan<Operand, Sum>(task, plan, tile, *engine.loops, start, epilogue, parallel_for);
+  const int pair = std::is_same_v<Operand, bfloat16> ? 2 : 1;
+  const Tiling tiling{false, tile.channels, tile.depth_multiple, pair, sizeof(Operand)};
+  const auto run_tiles = [&](const std::vector<Sweep>& tiled) {
+    const Plans plans = make_plans(tiled, task.input_parts, task.output_parts, task.products, tiling);
+    run_plans<Operand, Sum>(task, plans, tile, *engine.loops, start, epilogue, parallel_for);
+  };
+  std::vector<Sweep> planar, tiled;
+  for (const Sweep& sweep : sweeps) {
+    if (runs_planar(sweep, task.output_parts, task.products, engine))
+      planar.push_back(sweep);
+    else if (has_windows(sweep, task.input_parts, task.products, tiling))
+      run_tiles({sweep});
+    else
+      tiled.push_back(sweep);
   }
+  if (!tiled.empty()) run_tiles(tiled);
+  if (planar.empty()) return;
+  const int channels = planar_channels(planar[0], task.output_parts, PlanarKernel<Sum>::kMaxChannels);
+  const Plans plans =
+      make_plans(planar, task.input_parts, task.output_parts, ieee().forward, {true, channels, 1, 1, sizeof(Sum)});
+  run_plans<Sum, Sum>(task, plans, *engine.planar, *engine.loops, start, epilogue, parallel_for);
 }
 
 // What cannot be trusted is computed again by definition: position by position, or the whole example where that is much of it.
 template <typename Epilogue>
 class Definition {
  public:
-  Definition(const Task& task, const Engine<float, float>& engine, const float* start, const Epilogue& epilogue,
-             ParallelFor parallel_for)
-      : task_(task), engine_(engine), start_(start), epilogue_(epilogue), parallel_for_(parallel_for) {}
+  Definition(const Task& task, const Sweep& sweep, const Engine<float, float>& engine, const float* start,
+             const Epilogue& epilogue, ParallelFor parallel_for)
+      : task_(task), sweep_(sweep), engine_(engine), start_(start), epilogue_(epilogue), parallel_for_(parallel_for) {}
 
   // Items of a plan of single positions.
   void replace(const std::vector<int64_t>& items) const {
     if (items.empty()) return;
-    const Plan single = plan(Cut::SinglePositions);
+    const Plans single = plans(Cut::SinglePositions);
     const int64_t of_example = items_of_example(single);
-    std::vector<int64_t> counts(static_cast<size_t>(task_.sweep.n)), few;
+    std::vector<int64_t> counts(static_cast<size_t>(sweep_.n)), few;
     for (int64_t item : items) ++counts[item / of_example];
     for (int64_t item : items)
       if (counts[item / of_example] <= of_example / kManyDistrusted) few.push_back(item);
     std::sort(few.begin(), few.end(), [&](int64_t a, int64_t b) {  // neighbours share weights, which are more than what they read
-      const int64_t blocks = single.channel_blocks;
+      const int64_t blocks = single.slab.channel_blocks;
       return std::pair(a % blocks, a / blocks) < std::pair(b % blocks, b / blocks);
     });
     if (!few.empty())
-      run(single, [&](const Runner& runner) {
+      run(single, [&](const auto& runner) {
         parallel(parallel_for_, static_cast<int64_t>(few.size()), [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) runner.run(few[i], few[i] + 1);
         });
       });
     if (few.size() == items.size()) return;
-    const Plan whole = plan(Cut::OfOneExample);
-    run(whole, [&](const Runner& runner) {
-      for (int64_t n = 0; n < task_.sweep.n; ++n) {
+    const Plans whole = plans(Cut::OfOneExample);
+    run(whole, [&](const auto& runner) {
+      for (int64_t n = 0; n < sweep_.n; ++n) {
         if (counts[n] <= of_example / kManyDistrusted) continue;
         const int64_t first = n * items_of_example(whole);
         parallel(parallel_for_, items_of_example(whole),
@@ -298,23 +314,21 @@ class Definition {
   }
 
  private:
-  using Runner = SweepRunner<MicroKernel<float, float>, float, float, Epilogue>;
-
-  Plan plan(Cut cut) const {
+  Plans plans(Cut cut) const {
     const MicroKernel<float, float>& tile = *engine_.tile;
     const Tiling tiling{false, tile.channels, tile.depth_multiple, 1, sizeof(float), cut};
-    return make_plan(task_.sweep, task_.input_parts, task_.output_parts, task_.products, tiling);
+    return make_plans({sweep_}, task_.input_parts, task_.output_parts, task_.products, tiling);
   }
 
-  int64_t items_of_example(const Plan& plan) const { return plan.slabs() / task_.sweep.n * plan.channel_blocks; }
+  int64_t items_of_example(const Plans& plans) const { return plans.slab.slabs() / sweep_.n * plans.slab.channel_blocks; }
 
   template <typename Body>
-  void run(const Plan& plan, Body body) const {
-    const auto weights = packed_weights<float>(task_.filter, task_.use, plan, *engine_.loops, parallel_for_);
-    body(Runner(plan, *engine_.tile, *engine_.loops, task_.source, weights->template as<float>(), start_, epilogue_));
+  void run(const Plans& plans, Body body) const {
+    with_runner<float>(task_, plans, *engine_.tile, *engine_.loops, start_, epilogue_, parallel_for_, body);
   }
 
   const Task& task_;
+  const Sweep& sweep_;
   const Engine<float, float>& engine_;
   const float* start_;
   const Epilogue& epilogue_;
@@ -322,25 +336,31 @@ class Definition {
 };
 
 template <typename Epilogue>
-void run_winograd(const Task& task, const Engine<float, float>& engine, const float* start, const Epilogue& epilogue,
-                  ParallelFor parallel_for) {
+void run_winograd(const Task& task, const Sweep& sweep, const Engine<float, float>& engine, const float* start,
+                  const Epilogue& epilogue, ParallelFor parallel_for) {
   const WinogradPlan plan =
-      make_winograd_plan(task.sweep, task.input_parts, task.output_parts, engine.tile->channels, engine.winograd->lanes);
+      make_winograd_plan(sweep, task.input_parts, task.output_parts, engine.tile->channels, engine.winograd->lanes);
   const auto weights = winograd_weights(task.filter, task.use, plan, *engine.winograd, *engine.loops, parallel_for);
   WinogradRunner<Epilogue> runner(plan, *engine.tile, *engine.winograd, *engine.loops, task.source, weights->template as<float>(),
                                   start, epilogue);
   parallel(parallel_for, runner.items(), [&](int64_t begin, int64_t end) { runner.run(begin, end); });
-  Definition<Epilogue>(task, engine, start, epilogue, parallel_for).replace(runner.distrusted());
+  Definition<Epilogue>(task, sweep, engine, start, epilogue, parallel_for).replace(runner.distrusted());
 }
 
 template <typename Operand, typename Sum, typename Epilogue>
-void run_sweep(const Task& task, const Engine<Operand, Sum>& engine, const Sum* start, const Epilogue& epilogue,
-               ParallelFor parallel_for) {
-  if constexpr (std::is_same_v<Operand, float>) {
-    if (task.transformed && winograd_pays(task.sweep, task.input_parts, task.output_parts, engine.tile->channels))
-      return run_winograd(task, engine, start, epilogue, parallel_for);
+void run_task(const Task& task, const Engine<Operand, Sum>& engine, const Sum* start, const Epilogue& epilogue,
+              ParallelFor parallel_for) {
+  std::vector<Sweep> direct;
+  for (const Sweep& sweep : task.sweeps) {
+    if constexpr (std::is_same_v<Operand, float>) {
+      if (task.transformed && winograd_pays(sweep, task.input_parts, task.output_parts, engine.tile->channels)) {
+        run_winograd(task, sweep, engine, start, epilogue, parallel_for);
+        continue;
+      }
+    }
+    direct.push_back(sweep);
   }
-  run_directly(task, engine, start, epilogue, parallel_for);
+  run_directly(task, direct, engine, start, epilogue, parallel_for);
 }
 
 // Relevance of positions that no window reaches, u * 0, written row by row to all positions: phases without taps would each
@@ -348,9 +368,7 @@ void run_sweep(const Task& task, const Engine<Operand, Sum>& engine, const Sum* 
 template <typename Sum>
 void share_nothing(const Conv3d& conv, const Loops<Sum>& loops, const Source& source, const View& out, const int64_t* stored,
                    bool stream, ParallelFor parallel_for) {
-  Sweep everywhere{};
-  std::fill_n(everywhere.out_step, 3, 1);
-  const Share<Sum> share{loops, everywhere, source, out, stored, stream};
+  const Share<Sum> share{loops, source, out, stored, stream};
   const int64_t row = conv.in[2] * conv.c_in;
   parallel(parallel_for, conv.n * conv.in[0] * conv.in[1], [&](int64_t begin, int64_t end) {
     const std::vector<Sum> zeros(static_cast<size_t>(row), Sum(0));
@@ -477,20 +495,19 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
     if (!problem.divided) {
       const Divide<Sum> divide{loops, given, channels_last, kept, static_cast<Sum>(problem.stabilizer)};
       const Sweep all = has_tables ? by_table(forward_sweep(conv), conv, here->reads) : forward_sweep(conv);
-      const Task denominator{all, arithmetic.forward, parts(problem.lift), 1, x, weights, {false, true}, arithmetic.transformed};
-      run_sweep(denominator, engine, problem.bias != nullptr ? bias.data() : nullptr, divide, parallel_for);
+      const Task denominator{{all},   arithmetic.forward, parts(problem.lift),   1, x,
+                             weights, {false, true},      arithmetic.transformed};
+      run_task(denominator, engine, problem.bias != nullptr ? bias.data() : nullptr, divide, parallel_for);
     }
     const std::vector<Sweep> phases = adjoint_sweeps(conv);
     const auto has_no_taps = [](const Sweep& sweep) { return sweep.taps[0] * sweep.taps[1] * sweep.taps[2] == 0; };
     if (std::any_of(phases.begin(), phases.end(), has_no_taps))
       share_nothing(conv, loops, x, skip_examples(problem.out, sum, n), stored, stream, parallel_for);
-    for (const Sweep& phase : phases) {
-      if (has_no_taps(phase)) continue;
-      const Sweep sweep = has_tables ? by_table(phase, conv, here->gives) : phase;
-      const Share<Sum> share{loops, sweep, x, skip_examples(problem.out, sum, n), stored, stream};
-      const Task pull{sweep, arithmetic.adjoint, 1, parts(problem.lift), shares, weights, {true, true}, arithmetic.transformed};
-      run_sweep(pull, engine, static_cast<const Sum*>(nullptr), share, parallel_for);
-    }
+    const Share<Sum> share{loops, x, skip_examples(problem.out, sum, n), stored, stream};
+    Task pull{{}, arithmetic.adjoint, 1, parts(problem.lift), shares, weights, {true, true}, arithmetic.transformed};
+    for (const Sweep& phase : phases)
+      if (!has_no_taps(phase)) pull.sweeps.push_back(has_tables ? by_table(phase, conv, here->gives) : phase);
+    run_task(pull, engine, static_cast<const Sum*>(nullptr), share, parallel_for);
   }
 }
 
@@ -513,8 +530,8 @@ void forward(const Conv3dForward& problem, const Engine<Operand, Sum>& engine, c
     const Keep<Sum> keep{loops, skip_examples(problem.out, problem.element, n), problem.element, problem.relu, stream};
     const InTime times = has_table ? in_time(conv, problem.reads, {}, n) : InTime{};
     const Sweep sweep = has_table ? by_table(forward_sweep(conv), conv, times.reads) : forward_sweep(conv);
-    const Task task{sweep, arithmetic.forward, 1, 1, x, weights, {false, false}, arithmetic.transformed};
-    run_sweep(task, engine, problem.bias != nullptr ? bias.data() : nullptr, keep, parallel_for);
+    const Task task{{sweep}, arithmetic.forward, 1, 1, x, weights, {false, false}, arithmetic.transformed};
+    run_task(task, engine, problem.bias != nullptr ? bias.data() : nullptr, keep, parallel_for);
   }
 }
 

@@ -37,42 +37,34 @@ struct Sums {
 
 constexpr int kEpilogueBlocks = 3;
 
-// Works off the items of a sweep. An item is a block of channels of a slab; a slab's items follow each other, so that it is
-// packed once. `start` has what each output channel's sum begins with, or is null. Epilogue: void(const Spot&, const Sums<Sum>&).
+// What a sweep makes of slabs that are packed. `start` has what each output channel's sum begins with, or is null.
+// Epilogue: void(const Spot&, const Sums<Sum>&), the spot being what is written.
 template <typename Kernel, typename Operand, typename Sum, typename Epilogue>
 class SweepRunner {
  public:
-  SweepRunner(const Plan& plan, const Kernel& kernel, const Loops<Sum>& loops, const Source& source, const Operand* weights,
-              const Sum* start, const Epilogue& epilogue)
-      : plan_(plan), kernel_(kernel), loops_(loops), source_(source), weights_(weights), start_(start), epilogue_(epilogue) {}
+  SweepRunner(const Plan& plan, const Kernel& kernel, const Loops<Sum>& loops, const Operand* weights, const Sum* start,
+              const Epilogue& epilogue)
+      : plan_(plan), kernel_(kernel), loops_(loops), weights_(weights), start_(start), epilogue_(epilogue) {}
 
-  int64_t items() const { return plan_.slabs() * plan_.channel_blocks; }
+  // A planar kernel reads on to the end of its last vector.
+  static constexpr int64_t kOverrun = std::is_same_v<Kernel, PlanarKernel<Sum>> ? 64 : 0;
 
-  void run(int64_t begin, int64_t end) const {
-    Scratch& mine = scratch();
-    // A planar kernel reads on to the end of its last vector.
-    const int64_t overrun = kPlanar ? 64 : 0;
-    mine.slab.reserve(static_cast<size_t>(plan_.chunks * plan_.chunk_elements + overrun) * sizeof(Operand));
+  void reserve(Scratch& mine) const {
     mine.sums.reserve(static_cast<size_t>(sums_per_block()) * sizeof(Sum));
     mine.blocks.reserve(static_cast<size_t>(kEpilogueBlocks * spot_positions() * plan_.tiling.channels) * sizeof(Sum));
+  }
 
-    SlabPacker<Operand, Sum> packer(plan_, loops_, source_, mine.slab.template as<Operand>());
-    Region here{};
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t block = item % plan_.channel_blocks;
-      if (item == begin || block == 0) {
-        here = region(plan_, item / plan_.channel_blocks);
-        if (plan_.tap_volume() > 0) packer.pack(here);
-      }
-      if constexpr (kPlanar) {
-        run_planar_block(here, block, mine);
-      } else if (plan_.sweep.in_time != nullptr) {
-        run_block_in_time(here, block, mine);
-      } else {
-        run_block(here, block, mine);
-      }
+  // A block of channels.
+  void run(int64_t slab, int64_t block, const Scratch& mine) const {
+    const Region here = region(plan_, slab);
+    if (here.positions() == 0) return;  // another sweep's grid reaches further
+    if constexpr (kPlanar) {
+      run_planar_block(here, block, mine);
+    } else if (plan_.sweep.in_time != nullptr) {
+      run_block_in_time(here, block, mine);
+    } else {
+      run_block(here, block, mine);
     }
-    settle_streams();
   }
 
  private:
@@ -446,15 +438,8 @@ class SweepRunner {
   int64_t valid(int64_t block) const { return std::min(plan_.block_channels, plan_.sweep.c_out - block * plan_.block_channels); }
 
   Spot spot(const Region& here, int64_t block, const Position& p, int64_t positions) const {
-    return {here.n + p.n,
-            first_channel(here, block),
-            here.first[0] + p.at[0],
-            here.first[1] + p.at[1],
-            here.first[2] + p.at[2],
-            positions,
-            valid(block),
-            1,
-            kPlanar};
+    return written(plan_.sweep, {here.n + p.n, first_channel(here, block), here.first[0] + p.at[0], here.first[1] + p.at[1],
+                                 here.first[2] + p.at[2], positions, valid(block), 1, kPlanar});
   }
 
   int64_t spot_positions() const {
@@ -479,10 +464,44 @@ class SweepRunner {
   const Plan& plan_;
   const Kernel& kernel_;
   const Loops<Sum>& loops_;
-  const Source& source_;
   const Operand* weights_;
   const Sum* start_;
   const Epilogue& epilogue_;
+};
+
+// Works off the items of sweeps that share slabs. An item is a block of channels of a slab, in one sweep; a slab's items follow
+// each other, so that it is packed once, and sweeps alternate in them, so that threads get as much of each.
+template <typename Kernel, typename Operand, typename Sum, typename Epilogue>
+class SlabRunner {
+ public:
+  using Runner = SweepRunner<Kernel, Operand, Sum, Epilogue>;
+
+  SlabRunner(const Plan& slab, const Loops<Sum>& loops, const Source& source, const std::vector<Runner>& sweeps)
+      : slab_(slab), loops_(loops), source_(source), sweeps_(sweeps) {}
+
+  int64_t items() const { return slab_.slabs() * of_slab(); }
+
+  void run(int64_t begin, int64_t end) const {
+    Scratch& mine = scratch();
+    mine.slab.reserve(static_cast<size_t>(slab_.chunks * slab_.chunk_elements + Runner::kOverrun) * sizeof(Operand));
+    for (const Runner& sweep : sweeps_) sweep.reserve(mine);
+    SlabPacker<Operand, Sum> packer(slab_, loops_, source_, mine.slab.template as<Operand>());
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t slab = item / of_slab(), of_this = item % of_slab();
+      if ((item == begin || of_this == 0) && slab_.tap_volume() > 0) packer.pack(region(slab_, slab));
+      sweeps_[static_cast<size_t>(of_this % count())].run(slab, of_this / count(), mine);
+    }
+    settle_streams();
+  }
+
+ private:
+  int64_t count() const { return static_cast<int64_t>(sweeps_.size()); }
+  int64_t of_slab() const { return slab_.channel_blocks * count(); }
+
+  const Plan& slab_;
+  const Loops<Sum>& loops_;
+  const Source& source_;
+  const std::vector<Runner>& sweeps_;
 };
 
 }  // namespace captum_dtd::cpu

@@ -32,6 +32,27 @@ std::vector<int64_t> even_cuts(int64_t size) {
   }
 }
 
+int64_t depth_of(const Sweep& sweep, int input_parts, const std::vector<Product>& products) {
+  return static_cast<int64_t>(products.size()) * input_parts * sweep.c_in;
+}
+
+// Unit strides, and neighbouring taps that reach over whatever these read.
+Sweep cover(const std::vector<Sweep>& sweeps) {
+  Sweep all = sweeps[0];
+  for (int a = 0; a < 3; ++a) {
+    int64_t first = all.base[a], last = first;
+    for (const Sweep& sweep : sweeps) {
+      first = std::min(first, sweep.base[a]);
+      last = std::max(last, sweep.base[a] + (sweep.taps[a] - 1) * sweep.step[a]);
+      all.grid[a] = std::max(all.grid[a], sweep.grid[a]);
+    }
+    all.base[a] = first;
+    all.taps[a] = last - first + 1;
+    all.step[a] = 1;
+  }
+  return all;
+}
+
 class Planner {
  public:
   explicit Planner(Plan& plan) : plan_(plan) {}
@@ -46,15 +67,11 @@ class Planner {
     }
   }
 
-  void set_depth(const std::vector<Product>& products) {
+  // A chunk's weights fit the cache if the sweep has no more taps than these.
+  void set_depth(const std::vector<Product>& products, bool windows, int64_t most_taps) {
     const Sweep& sweep = plan_.sweep;
     const Tiling& tiling = plan_.tiling;
-    const int64_t channels = static_cast<int64_t>(products.size()) * plan_.input_parts * sweep.c_in;
-
-    // Few channels would mostly be padding: the taps of W join them, and each position holds its whole window.
-    const int64_t apart = sweep.taps[2] * round_up(channels, tiling.depth_multiple);
-    const int64_t joined = round_up(sweep.taps[2] * channels, tiling.depth_multiple);
-    const bool windows = !tiling.planar && sweep.taps[2] > 1 && 2 * joined <= apart;
+    const int64_t channels = depth_of(sweep, plan_.input_parts, products);
     if (windows) {
       plan_.grain[2] = sweep.stride[2];
       plan_.stride[2] = plan_.taps[2] = 1;
@@ -63,7 +80,8 @@ class Planner {
     const int64_t shifts = windows ? sweep.taps[2] : 1;
 
     const int64_t depth = shifts * channels;
-    const int64_t column = std::max<int64_t>(plan_.tap_volume(), 1) * tiling.channels * tiling.operand_bytes;
+    const int64_t column =
+        std::max<int64_t>(windows ? plan_.tap_volume() : most_taps, 1) * tiling.channels * tiling.operand_bytes;
     const int64_t longest = tiling.planar ? kPlanes : kChunkBytes / tiling.operand_bytes;
     int64_t most = std::max<int64_t>(std::min(kWeightBytes / column, longest), 16);
     if (most > kDepthStep) most -= most % kDepthStep;
@@ -150,6 +168,16 @@ class Planner {
     plan_.channel_blocks = ceil_div(plan_.sweep.c_out, plan_.block_channels);
   }
 
+  // A sweep that reads this slab from `first` on.
+  void set_sweep(const Sweep& sweep) {
+    for (int a = 0; a < 3; ++a) {
+      first_[a] = sweep.base[a] - plan_.sweep.base[a];
+      plan_.taps[a] = sweep.taps[a];
+      plan_.step[a] = sweep.step[a];
+    }
+    plan_.sweep = sweep;
+  }
+
   void set_offsets() {
     const bool contiguous = plan_.chunks == 1 && plan_.position_pitch == plan_.chunk && plan_.step[2] == 1;
     const bool merged = !plan_.tiling.planar && contiguous && plan_.chunk * plan_.tiling.operand_bytes <= kMergedBytes;
@@ -169,12 +197,14 @@ class Planner {
   // Of the taps of H and W, at a time of the slab.
   void add_offsets(int64_t t, std::vector<int64_t>& offsets) const {
     for (int64_t h = 0; h < plan_.taps[1]; ++h)
-      for (int64_t w = 0; w < plan_.kernel_taps; ++w)
-        offsets.push_back(((t * plan_.extent[1] + h * plan_.step[1]) * plan_.extent[2] + w * plan_.step[2]) *
-                          plan_.position_pitch);
+      for (int64_t w = 0; w < plan_.kernel_taps; ++w) {
+        const int64_t row = (first_[0] + t) * plan_.extent[1] + first_[1] + h * plan_.step[1];
+        offsets.push_back((row * plan_.extent[2] + first_[2] + w * plan_.step[2]) * plan_.position_pitch);
+      }
   }
 
   Plan& plan_;
+  int64_t first_[3] = {0, 0, 0};  // position of the slab that the first tap reads
 };
 
 }  // namespace
@@ -207,21 +237,40 @@ int planar_channels(const Sweep& sweep, int output_parts, int most) {
   return static_cast<int>(ceil_div(sweep.c_out, ceil_div(sweep.c_out, of_part))) * output_parts;
 }
 
-Plan make_plan(const Sweep& sweep, int input_parts, int output_parts, const std::vector<Product>& products,
-               const Tiling& tiling) {
-  Plan plan{};
-  plan.sweep = ascending(sweep);
-  plan.tiling = tiling;
-  plan.input_parts = input_parts;
-  plan.output_parts = output_parts;
-  Planner planner(plan);
+bool has_windows(const Sweep& sweep, int input_parts, const std::vector<Product>& products, const Tiling& tiling) {
+  // Few channels would mostly be padding: the taps of W join them, and each position holds its whole window.
+  const int64_t channels = depth_of(sweep, input_parts, products);
+  const int64_t apart = sweep.taps[2] * round_up(channels, tiling.depth_multiple);
+  const int64_t joined = round_up(sweep.taps[2] * channels, tiling.depth_multiple);
+  return !tiling.planar && sweep.taps[2] > 1 && 2 * joined <= apart;
+}
+
+Plans make_plans(std::vector<Sweep> sweeps, int input_parts, int output_parts, const std::vector<Product>& products,
+                 const Tiling& tiling) {
+  int64_t most_taps = 0;
+  for (Sweep& sweep : sweeps) {
+    sweep = ascending(sweep);
+    most_taps = std::max(most_taps, sweep.taps[0] * sweep.taps[1] * sweep.taps[2]);
+  }
+  const bool alone = sweeps.size() == 1;
+  Plans plans{};
+  Plan& slab = plans.slab;
+  slab.sweep = alone ? sweeps[0] : cover(sweeps);
+  slab.tiling = tiling;
+  slab.input_parts = input_parts;
+  slab.output_parts = output_parts;
+  Planner planner(slab);
   planner.set_axes();
-  planner.set_depth(products);
+  planner.set_depth(products, alone && has_windows(sweeps[0], input_parts, products, tiling), most_taps);
   planner.set_blocks();
   planner.set_pitches();
   planner.set_channels();
-  planner.set_offsets();
-  return plan;
+  for (const Sweep& sweep : sweeps) {
+    Planner of_sweep(plans.sweeps.emplace_back(slab));
+    if (!alone) of_sweep.set_sweep(sweep);
+    of_sweep.set_offsets();
+  }
+  return plans;
 }
 
 }  // namespace captum_dtd::cpu

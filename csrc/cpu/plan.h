@@ -54,7 +54,7 @@ struct Blocks {
 };
 
 struct Plan : Blocks {
-  Sweep sweep;  // its taps in the order of rising input positions
+  Sweep sweep;  // its taps in the order of rising input positions; of several that share slabs, what reads all that they read
   Tiling tiling;
   int input_parts, output_parts;
 
@@ -99,6 +99,18 @@ bool planar_pays(const Sweep& sweep, int output_parts, int channels, double rate
 // How many channels a planar kernel of at most so many shall have in its blocks.
 int planar_channels(const Sweep& sweep, int output_parts, int most);
 
-Plan make_plan(const Sweep& sweep, int input_parts, int output_parts, const std::vector<Product>& products, const Tiling& tiling);
+// Whether a sweep of so few channels is planned with windows. Those that are share no slabs.
+bool has_windows(const Sweep& sweep, int input_parts, const std::vector<Product>& products, const Tiling& tiling);
+
+// Sweeps that read the same slabs, each with offsets of its own.
+struct Plans {
+  Plan slab;  // for packing
+  std::vector<Plan> sweeps;
+};
+
+// Of one sweep, or of an adjoint's phases, which read neighbouring positions each: they differ in where they begin and in their
+// taps. What they read is then packed once for all of them.
+Plans make_plans(std::vector<Sweep> sweeps, int input_parts, int output_parts, const std::vector<Product>& products,
+                 const Tiling& tiling);
 
 }  // namespace captum_dtd::cpu

@@ -33,6 +33,15 @@ struct Spot {
   int64_t columns() const { return planar ? positions : channels; }
 };
 
+// Where neighbouring positions of a sweep's grid are written.
+inline Spot written(const Sweep& sweep, Spot spot) {
+  spot.t = sweep.out_base[0] + spot.t * sweep.out_step[0];
+  spot.h = sweep.out_base[1] + spot.h * sweep.out_step[1];
+  spot.w = sweep.out_base[2] + spot.w * sweep.out_step[2];
+  spot.step = sweep.out_step[2];
+  return spot;
+}
+
 // A spot in a view's memory.
 struct Place {
   char* data;
@@ -113,7 +122,7 @@ inline Region region(const Blocks& cut, int64_t n, int64_t groups, const int64_t
   region.count_n = std::min(cut.block_n, n - region.n);
   for (int a = 0; a < 3; ++a) {
     region.first[a] = index[a] * cut.block[a];
-    region.count[a] = std::min(cut.block[a], grid[a] - region.first[a]);
+    region.count[a] = std::clamp<int64_t>(grid[a] - region.first[a], 0, cut.block[a]);
   }
   return region;
 }

@@ -74,8 +74,8 @@ struct TiledRegion : Region {
   }
 };
 
-// Works off the items of a sweep, as SweepRunner does. What cannot be trusted is written all the same, and noted as an item of
-// a Plan of single positions.
+// Works off the items of a sweep: blocks of channels of its slabs. What cannot be trusted is written all the same, and noted as
+// an item of a Plan of single positions.
 template <typename Epilogue>
 class WinogradRunner {
  public:
@@ -336,7 +336,7 @@ class WinogradRunner {
             }
           }
           for (int64_t r = 0; r < height; ++r)
-            epilogue_(Spot{here.n + n, first_channel, t, h + r, 0, sweep.grid[2], valid, 1, false},
+            epilogue_(written(sweep, {here.n + n, first_channel, t, h + r, 0, sweep.grid[2], valid, 1, false}),
                       Sums<float>{outputs + r * rows_pitch_, plan_.lanes, plan_.block_channels, mine.blocks.as<float>()});
         }
   }
