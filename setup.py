@@ -3,7 +3,7 @@
 Two modules are built by ninja, on Linux: captum_dtd._C with the CPU's kernels, and captum_dtd._C_cuda with CUDA's where an nvcc
 is found. Both use libtorch's stable ABI and Python's limited API, so one build serves every Python and torch from the
 oldest supported on, with or without CUDA. What cannot be built is left out with a warning, and the reason goes into
-captum_dtd/_build.json: the package then computes in plain ATen.
+captum_dtd/_build.json: the package then computes in plain ATen. What modules were built from is told there, too.
 
 Environment variables:
     CXX, NVCC_CCBIN             the C++ compiler, and nvcc's
@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -310,8 +311,10 @@ class BuildKernels(build_ext):
             else:
                 for place in places:
                     _replace(library, place / filename)
+        digest = runpy.run_path(str(ROOT / "captum_dtd" / "sources.py"))["digest"]
+        record = {"missing": missing, "sources": digest(ROOT / "csrc")}
         for place in places:
-            (place / RECORD).write_text(json.dumps(missing, indent=2) + "\n")
+            (place / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         self.extensions: list[Extension] = [wanted[name] for device, name in MODULES.items() if device not in missing]
 
 

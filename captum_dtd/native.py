@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_dtd.sources import digest
+
 __all__ = ["MODULES", "load", "loaded", "missing", "unchanging"]
 
 MODULES = {"cpu": "captum_dtd._C", "cuda": "captum_dtd._C_cuda"}
 """Which module holds a device's kernels; importing it registers them with torch's dispatcher."""
+
+_CHECKOUT = Path(__file__).parents[1]  # if it is one
 
 loaded: dict[str, ModuleType] = {}
 """The compiled module of every device whose kernels are at hand."""
@@ -27,8 +32,12 @@ missing: dict[str, str] = {}
 
 
 def load() -> None:
-    """Load the compiled modules; ``CAPTUM_DTD_DISABLE_NATIVE=1`` leaves everything to the definitions in plain ATen."""
-    unbuilt = _unbuilt()
+    """Load the compiled modules; ``CAPTUM_DTD_DISABLE_NATIVE=1`` leaves everything to the definitions in plain ATen.
+
+    Warns where they were built from other sources than those that lie beside the package.
+    """
+    record = _record()
+    unbuilt = record.get("missing", {})
     for device, name in MODULES.items():
         if os.environ.get("CAPTUM_DTD_DISABLE_NATIVE", "") not in ("", "0"):
             missing[device] = "turned off by CAPTUM_DTD_DISABLE_NATIVE"
@@ -39,6 +48,13 @@ def load() -> None:
             missing[device] = unbuilt.get(device, "they are not part of this installation")
         except ImportError as error:
             missing[device] = unbuilt.get(device, str(error))
+    if loaded and record and (_CHECKOUT / "setup.py").exists() and record.get("sources") != digest(_CHECKOUT / "csrc"):
+        warnings.warn(
+            f"{' and '.join(MODULES[device] for device in loaded)}: not built from what {_CHECKOUT / 'csrc'} holds now. Build "
+            "again (make demo, or pip install --no-build-isolation --editable .), or kernels may be called wrongly",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 @contextmanager
@@ -60,7 +76,7 @@ def unchanging(weights: Iterable[Any]) -> Iterator[None]:
         module.release(*places)
 
 
-def _unbuilt() -> dict[str, str]:
-    """What the build wrote down about modules that it could not, or should not, make."""
+def _record() -> dict[str, Any]:
+    """What the build wrote down: why modules are missing that it could not, or should not, make, and what it made others of."""
     record = Path(__file__).with_name("_build.json")
     return dict(json.loads(record.read_text())) if record.exists() else {}

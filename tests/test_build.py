@@ -114,7 +114,7 @@ def test_without_a_working_compiler_the_package_is_pure_and_says_why(
     assert done.returncode == 0, done.stderr
     assert "captum_dtd._C is left out, plain ATen will serve" in done.stderr
     assert not list(checkout.rglob("*.so"))
-    record = json.loads((checkout / "captum_dtd" / "_build.json").read_text())
+    record = json.loads((checkout / "captum_dtd" / "_build.json").read_text())["missing"]
     assert reason in record["cpu"] and "CAPTUM_DTD_CUDA=0" in record["cuda"]
 
     # Without the site module, an editable installation of the original is not found.
@@ -122,6 +122,21 @@ def test_without_a_working_compiler_the_package_is_pure_and_says_why(
     done = run("-S", "-c", USE, cwd=checkout, PYTHONPATH=folders)
     assert done.returncode == 0, done.stderr
     assert f"cpu kernels are not loaded ({record['cpu']})" in done.stdout
+
+
+def test_kernels_of_other_sources_are_told(checkout: Path) -> None:
+    if not native.loaded:
+        pytest.skip(f"this installation has no compiled kernels: {'; '.join(native.missing.values())}")
+    for built in ("_build.json", *(f"{native.MODULES[device].rpartition('.')[2]}.abi3.so" for device in native.loaded)):
+        shutil.copy(ROOT / "captum_dtd" / built, checkout / "captum_dtd")
+    folders = os.pathsep.join([str(checkout), str(Path(torch.__file__).parents[1])])
+    source = checkout / "csrc" / "ops.cpp"
+    for edit, told in (("", False), ("\n", True)):
+        source.write_text(source.read_text() + edit)
+        done = run("-S", "-c", "from captum_dtd import native; print(*native.loaded)", cwd=checkout, PYTHONPATH=folders)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == list(native.loaded)
+        assert ("not built from what" in done.stderr) == told, done.stderr
 
 
 @pytest.mark.skipif(
