@@ -707,11 +707,12 @@ def checked_inputs(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def check_evaluation_mode(model: nn.Module) -> None:
     """Raise ValueError if the model is in training mode: dropout and batch statistics would make relevance random.
 
-    Layers of torch that behave alike in both modes may carry either flag (a layer just put into the model, say).
+    Modules of torch that behave alike in both modes may carry either flag: a layer just put into the model, say, or what
+    torch.export and torch.fx made of one, which do what they did when they were made.
     """
 
     def matters(module: nn.Module) -> bool:
-        own = not type(module).__module__.startswith("torch.nn.modules.")
+        own = not type(module).__module__.startswith(("torch.nn.modules.", "torch.fx.", "torch.export."))
         return own or isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU))
 
     training = [name or type(model).__name__ for name, m in model.named_modules() if m.training and matters(m)]

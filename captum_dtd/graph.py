@@ -232,12 +232,18 @@ def _is_part_of_the_model(pre_hook: object) -> bool:
     return type(pre_hook).__module__.startswith("torch.nn.utils.")
 
 
+def _is_of_an_export(hook: object) -> bool:
+    """What torch.export made of a model has hooks that check and flatten arguments."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.export.")
+
+
 def hooked_modules(model: nn.Module) -> list[str]:
     """Names of the modules with hooks of the user's around their forward, which do not run in a trace."""
     return [
         name or "the model"
         for name, module in model.named_modules()
-        if module._forward_hooks or not all(map(_is_part_of_the_model, module._forward_pre_hooks.values()))
+        if not all(map(_is_of_an_export, module._forward_hooks.values()))
+        or not all(_is_part_of_the_model(hook) or _is_of_an_export(hook) for hook in module._forward_pre_hooks.values())
     ]
 
 

@@ -193,6 +193,45 @@ def test_an_ambiguous_product_says_why() -> None:
         DeepTaylor(m, LOW, HIGH).attribute(clips(), 1)
 
 
+def made(way: str, whole: nn.Module, x: Tensor) -> nn.Module:
+    """What PyTorch's own tools make of a model; its ``eval`` may refuse to be called."""
+    if way == "fx":
+        return torch.fx.symbolic_trace(whole)
+    dynamic = ({0: torch.export.Dim.DYNAMIC},) if way == "exported, any batch" else None
+    return torch.export.export(whole, (x,), dynamic_shapes=dynamic).module()
+
+
+def sequence(training: bool = False) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        whole = nn.Sequential(
+            nn.Conv3d(3, 8, 3, padding=1),
+            nn.BatchNorm3d(8),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool3d(1),
+            nn.Flatten(),
+            nn.Linear(8, 5),
+        )
+    return whole.double().train(training)
+
+
+@pytest.mark.parametrize("way", ["fx", "exported", "exported, any batch"])
+@pytest.mark.parametrize("method", [DeepTaylor, DiscriminativeDeepTaylor])
+def test_exported_models_are_explained_as_what_they_were_made_of(way: str, method: Any) -> None:
+    whole, x = sequence(), clips()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = method(made(way, whole, x), LOW, HIGH).attribute(x, target=1)
+    for ours, right in zip(found, method(whole, LOW, HIGH).attribute(x, target=1), strict=True):
+        torch.testing.assert_close(ours, right)
+
+
+def test_a_model_exported_in_training_mode_is_refused() -> None:
+    exported = made("exported", sequence(training=True), clips())
+    with pytest.raises(UnsupportedOperationError, match="batch_norm"):
+        DeepTaylor(exported, LOW, HIGH).attribute(clips(), target=1)
+
+
 def test_hooks_are_left_out_and_that_is_said_once() -> None:
     m, x = model(lambda m, x: m.head(F.relu(m.stem(x)))), clips()
     method = DeepTaylor(m, LOW, HIGH)
