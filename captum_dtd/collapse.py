@@ -138,13 +138,6 @@ class Route:
         return all(row == tuple(range(self.size)) for row in self.rows)
 
     @cached_property
-    def _keeps_places(self) -> bool:
-        """Whether every index reads its own, or nothing."""
-        return self.count == self.size and all(
-            index in (-1, place) for row in self.rows for place, index in enumerate(row)
-        )
-
-    @cached_property
     def _fills(self) -> bool:
         """Whether some index reads nothing."""
         return any(index < 0 for row in self.rows for index in row)
@@ -225,9 +218,9 @@ class Route:
     def scatter(self, relevance: Any, dim: int) -> Any:
         """The adjoint of `gather`: adds what stands at every index to where it was read from.
 
-        Relevance at an index that reads nothing is zero, and so may stay.
+        What stands at an index that reads nothing goes nowhere: on the way to slots that is relevance of times nobody asked for.
         """
-        if self._keeps_places:
+        if self.is_identity:
             return relevance
         return pytree.tree_map_only(Tensor, lambda x: self._scatter(x, dim), relevance)
 

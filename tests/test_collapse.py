@@ -151,6 +151,7 @@ class Random(nn.Module):
                     self.add_layout,
                     self.add_gate,
                     self.add_unknown,
+                    self.add_meeting,
                 )
             )()
         self.head = nn.Linear(self.channels, 3)
@@ -227,6 +228,15 @@ class Random(nn.Module):
         self.layers.append(nn.Linear(self.channels, self.channels))
         self.plan.append(("gate", len(self.layers) - 1))
 
+    def add_meeting(self) -> None:
+        """Some times are read by several operations, whose results meet again."""
+        which = self.rng.choice(("change", "edges", "shifted"))
+        if which == "shifted" and self.frames < 4:
+            return
+        self.plan.append((which, None))
+        self.channels *= 3 if which == "shifted" else 1
+        self.measure()
+
     def add_unknown(self) -> None:
         """An operation that mixes times in a way that is not looked into."""
         self.plan.append(("unknown", None))
@@ -268,6 +278,12 @@ class Random(nn.Module):
             elif what == "gate":
                 gate = torch.sigmoid(self.layers[item](x.mean((2, 3, 4))))
                 x = x * gate.reshape(*gate.shape, 1, 1, 1)
+            elif what == "change":
+                x = x + 0.5 * x[:, :, :1]
+            elif what == "edges":
+                x = torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
+            elif what == "shifted":
+                x = torch.cat([x[:, :, start : start + x.shape[2] - 2] for start in range(3)], 1)
             else:
                 x = x.roll(1, 2)
         return x
@@ -290,11 +306,53 @@ def test_random_networks(seed: int) -> None:
         assert_same(*both(method, x, [1, 2], readout, normalize))
 
 
+class Meeting(nn.Module):
+    """Times that are read on their own meet others again: on the way back some of them were not asked for."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.first = nn.Conv3d(3, 6, 3, padding=1)
+        self.second = nn.Conv3d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "change of pixels":
+            x = x - 0.5 * x[:, :, :1]
+        elif self.how == "edges of pixels":
+            x = torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
+        x = F.relu(self.first(x))
+        if self.how == "edges":
+            x = torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
+        elif self.how == "shifted":
+            x = torch.cat([x[:, :, start : start + 6, :, :][:, 2 * start : 2 * start + 2] for start in range(3)], 1)
+        elif self.how == "differences":
+            x = x[:, :, 2:] - x[:, :, :-2]
+        elif self.how == "one of them again":
+            x = torch.cat([x[:, :, :1], x], 2)
+        return self.head(F.relu(self.second(x)).mean((2, 3, 4)))
+
+
+@pytest.mark.parametrize(
+    "how", ["change of pixels", "edges of pixels", "edges", "shifted", "differences", "one of them again"]
+)
+def test_relevance_of_times_that_nobody_asked_for_is_dropped(how: str) -> None:
+    model, x = Meeting(how).double().eval(), pixels(2, 3, 8, 7, 7)
+    method = DiscriminativeDeepTaylor(model, LOW, HIGH)
+    for readout in ("own", "first"):
+        found, expected = both(method, x, [1, 2], readout)
+        assert_same(found, expected)
+        for size in (1, 2, 3, 5):  # which clips are walked together changes nothing
+            assert_same(method.attribute(x, [1, 2], internal_batch_size=size), expected)
+
+
 def test_random_networks_are_what_they_are_for() -> None:
     """They reach every kind of operation, and most of them collapse."""
     plans = [Random(seed).plan for seed in SEEDS]
     kinds = {what.partition(",")[0] for plan in plans for what, _ in plan}
-    assert kinds == {"module", "branches", "residual", "pad", "slice", "layout", "gate", "unknown"}
+    meeting = {"change", "edges", "shifted"}
+    assert kinds == {"module", "branches", "residual", "pad", "slice", "layout", "gate", "unknown"} | meeting
 
 
 OTHER_RULES: dict[str, Any] = {
