@@ -100,7 +100,7 @@ def single_outputs(graph: fx.Graph) -> None:
             _replace(graph, item, _insert(graph, item, target, args, like=item))
         graph.erase_node(node)
     for node in list(graph.nodes):
-        if node.target is aten.amax.default and node.args[1:2] and 0 not in node.args[1]:
+        if node.target is aten.amax.default and node.args[1:2] and node.args[1]:
             _replace(graph, node, _insert(graph, node, maximum_over, node.args, like=node))
 
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from captum_dtd import native
 
 
 class FrameCache:
@@ -105,7 +108,7 @@ def weights_of(model: nn.Module) -> bytes:
     """A short name for the model's weights as they are: another one after they were written to, in whatever way.
 
     Tensors, also those that are plain attributes of modules, are named by where they lie, how often torch saw them written to,
-    and sums of their bits over 64 stretches, since writes through ``.data`` are not counted.
+    and a hash of their contents, since writes through ``.data`` are not counted.
     """
     known: list[Any] = []
     held = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -114,16 +117,36 @@ def weights_of(model: nn.Module) -> bytes:
         held.update((id(leaf), leaf) for leaf in plain if isinstance(leaf, Tensor))
     for tensor in held.values():
         version = None if tensor.is_inference() else tensor._version
-        known += [tensor.data_ptr(), version, tuple(tensor.shape), _sums(tensor.detach())]
+        own = tensor.detach()
+        known += [tensor.data_ptr(), version, tuple(tensor.shape), native.digest(own) or _sums(own)]
     return digest(known)
 
 
+_ROW = 2**15  # words of 4 bytes, which stay in the cache with their factors
+
+
 def _sums(tensor: Tensor) -> Tensor:
-    """Of 64 stretches, as numbers of 8 bytes each, which memory bounds; and the bytes that are left behind them."""
-    flat = tensor.contiguous().view(-1).view(torch.uint8)
-    flat = flat.clone() if flat.storage_offset() % 8 else flat
-    whole = flat.numel() // 512 * 512
-    return torch.cat([flat[:whole].view(torch.int64).view(64, -1).sum(1), flat[whole:].to(torch.int64)])
+    """For every 128 KiB its words of 4 bytes, each times a number of its own, added up to 8 bytes; then the bytes that are left.
+
+    Another content has the same sum in one of 2^32 cases: this is multilinear hashing, with factors as good as random (Carter and
+    Wegman 1979). What only moves, or only changes signs, changes sums like anything else.
+    """
+    content = tensor.contiguous().view(-1).view(torch.uint8)
+    content = content.clone() if content.storage_offset() % 4 else content
+    words = content[: content.numel() // 4 * 4].view(torch.int32)
+    whole = words.numel() // _ROW * _ROW
+    factors = _factors(tensor.device)
+    at_once = 4 if tensor.device.type == "cpu" else 512
+    rows = [(some * factors).sum(1) for some in torch.split(words[:whole].view(whole // _ROW, _ROW), at_once)]
+    rest = (words[whole:] * factors[: words.numel() - whole]).sum()
+    return torch.cat([*rows, rest.view(1), content[4 * words.numel() :].to(torch.int64)])
+
+
+@lru_cache(maxsize=8)
+def _factors(device: torch.device) -> Tensor:
+    """Odd numbers of 64 bits, always the same ones."""
+    drawn = torch.empty(_ROW, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(0))
+    return (2 * drawn + 1).to(device)
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

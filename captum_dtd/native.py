@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_dtd.sources import digest
+from captum_dtd import sources
 
-__all__ = ["MODULES", "load", "loaded", "missing", "unchanging"]
+__all__ = ["MODULES", "digest", "load", "loaded", "missing", "unchanging"]
 
 MODULES = {"cpu": "captum_dtd._C", "cuda": "captum_dtd._C_cuda"}
 """Which module holds a device's kernels; importing it registers them with torch's dispatcher."""
@@ -48,7 +48,12 @@ def load() -> None:
             missing[device] = unbuilt.get(device, "they are not part of this installation")
         except ImportError as error:
             missing[device] = unbuilt.get(device, str(error))
-    if loaded and record and (_CHECKOUT / "setup.py").exists() and record.get("sources") != digest(_CHECKOUT / "csrc"):
+    if (
+        loaded
+        and record
+        and (_CHECKOUT / "setup.py").exists()
+        and record.get("sources") != sources.digest(_CHECKOUT / "csrc")
+    ):
         warnings.warn(
             f"{' and '.join(MODULES[device] for device in loaded)}: not built from what {_CHECKOUT / 'csrc'} holds now. Build "
             "again (make demo, or pip install --no-build-isolation --editable .), or kernels may be called wrongly",
@@ -74,6 +79,19 @@ def unchanging(weights: Iterable[Any]) -> Iterator[None]:
         yield
     finally:
         module.release(*places)
+
+
+def digest(tensor: Tensor) -> bytes | None:
+    """16 bytes that tell a tensor's contents, at the speed of memory; the same on one machine only.
+
+    None on other devices than the CPU, and where its module is not loaded. Of two changes one in 2^32 is not seen; one is always.
+    """
+    module = loaded.get("cpu")
+    if module is None or tensor.device.type != "cpu":
+        return None
+    tensor = tensor.contiguous()
+    found: bytes = module.digest(tensor.data_ptr(), tensor.nbytes)
+    return found
 
 
 def _record() -> dict[str, Any]:

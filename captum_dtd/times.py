@@ -375,7 +375,8 @@ def _convolution(node: fx.Node, times_of: TimesOf) -> InTime | None:
     times = _only_source(node, times_of)
     if times is None or len(shape_of(node)) != 5 or times.dim != 2:
         return None
-    x, weight, bias, stride, padding, dilation, groups = _given(node, 2, None, 1, 0, 1, 1)
+    unpadded = "valid" if node.target is aten.conv3d.padding else 0
+    x, weight, bias, stride, padding, dilation, groups = _given(node, 2, None, 1, unpadded, 1, 1)
     taps = int(shape_of(weight)[2])
     steps, apart = _triple(stride), _triple(dilation)
     before = (

@@ -11,6 +11,7 @@
 #include "cpu/buffer.h"
 #include "cpu/conv3d.h"
 #include "cpu/features.h"
+#include "cpu/instructions.h"
 #include "cpu/max_pool3d.h"
 #include "cpu/weights.h"
 #include "module.h"
@@ -94,6 +95,15 @@ PyObject* on_memory(PyObject*, PyObject* places) {
   Py_RETURN_NONE;
 }
 
+PyObject* digest(PyObject*, PyObject* place) {
+  unsigned long long address = 0;
+  long long bytes = 0;
+  if (!PyArg_ParseTuple(place, "KL", &address, &bytes)) return nullptr;
+  const cpu::Hash found =
+      cpu::hash_bytes(cpu::best_loops(), reinterpret_cast<const void*>(static_cast<uintptr_t>(address)), bytes, parallel_for);
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(&found), sizeof(found));
+}
+
 PyMethodDef functions[] = {
     kConv3dKernels<Cpu>,
     kMaxPool3dKernels<Cpu>,
@@ -103,6 +113,7 @@ PyMethodDef functions[] = {
     {"hold", on_memory<cpu::hold>, METH_VARARGS,
      "hold(*(address, bytes)): weights lie there that nothing changes until they are released as often; of this thread."},
     {"release", on_memory<cpu::release>, METH_VARARGS, "release(*(address, bytes)): the end of a `hold`."},
+    {"digest", digest, METH_VARARGS, "digest(address, bytes): 16 bytes that tell what lies there, the same on one machine only."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -497,6 +497,17 @@ def test_what_is_the_same_at_all_times_is_reached_from_all_of_them() -> None:
         assert_same(*both(method, pixels(2, 2, 10, 5, 5), 1, readout, normalize))
 
 
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_padding_by_name(padding: str, backend: Any) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv3d(3, 4, 3, padding=padding), nn.ReLU(), nn.Conv3d(4, 4, (4, 1, 1), padding=padding), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3)).double().eval()
+    method = DiscriminativeDeepTaylor(model, LOW, HIGH, backend=backend)
+    for readout, normalize in READ_OUTS:
+        assert_same(*both(method, pixels(1, 3, 9, 5, 5), 1, readout, normalize))
+
+
 def test_windows_that_lie_in_the_padding_alone() -> None:
     """Two taps, one before the clip and one behind it."""
 

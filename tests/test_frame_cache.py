@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from models import between
 from torch import Tensor, nn
 
-from captum_dtd import DiscriminativeDeepTaylor, FrameCache
+from captum_dtd import DiscriminativeDeepTaylor, FrameCache, native
 from captum_dtd.composites import EPSILON_GAMMA_BOX
 from captum_dtd.frame_cache import weights_of
 
@@ -123,6 +124,40 @@ def test_nothing_stale_is_found(video: Tensor, change: str) -> None:
     assert cache.hits == 0
 
 
+@pytest.fixture(params=["as it is", "without kernels"])
+def hashing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without the compiled hash."""
+    if request.param == "without kernels":
+        monkeypatch.delitem(native.loaded, "cpu", raising=False)
+
+
+@pytest.mark.usefixtures("hashing")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("shape", [(7, 3, 3, 3, 3), (64, 32, 3, 3, 3)])
+def test_weights_that_only_moved_or_changed_signs_are_others(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(9).to(dtype)
+    module = nn.Module()
+    module.weight = start.clone()
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "as it was": lambda w: w,
+        "backwards in time": lambda w: w.flip(2),
+        "mirrored": lambda w: w.flip(4),
+        "other channels": lambda w: w.roll(1, 1),
+        "neighbours exchanged": lambda w: w[..., [1, 0, 2]],
+        "other signs": lambda w: -w,
+        "two other signs": lambda w: torch.cat([-w[:2], w[2:]]),
+        "twice as large": lambda w: 2 * w,
+    }
+    names = {}
+    for change, made in changes.items():
+        module.weight.data.copy_(made(start))
+        names[weights_of(module)] = change
+    assert list(names.values()) == list(changes)
+    module.weight.data.copy_(start)
+    assert names[weights_of(module)] == "as it was"
+
+
+@pytest.mark.usefixtures("hashing")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.bool])
 def test_weights_are_told_apart_wherever_they_lie(dtype: torch.dtype) -> None:
     """In a slice of a buffer, by any of their numbers, though torch is told of no write."""

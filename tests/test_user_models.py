@@ -92,6 +92,7 @@ CASES: dict[str, Callable[..., Tensor]] = {
     "frame-wise, permuted mean": lambda m, x: frames(m, x).permute(0, 2, 1).mean(-1),
     "frame-wise, sum": lambda m, x: frames(m, x).sum(1) / 8,
     "frame-wise, max": lambda m, x: frames(m, x).max(1)[0],
+    "frame-wise, max of a stack": lambda m, x: torch.stack(frames(m, x).unbind(1)).amax(0),
     "late fusion": lambda m, x: m.head(F.relu(m.stem(x))) + m.fc(F.relu(m.stem(x.flip(2))).amax((2, 3, 4))),
     "temporal shift in place": temporal_shift,
     "temporal shift by roll": lambda m, x: m.head(F.relu(m.block(torch.roll(F.relu(m.stem(x)), 1, 2)))),

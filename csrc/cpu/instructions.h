@@ -23,6 +23,12 @@ inline const Loops<double>* loops_of(const std::string& isa) {
   return isa == "avx512" ? double_loops_avx512() : isa == "avx2" ? double_loops_avx2() : double_loops_generic();
 }
 
+inline const Loops<float>& best_loops() {
+  for (const char* isa : {"avx512", "avx2"})
+    if (const Loops<float>* found = loops_of<float>(isa)) return *found;
+  return *loops_of<float>("generic");
+}
+
 // Kernels in the sums' own arithmetic, one for each instruction set that `runs`, best first.
 template <typename Runs>
 std::vector<std::string> ieee_kernels(Runs runs) {
