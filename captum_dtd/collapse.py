@@ -279,6 +279,7 @@ class _Plan:
         self._routes: dict[tuple[fx.Node, fx.Node], tuple[Route, Route]] = {}
         self._tables: dict[fx.Node, tuple[Table, Table]] = {}
         self._taps: dict[fx.Node, list[Route]] = {}
+        self._stays: dict[tuple[fx.Node, fx.Node], bool] = {}
 
     def at(self, node: fx.Node) -> tuple[tuple[int, ...], ...]:
         """The times of a node's slots; one row of none where it has no time."""
@@ -293,6 +294,21 @@ class _Plan:
             from_classes = Route.of([times.numbers(row) for row in read], times.distinct)
             self._routes[node, source] = from_classes, self.slots[source].route(read)
         return self._routes[node, source]
+
+    def stays(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether what an operation gives to a source's slots lies there already.
+
+        Every slot has been read from the one of its own number, or is empty: then its relevance is zero.
+        """
+        if (node, source) not in self._stays:
+            _, route = self.routes(node, source)
+            at = _repeated(self.at(node), len(route.rows))
+            self._stays[node, source] = route.size == len(at[0]) == route.count and all(
+                index == place or (index, time) == (-1, -1)
+                for row, times in zip(_repeated(route.rows, len(at)), at, strict=True)
+                for place, (index, time) in enumerate(zip(row, times, strict=True))
+            )
+        return self._stays[node, source]
 
     def tables(self, node: fx.Node, source: fx.Node) -> tuple[Table, Table]:
         """The same by slot and tap, for operations that read and give by tables."""
@@ -552,7 +568,7 @@ class FrozenNetwork:
 
         def to_slots(source: fx.Node, part: Tensor | None) -> Tensor | None:
             times = self._times(source)
-            if part is None or times is None:
+            if part is None or times is None or plan.stays(step.node, source):
                 return part
             return plan.routes(step.node, source)[1].scatter(part, times.dim)  # type: ignore[no-any-return]
 
