@@ -354,16 +354,29 @@ class FrozenNetwork:
         self.network = network
         self.frames = frames
         self.in_time: dict[fx.Node, InTime] = {}
+        rules = {step.node: step.rule for step in network.steps}
         for node in network.nodes:
             if node in network.inputs:
                 self.in_time[node] = InTime("pointwise", Times(2, (0,) * frames))
-            else:
-                self.in_time[node] = in_time(node, self._times) if node is not network.output else InTime("whole", None)
+                continue
+            here = in_time(node, self._times) if node is not network.output else InTime("whole", None)
+            self.in_time[node] = InTime("whole", None) if self._counts_padding(node, here, rules.get(node)) else here
         self._convolutions = {
             node: _Convolution(node, self.in_time) for node, here in self.in_time.items() if here.way == "convolution"
         }
         self._read: dict[tuple[fx.Node, fx.Node], Route] = {}
         self._remembered = lru_cache(maxsize=_MOST_PLANS)(self._make_plan)
+
+    def _counts_padding(self, node: fx.Node, here: InTime, rule: Any) -> bool:
+        """Whether a rule takes each input for 1, also what only stands where a window reaches beyond the clip."""
+        if here.way != "windows" or here.times is None or not isinstance(rule, Rule):
+            return False
+        (source,) = node.all_input_nodes
+        times = self._times(source)
+        assert times is not None
+        return -1 in here.reads(range(here.times.length), times.length) and any(
+            term.input == "1" for group in rule.groups for term in group.terms
+        )
 
     def _times(self, node: fx.Node) -> Times | None:
         found = self.in_time.get(node)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -279,21 +279,29 @@ def _reshape(node: fx.Node, times_of: TimesOf) -> InTime | None:
     if times is None:
         return None
     before, after = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
+    if node.target is aten.squeeze.dims:
+        return _squeeze(node, times, before)
     behind = math.prod(before[times.dim + 1 :])
     dims = [d for d, size in enumerate(after) if size == times.length and math.prod(after[d + 1 :]) == behind]
     if len(dims) != 1 or not isinstance(behind, int):
         return None
     (dim,) = dims
-    if node.target is aten.squeeze.dims:
-        # Several times are not squeezed away, and one that is left of them must not be either.
-        squeezed = [int(each) for each in node.args[1] if int(each) % len(before) != times.dim]  # type: ignore[union-attr, arg-type]
-        return _pointwise(times, dim, lambda _: (node.args[0], squeezed))
     if node.target is not aten.reshape.default:
         return _pointwise(times, dim)
     sizes: list[Any] = list(node.args[1])  # type: ignore[arg-type]
     if sizes[dim] == -1:
         return _pointwise(times, dim)
     return _pointwise(times, dim, lambda count: (node.args[0], [*sizes[:dim], count, *sizes[dim + 1 :]]))
+
+
+def _squeeze(node: fx.Node, times: Times, before: Sequence[Any]) -> InTime | None:
+    dims: Any = node.args[1]
+    asked = {int(dim) % len(before) for dim in dims}
+    if times.dim in asked and times.length == 1:
+        return None  # time goes
+    # Several times are not squeezed away, and one that is left of them must not be either.
+    gone = [dim for dim in asked - {times.dim} if before[dim] == 1]
+    return _pointwise(times, times.dim - sum(dim < times.dim for dim in gone), lambda _: (node.args[0], gone))
 
 
 def _select(node: fx.Node, times_of: TimesOf) -> InTime | None:

@@ -6,6 +6,7 @@ The ordinary walk, which is held to the Jacobian oracle elsewhere, explains the 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -506,6 +507,47 @@ def test_padding_by_name(padding: str, backend: Any) -> None:
     method = DiscriminativeDeepTaylor(model, LOW, HIGH, backend=backend)
     for readout, normalize in READ_OUTS:
         assert_same(*both(method, pixels(1, 3, 9, 5, 5), 1, readout, normalize))
+
+
+SQUEEZED: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.squeeze(2).transpose(2, 3),
+    "flipped": lambda x: x.squeeze(2).flip(2),
+    "averaged": lambda x: x.mean(2).roll(1, 2),
+    "its channel": lambda x: x.squeeze(1).flip(2),
+    "channel and time": lambda x: x.squeeze((1, 2)).flip(1),
+    "all that may go": lambda x: x.squeeze().flip(1) if x.shape[0] > 1 else x.squeeze((1, 2)).flip(1),
+}
+
+
+@pytest.mark.parametrize("how", SQUEEZED)
+@pytest.mark.parametrize("taps", [4, 3])
+def test_one_time_that_is_squeezed_away(how: str, taps: int) -> None:
+    """With one channel left, dimensions of size 1 are neighbours. With two times nothing of time goes."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv3d(2, 1, (taps, 3, 3), padding=(0, 1, 1))
+            self.head = nn.Linear(16 * (5 - taps if how != "averaged" else 1), 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(SQUEEZED[how](self.conv(x).relu()).flatten(1))
+
+    method, x = DiscriminativeDeepTaylor(Net().double().eval(), LOW, HIGH), pixels(2, 2, 4, 4, 4)
+    for readout, normalize in READ_OUTS:
+        assert_same(*both(method, x, [1, 2], readout, normalize))
+
+
+@pytest.mark.parametrize("rule", [Flat(), WSquare()], ids=repr)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_padding_of_an_average_pool_gets_nothing(rule: Any, backend: Any) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv3d(2, 3, 3), nn.ReLU(), nn.AvgPool3d((3, 1, 1), 1, (1, 0, 0)), nn.Conv3d(3, 3, 1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(3, 3)).double().eval()
+    method = DiscriminativeDeepTaylor(model, LOW, HIGH, composite={nn.AvgPool3d: rule}, backend=backend)
+    for readout, normalize in READ_OUTS:
+        assert_same(*both(method, pixels(1, 2, 8, 5, 5), 1, readout, normalize))
 
 
 def test_windows_that_lie_in_the_padding_alone() -> None:
