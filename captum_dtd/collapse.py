@@ -371,12 +371,12 @@ class FrozenNetwork:
         """Whether a rule takes each input for 1, also what only stands where a window reaches beyond the clip."""
         if here.way != "windows" or here.times is None or not isinstance(rule, Rule):
             return False
+        if all(term.input != "1" for group in rule.groups for term in group.terms):
+            return False
         (source,) = node.all_input_nodes
         times = self._times(source)
         assert times is not None
-        return -1 in here.reads(range(here.times.length), times.length) and any(
-            term.input == "1" for group in rule.groups for term in group.terms
-        )
+        return -1 in here.reads(range(here.times.length), times.length)
 
     def _times(self, node: fx.Node) -> Times | None:
         found = self.in_time.get(node)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -279,8 +279,6 @@ def _reshape(node: fx.Node, times_of: TimesOf) -> InTime | None:
     if times is None:
         return None
     before, after = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
-    if node.target is aten.squeeze.dims:
-        return _squeeze(node, times, before)
     behind = math.prod(before[times.dim + 1 :])
     dims = [d for d, size in enumerate(after) if size == times.length and math.prod(after[d + 1 :]) == behind]
     if len(dims) != 1 or not isinstance(behind, int):
@@ -294,14 +292,18 @@ def _reshape(node: fx.Node, times_of: TimesOf) -> InTime | None:
     return _pointwise(times, dim, lambda count: (node.args[0], [*sizes[:dim], count, *sizes[dim + 1 :]]))
 
 
-def _squeeze(node: fx.Node, times: Times, before: Sequence[Any]) -> InTime | None:
-    dims: Any = node.args[1]
+def _squeeze(node: fx.Node, times_of: TimesOf) -> InTime | None:
+    times = _only_source(node, times_of)
+    if times is None:
+        return None
+    source, dims = _given(node, 2)
+    before = shape_of(source)
     asked = {int(dim) % len(before) for dim in dims}
     if times.dim in asked and times.length == 1:
         return None  # time goes
     # Several times are not squeezed away, and one that is left of them must not be either.
     gone = [dim for dim in asked - {times.dim} if before[dim] == 1]
-    return _pointwise(times, times.dim - sum(dim < times.dim for dim in gone), lambda _: (node.args[0], gone))
+    return _pointwise(times, times.dim - sum(dim < times.dim for dim in gone), lambda _: (source, gone))
 
 
 def _select(node: fx.Node, times_of: TimesOf) -> InTime | None:
@@ -419,7 +421,7 @@ _TREATMENTS: dict[Any, _Treatment] = {
     **dict.fromkeys((*ADAPTIVE_AVERAGES, *ADAPTIVE_MAXIMA), _adaptive),
     **dict.fromkeys((aten.permute.default, aten.transpose.int), _permute),
     **dict.fromkeys((aten.reshape.default, aten.flatten.using_ints, aten.unsqueeze.default), _reshape),
-    aten.squeeze.dims: _reshape,
+    aten.squeeze.dims: _squeeze,
     **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default), _split),
     **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _pad),
     **dict.fromkeys((aten.max_pool3d.default, aten.avg_pool3d.default), _pool),
