@@ -127,7 +127,9 @@ def test_open(benchmark: BenchmarkFixture, small: bool, tmp_path: Path) -> None:
         clip_stride=15, maps=("spatial", "temporal"), encoding="float16", batch_clips=4, internal_batch_size=4,
         shard_clips=100, device="cpu", version="",
     )  # fmt: skip
-    listed = [clips.Clip(row, f"a.avi@{row}", row, b"a.avi", row, None, "a", 0, None, None) for row in range(count)]
+    listed = [
+        clips.Clip(row, f"a.avi@{row}", row, b"a.avi", row, None, "a", 0, None, None, None) for row in range(count)
+    ]
     store.write_clips(tmp_path, listed)
     store.write_configuration(tmp_path, configuration, tmp_path)
     writing = store.Store(tmp_path, configuration, listed)

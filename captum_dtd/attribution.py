@@ -224,6 +224,36 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         results = [(relevance if isinstance(inputs, tuple) else relevance[0], delta) for relevance, delta in explained]
         return list(results) if return_convergence_delta else [result for result, _ in results]
 
+    @torch.inference_mode(False)
+    def logits(self, inputs: Tensor | tuple[Tensor, ...], additional_forward_args: Any = None) -> Tensor | None:
+        """The scores that are explained where they are not what the model returns, since it ends in a softmax or sigmoid.
+
+        Args:
+            inputs: as for `attribute`.
+            additional_forward_args: as for `attribute`.
+
+        Returns:
+            What the softmax or sigmoid is taken of, (N, classes, ...); None where the model's output itself is explained.
+
+        Raises:
+            TypeError, ValueError, UnsupportedOperationError: as `attribute`.
+
+        Example:
+            >>> import torch
+            >>> from captum_dtd.models import c3d_mini
+            >>> model, clip = c3d_mini().eval(), torch.rand(1, 3, 8, 32, 32)
+            >>> method = DeepTaylor(torch.nn.Sequential(model, torch.nn.Softmax(dim=1)), low=0.0, high=1.0)
+            >>> bool(torch.allclose(method.logits(clip), model(clip), atol=1e-4))
+            True
+        """
+        tensors, extra = checked_inputs(inputs), as_arguments(additional_forward_args)
+        network = self._network(tensors, extra)
+        if not network.ends_in_probabilities:
+            return None
+        weights = self._weights_of(network)()
+        with native.unchanging(weights.values()):
+            return network.forward(weights, pytree.tree_leaves((*tensors, *extra))).output.detach()
+
     def rule_table(self, inputs: Tensor | tuple[Tensor, ...], additional_forward_args: Any = None) -> RuleTable:
         """Which rule every operation would follow on such inputs, without explaining anything; print it.
 

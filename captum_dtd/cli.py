@@ -276,7 +276,7 @@ def _explain(args: argparse.Namespace) -> int:
             "weights": explainer.weights,
             "target": target,
             "class": classes[target] if classes else f"class {target}",
-            "score": float(outputs[0, target]),
+            "score": float(explainer.scores(inputs, outputs)[0, target]),
             "probability": float(_probabilities(outputs)[0, target]),
             "preset": args.preset or "none",
             "readout": args.readout or ("first" if args.preset else "own"),

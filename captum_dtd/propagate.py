@@ -145,6 +145,11 @@ class Network:
         )
         self.bytes_per_example = self._estimate_bytes()
 
+    @property
+    def ends_in_probabilities(self) -> bool:
+        """Whether the model's output is a softmax or sigmoid of what is explained."""
+        return bool(self.notes)
+
     def _plan(self, model: nn.Module, composite: Composite) -> tuple[Step, ...]:
         crossed = self._crossed()
         uncovered = [node for node, layer, _ in crossed if layer is None]

@@ -139,27 +139,40 @@ class Explainer:
             )
         return outputs
 
+    def scores(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """(clips, classes): what is explained of prepared clips: logits, also where the model's outputs are probabilities."""
+        logits = self.method.method.logits(inputs)
+        return outputs if logits is None else logits
+
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Class names from a file, one per line; numbers in front, as in UCF-101's classInd.txt, are dropped.
+    """Class names from a file, one per line, in the order of the model's outputs.
+
+    Where every line begins with a number, and they run from 0 or from 1 on, as in UCF-101's classInd.txt, these are the order,
+    whatever the lines' is, and no part of the names.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is no text file, or there are no names in it.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Windows' editors put a mark in front
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"--classes {path} is not a text file") from error
     if not lines:
         raise ValueError(f"--classes {path} has no names in it")
-    if all(re.match(r"\d+\s+\S", line) for line in lines):
-        lines = [line.split(maxsplit=1)[1] for line in lines]
+    matches = [re.fullmatch(r"(\d+)\s+(.+)", line) for line in lines]
+    numbered = {int(match[1]): match[2] for match in matches if match}
+    if any(sorted(numbered) == list(range(first, first + len(lines))) for first in (0, 1)):
+        return tuple(numbered[number] for number in sorted(numbered))
     return tuple(lines)
 
 
 def class_index(text: str, classes: Sequence[str] | None, count: int, given_as: str = "--target") -> int:
-    """The index of a class that is given by its name, upper or lower case, or by its index.
+    """The index of a class that is given by its name, or by its index.
+
+    Upper and lower case count only where classes differ in nothing else.
 
     Args:
         text: name or index.
@@ -168,15 +181,20 @@ def class_index(text: str, classes: Sequence[str] | None, count: int, given_as: 
         given_as: what the error message calls the text.
 
     Raises:
-        ValueError: there is no such class.
+        ValueError: there is no such class, or there are several.
 
     Example:
         >>> class_index("jump rope", ["Bowling", "Jump Rope"], 2), class_index("0", None, 2)
         (1, 0)
     """
-    folded = [name.casefold() for name in classes or ()]
-    if text.casefold() in folded:
-        return folded.index(text.casefold())
+    names = list(classes or ())
+    folded = [name.casefold() for name in names]
+    for candidates, wanted in ((names, text), (folded, text.casefold())):
+        found = [index for index, name in enumerate(candidates) if name == wanted]
+        if len(found) > 1:
+            raise ValueError(f"{given_as} {text}: classes {', '.join(map(str, found))} are called so; give an index")
+        if found:
+            return found[0]
     if re.fullmatch(r"-?\d+", text):
         if not 0 <= int(text) < count:
             raise ValueError(f"{given_as} {text} is out of range: the model has classes 0 to {count - 1}")
@@ -184,8 +202,8 @@ def class_index(text: str, classes: Sequence[str] | None, count: int, given_as: 
     if not classes:
         raise ValueError(f"{given_as} {text}: this model's class names are not known; give an index or --classes FILE")
     close = difflib.get_close_matches(text.casefold(), folded, n=3, cutoff=0.5)
-    names = [classes[folded.index(name)] for name in close] or list(classes[:10])
+    shown = [names[folded.index(name)] for name in close] or names[:10]
     raise ValueError(
         f"{given_as} {text} is no class of this model; {'did you mean' if close else 'classes are'}: "
-        f"{', '.join(names)}{'' if close or count <= 10 else ', ...'}"
+        f"{', '.join(shown)}{'' if close or count <= 10 else ', ...'}"
     )

@@ -289,6 +289,15 @@ FROZEN = (
         gives=(((0,), (1,), (0,)),),
         times=2,
     ),
+    Frozen(
+        "frozen, given to one of three",
+        (2, 5, 3, 4, 4),
+        4,
+        padding=(0, 1, 1),
+        reads=(((-1, 0, 1), (0, 1, 2), (1, 2, -1)),),
+        gives=(((-1, -1, 0), (-1, 0, -1), (0, -1, -1)),),
+    ),
+    Frozen("frozen, the last of three", (2, 8, 3, 4, 4), 4, 1, reads=(((2,),),), gives=(((0,),),)),
     Frozen("frozen, temporal", (1, 7, 3, 2, 3), 5, (3, 1, 1), reads=THREE, gives=THREE, times=3),
     Frozen(
         "frozen, 40 channels to 50",

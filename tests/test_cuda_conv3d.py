@@ -428,6 +428,14 @@ def test_nothing_runs_over_the_end_of_memory() -> None:
                 front.relevance(x, weight, bias, given, low, high, out, *geometry, *asked)
                 front.forward(x, weight, bias, forward, *geometry, kernel, next(tiles), reads)
                 assert np.isfinite(out).all() and np.isfinite(forward).all()
+        # Channels last, where quads of channels are read at once, and the last quotients are padding.
+        for c_out, kernel, splits in itertools.product((4, 12), ("cuda/tf32x3", "cuda/bf16", "wgmma/bf16x3"), (1, 2)):
+            last = lambda c: np.moveaxis(rng.random((1, 1, 1, 70, c), np.float32), -1, 1)
+            x, given, weight = last(8), last(c_out), rng.random((c_out, 8, 1, 1, 1), np.float32)
+            out = np.full_like(x, np.nan)
+            geometry = (1, 1, 1), (0, 0, 0), (1, 1, 1), 1
+            front.relevance(x, weight, None, given, None, None, out, *geometry, "none", 0.0, False, kernel, (0, 0, splits))
+            assert np.isfinite(out).all()
         print("all ran")
     """
     done = run_sanitized("conv3d_front", script)

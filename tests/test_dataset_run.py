@@ -349,6 +349,115 @@ def test_changed_videos_are_refused_with_the_difference(root: Path) -> None:
     assert explain_dataset(root, "out", RECIPE, **SETTINGS).new == 0
 
 
+def test_other_videos_under_the_same_names_are_refused(root: Path, folder: Path) -> None:
+    explain_dataset(root, "out", RECIPE, **SETTINGS)
+    write_avi(root / "jack/a.avi", 4, seed=77)
+    before = stored(Path("out"))[0]
+    with pytest.raises(
+        StoreError, match=r"out was begun with other videos: of another size: jack/a\.avi\. Give the same"
+    ):
+        explain_dataset(root, "out", RECIPE, **SETTINGS)
+    assert repr(stored(Path("out"))[0]) == repr(before)
+    (root / "jack/a.avi").unlink()  # this is told by its rows, if they are not there yet
+    shutil.copytree(root, folder / "moved")
+    write_avi(folder / "moved/jack/a.avi", 4, seed=2)
+    assert explain_dataset("moved", "out", RECIPE, **SETTINGS).new == 0
+
+
+def test_rows_of_another_configuration_are_never_taken_over(root: Path) -> None:
+    explain_dataset(root, "out", RECIPE, **SETTINGS)
+    other = replace(RECIPE, model=f"{data_sets.MODULE}:other")
+    record = Path("out/configuration.json")
+    text = record.read_text()
+    record.unlink()
+    with pytest.raises(StoreError, match=r"out holds manifest and is no store"):
+        explain_dataset(root, "out", other, **SETTINGS)
+    assert not record.exists()
+    explain_dataset(root, "second", other, **SETTINGS)
+    record.write_text(Path("second/configuration.json").read_text())
+    with pytest.raises(
+        StoreError, match=r"out has rows of another configuration \(\w{16}\) than configuration\.json tells"
+    ):
+        explain_dataset(root, "out", other, **SETTINGS)
+    record.write_text(text)
+    assert explain_dataset(root, "out", RECIPE, **SETTINGS).new == 0
+
+
+def test_maps_that_were_lost_are_explained_anew(root: Path) -> None:
+    explain_dataset(root, "whole", RECIPE, **SETTINGS)
+    for lost, rows in (
+        ("maps.zarr/spatial/c.1.0.0.0", 4),
+        ("maps.zarr/temporal", 11),
+        ("maps.zarr", 11),
+        ("manifest", 11),
+    ):
+        shutil.rmtree("out", ignore_errors=True)
+        shutil.copytree("whole", "out")
+        place = Path("out", lost)
+        place.unlink() if place.is_file() else shutil.rmtree(place)
+        if rows == 4:
+            assert dataset.open("out").temporal[:].any()
+            with pytest.raises(
+                StoreError, match=r"out has lost the spatial maps of shards 1: the command that made it"
+            ):
+                _ = dataset.open("out").total
+        assert explain_dataset(root, "out", RECIPE, **SETTINGS).new == rows
+        assert same(Path("out"), Path("whole"))
+    # also a shard in which every map is zero has its file
+    explain_dataset(root, "nothing", replace(RECIPE, model=f"{data_sets.MODULE}:exploding"), **SETTINGS)
+    assert len(list(Path("nothing/maps.zarr/spatial").glob("c.*"))) == 3
+    assert explain_dataset(root, "nothing", replace(RECIPE, model=f"{data_sets.MODULE}:exploding"), **SETTINGS).new == 0
+
+
+def test_a_damaged_file_of_maps_is_named(root: Path) -> None:
+    explain_dataset(root, "out", RECIPE, **SETTINGS)
+    file = Path("out/maps.zarr/spatial/c.1.0.0.0")
+    file.write_bytes(file.read_bytes()[:-20])
+    store = dataset.open("out")
+    assert store.spatial[:4].any()
+    with pytest.raises(StoreError, match=r"maps\.zarr/spatial: the file of shard 1 is damaged .* Delete it"):
+        store.spatial[5]
+
+
+def test_files_of_others_are_left_alone(root: Path, folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out/thesis.temporary").write_text("mine")
+    with pytest.raises(StoreError, match=r"out holds thesis\.temporary and is no store"):
+        explain_dataset(root, "out", RECIPE, **SETTINGS)
+    explain_dataset(root, "second", RECIPE, **SETTINGS)
+    for name in ("a.temporary", "mine/b.temporary"):
+        (folder / "second" / name).parent.mkdir(exist_ok=True)
+        (folder / "second" / name).write_text("mine")
+    for name in ("clips.parquet.temporary", "manifest/part-00001.parquet.temporary", "maps.zarr/spatial/c.0.temporary"):
+        (folder / "second" / name).write_text("of a run that was killed")
+    explain_dataset(root, "second", RECIPE, **SETTINGS)
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*.temporary")}
+    assert left == {"out/thesis.temporary", "second/a.temporary", "second/mine/b.temporary"}
+
+
+def test_labels_are_no_classes_of_a_model_with_more_outputs(root: Path) -> None:
+    """Two folders say nothing about which of three outputs they are."""
+    shutil.rmtree(root / "walk")
+    nameless = replace(RECIPE, classes=None)
+    explain_dataset(root, "out", nameless, **SETTINGS)
+    rows, _ = stored(Path("out"))
+    assert {(row["label"], row["label_index"]) for row in rows} == {("bend", None), ("jack", None)}
+    with pytest.raises(ValueError, match="have no label that is a class of the model"):
+        explain_dataset(root, "second", nameless, target="label", **SETTINGS)
+
+
+def test_the_score_is_a_logit_also_where_the_model_returns_probabilities(root: Path) -> None:
+    explain_dataset(root, "out", RECIPE, **SETTINGS)
+    with pytest.warns(UserWarning, match="its logits are explained"):
+        explain_dataset(root, "second", replace(RECIPE, model=f"{data_sets.MODULE}:probabilities"), **SETTINGS)
+    rows, arrays = stored(Path("second"))
+    np.testing.assert_allclose(
+        [row["score"] for row in rows], [row["score"] for row in stored(Path("out"))[0]], rtol=1e-4
+    )
+    sums = (arrays["spatial"] + arrays["temporal"]).sum((1, 2, 3))
+    np.testing.assert_allclose([row["score"] - row["delta"] for row in rows], sums, rtol=1e-4)
+
+
 def test_a_folder_that_is_no_store_is_left_alone(root: Path, folder: Path) -> None:
     (folder / "mine").mkdir()
     (folder / "mine" / "thesis.txt").write_text("all of it")
@@ -419,6 +528,16 @@ def test_broken_videos_have_rows_with_errors_and_the_others_are_explained(root: 
         assert np.isnan(store.temporal[row["row"]]).all() == (row["status"] == "failed")
 
 
+def test_a_clip_beside_one_that_cannot_begin(root: Path) -> None:
+    """Two clips of a video, of which one would begin after its end."""
+    (root / "t.csv").write_text("path,start\nbend/a.avi,0\nbend/a.avi,100\nbend/b.avi,0\n")
+    explain_dataset(root / "t.csv", "out", RECIPE, **SETTINGS)
+    rows, arrays = stored(Path("out"))
+    assert [row["status"] for row in rows] == ["ok", "failed", "ok"]
+    assert "start 100 s is beyond the end" in rows[1]["error"]
+    assert arrays["spatial"][0].any()
+
+
 def test_a_file_that_may_not_be_read(root: Path) -> None:
     path = Path(tempfile.mkdtemp()) / "v.avi"
     path.parent.chmod(0o755)
@@ -466,13 +585,20 @@ def test_hostile_names(folder: Path) -> None:
     os.mkdir(strange)
     with open(os.path.join(strange, b"v.avi"), "wb") as file:
         file.write(source)
+    empty = b"empty \xff.avi"
+    os.close(os.open(os.path.join(os.fsencode(root), b"jack", empty), os.O_CREAT))
     outcome = explain_dataset(root, "out", RECIPE, **SETTINGS)
-    assert (outcome.clips, outcome.failed) == (len(HOSTILE) + 1, 0)
+    assert (outcome.clips, outcome.failed) == (len(HOSTILE) + 2, 1)
+    assert [row["error"] for row in stored(Path("out"))[0] if row["error"]] == [
+        f"{root}/jack/empty \\xff.avi is empty (0 bytes)"
+    ]
     rows, _ = stored(Path("out"))
-    assert {row["path_bytes"] for row in rows} == {b"jack/" + name for name in HOSTILE} | {b"cl\xffss\n; rm -rf/v.avi"}
+    assert {row["path_bytes"] for row in rows} == {b"jack/" + name for name in (*HOSTILE, empty)} | {
+        b"cl\xffss\n; rm -rf/v.avi"
+    }
     assert len({row["path"] for row in rows}) == len(rows)
     assert all(row["path"].isprintable() for row in rows)
-    assert [row["label_index"] for row in rows if row["path"].startswith("jack")] == [1] * len(HOSTILE)
+    assert [row["label_index"] for row in rows if row["path"].startswith("jack")] == [1] * (len(HOSTILE) + 1)
     assert [row["label_index"] for row in rows if row["path"].startswith("cl")] == [None]
     assert explain_dataset(root, "out", RECIPE, **SETTINGS).new == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from pathlib import Path
 
@@ -40,11 +41,14 @@ def ucf(tmp_path: Path) -> Path:
     )
     lists = tmp_path / "ucfTrainTestlist"
     lists.mkdir()
-    (lists / "classInd.txt").write_bytes(b"".join(b"%d %s\r\n" % (n, c.encode()) for n, c in enumerate(UCF, 1)))
+    index = b"".join(b"%d %s\r\n" % (n, c.encode()) for n, c in enumerate(UCF, 1))
+    (lists / "classInd.txt").write_bytes(codecs.BOM_UTF8 + index)  # as Windows' editors save it
     (lists / "trainlist01.txt").write_text(
         "HammerThrow/v_HammerThrow_g01_c02.avi 3\nJumpRope/v_JumpRope_g01_c01.avi 6\n"
     )
-    (lists / "testlist01.txt").write_text("HandstandPushups/v_HandStandPushups_g01_c01.avi\n\nHammerThrow/gone.avi\n")
+    (lists / "testlist01.txt").write_text(
+        "\ufeffHandstandPushups/v_HandStandPushups_g01_c01.avi\n\nHammerThrow/gone.avi\n", encoding="utf-8"
+    )
     return root
 
 

@@ -158,6 +158,42 @@ def test_a_cut_off_file_gives_what_can_be_decoded_and_says_so(tmp_path: Path) ->
     assert 5 < len(video) < 20
 
 
+def test_damage_is_told_by_whoever_reads_past_it(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.avi", numbered(24), "mpeg4")
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][5]
+    data = bytearray(path.read_bytes())
+    data[packet.pos : packet.pos + packet.size + 8] = bytes(packet.size + 8)
+    path.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(read_video(path, max_frames=3)) == 3
+        assert len(read_windows(path, [0], 3)) == 1
+    for read in (lambda: read_video(path, max_frames=8), lambda: read_windows(path, [6], 2)):
+        with pytest.warns(UserWarning, match=r"a\.avi is damaged within its first 8 frames"):
+            read()
+
+
+def test_frames_that_were_dropped_in_recording_are_gaps_in_time(tmp_path: Path) -> None:
+    """AVI has empty places for them, which its header counts."""
+    pts = [*range(8), *range(20, 31)]
+    frames = np.random.default_rng(0).integers(0, 256, (len(pts), 48, 64, 3), dtype=np.uint8)
+    path = encode(tmp_path / "a.avi", frames, "mpeg4", fps=100, pts=pts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        video = read_video(path)
+        late = read_video(path, start=0.226, max_frames=2)
+        (window,) = read_windows(path, [7], 3)
+    assert isinstance(window, Video)
+    assert video.times == pytest.approx(np.array(pts) / 100)
+    assert frame_times(path) == pytest.approx(video.times)
+    assert late.times == pytest.approx([0.23, 0.24]) and window.times == pytest.approx([0.07, 0.2, 0.21])
+    # cut short, what is missing is counted all the same, and no more than that
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    times = frame_times(path)
+    assert len(pts) <= len(times) <= pts[-1] + 1 and times[:8] == pytest.approx(video.times[:8])
+
+
 def test_an_intact_file_gives_no_warning(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -237,9 +273,14 @@ def test_a_short_video_is_looped_and_says_so() -> None:
         clip = sample_clip(ramp(10), frames=4, frame=8)
     assert clip.looped
     assert clip.indices.tolist() == [8, 9, 8, 9]
+    with pytest.warns(UserWarning, match="loop"):
+        clip = sample_clip(ramp(5), frames=4, stride=2)
+    assert clip.looped  # though no frame is shown twice
+    assert clip.indices.tolist() == [0, 2, 4, 1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not sample_clip(ramp(8), frames=8).looped
+        assert not sample_clip(ramp(1), frames=1).looped
 
 
 def test_clips_follow_each_other() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,18 @@ from captum_dtd.dataset.sources import Entry, Source, escaped
 from captum_dtd.recipe import class_index
 from captum_dtd.video import VideoError, frame_times
 
-__all__ = ["Clip", "Probe", "add_repaired", "clip_table", "clips_of", "clips_of_table", "differences", "probe_entry"]
+__all__ = [
+    "Clip",
+    "Probe",
+    "add_repaired",
+    "clip_table",
+    "clips_of",
+    "clips_of_table",
+    "differences",
+    "probe_entry",
+    "resized",
+    "with_new_sizes",
+]
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,7 @@ class Clip:
         label_index: which of the model's outputs that is, None if unknown.
         target: the output to explain that the table names, None if it names none.
         error: why the video could not be opened; then this is its only clip.
+        size: bytes of the video's file, None if it could not be opened: another size is another video.
     """
 
     row: int
@@ -51,13 +63,32 @@ class Clip:
     label_index: int | None
     target: int | None
     error: str | None
+    size: int | None
+
+
+_COLUMNS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("id", pa.string()),
+        ("entry", pa.int64()),
+        ("path", pa.binary()),
+        ("frame", pa.int64()),
+        ("start", pa.float64()),
+        ("label", pa.string()),
+        ("label_index", pa.int32()),
+        ("target", pa.int32()),
+        ("error", pa.string()),
+        ("size", pa.int64()),
+    ]
+)
 
 
 class Probe(NamedTuple):
-    """What a look at a video found: the first frames of its clips, or why there are none."""
+    """What a look at a video found: the first frames of its clips, or why there are none, and the size of its file."""
 
     starts: list[int]
     error: str | None
+    size: int | None = None
 
 
 def probe_entry(folder: Path, entry: Entry, frames: int, stride: int, clip_stride: int) -> Probe:
@@ -74,18 +105,19 @@ def probe_entry(folder: Path, entry: Entry, frames: int, stride: int, clip_strid
         The first frames of all clips that fit into the video, of one clip if it is shorter, or of the one that begins
         nearest to the entry's start.
     """
+    path = folder / os.fsdecode(entry.path)
     try:
-        times = frame_times(folder / os.fsdecode(entry.path))
-    except VideoError as error:
-        return Probe([], str(error))
+        times, size = frame_times(path), path.stat().st_size
+    except (VideoError, OSError) as error:
+        return Probe([], escaped(str(error)))
     if entry.start is None:
         last = len(times) - ((frames - 1) * stride + 1)
-        return Probe(list(range(0, max(last, 0) + 1, clip_stride)), None)
+        return Probe(list(range(0, max(last, 0) + 1, clip_stride)), None, size)
     if entry.start > times[-1] + (times[-1] - times[0]) / max(len(times) - 1, 1):
         return Probe(
             [], f"start {entry.start:g} s is beyond the end of the video, whose last frame is at {times[-1]:.2f} s"
         )
-    return Probe([int(np.abs(times - entry.start).argmin())], None)
+    return Probe([int(np.abs(times - entry.start).argmin())], None, size)
 
 
 def clips_of(source: Source, probes: Sequence[Probe], classes: Sequence[str] | None, count: int) -> list[Clip]:
@@ -94,13 +126,13 @@ def clips_of(source: Source, probes: Sequence[Probe], classes: Sequence[str] | N
     Args:
         source: the videos.
         probes: what was found in each.
-        classes: names of the model's outputs, None if not known; then the source's own order of classes counts.
+        classes: names of the model's outputs, None if not known; then labels are indices, or match nothing.
         count: number of the model's outputs.
 
     Raises:
         ValueError: a table's target is no class.
     """
-    names = tuple(classes or source.classes or ())
+    names = tuple(classes or ())
     labels = {text: _label(text, names, count) for text in {entry.label for entry in source.entries}}
     ids: set[str] = set()
     clips: list[Clip] = []
@@ -112,7 +144,16 @@ def clips_of(source: Source, probes: Sequence[Probe], classes: Sequence[str] | N
             name = _unique(f"{escaped(entry.path)}@{frame}", ids)
             clips.append(
                 Clip(
-                    len(clips), name, number, entry.path, frame, entry.start, *labels[entry.label], target, probe.error
+                    len(clips),
+                    name,
+                    number,
+                    entry.path,
+                    frame,
+                    entry.start,
+                    *labels[entry.label],
+                    target,
+                    probe.error,
+                    probe.size,
                 )
             )
     return clips
@@ -131,13 +172,39 @@ def add_repaired(clips: Sequence[Clip], probes: dict[int, Probe]) -> list[Clip]:
         if clip.error is None or clip.entry not in probes:
             continue
         path = escaped(clip.path)
-        first, *others = probes[clip.entry].starts
+        (first, *others), _, size = probes[clip.entry]
         name = clip.id if first == clip.frame else _unique(f"{path}@{first}", ids)
-        result[clip.row] = replace(clip, id=name, frame=first, error=None)
+        result[clip.row] = replace(clip, id=name, frame=first, error=None, size=size)
         for frame in others:
             name = _unique(f"{path}@{frame}", ids)
-            result.append(replace(clip, row=len(result), id=name, frame=frame, error=None))
+            result.append(replace(clip, row=len(result), id=name, frame=frame, error=None, size=size))
     return result
+
+
+def with_new_sizes(clips: Sequence[Clip], folder: Path, changing: Collection[bytes]) -> list[Clip]:
+    """The clips, those of some videos, by path, with the sizes that these have now: they are explained anew as they are."""
+    sizes = {path: _size(folder, path) for path in changing}
+    return [replace(clip, size=sizes[clip.path]) if clip.path in sizes and not clip.error else clip for clip in clips]
+
+
+def resized(clips: Sequence[Clip], folder: Path, changing: Collection[bytes]) -> list[str]:
+    """Which videos are not of the size they had when the clips were listed, but for some, by path; in words.
+
+    A video that is gone is none of them: its clips get rows that say so.
+    """
+    sizes = {clip.path: clip.size for clip in clips if clip.size is not None and clip.path not in changing}
+    return [
+        text
+        for text in [_some("of another size", (p for p, size in sizes.items() if _size(folder, p) not in (None, size)))]
+        if text
+    ]
+
+
+def _size(folder: Path, path: bytes) -> int | None:
+    try:
+        return (folder / os.fsdecode(path)).stat().st_size
+    except OSError:
+        return None
 
 
 def differences(clips: Sequence[Clip], source: Source, classes: Sequence[str] | None, count: int) -> list[str]:
@@ -160,25 +227,17 @@ def _asked_for(clip: Clip) -> tuple[bytes, float | None, str | None, int | None,
 
 def clip_table(clips: Sequence[Clip]) -> pa.Table:
     """A list of clips as a table that parquet stores."""
-    schema = pa.schema(
-        [
-            ("row", pa.int64()),
-            ("id", pa.string()),
-            ("entry", pa.int64()),
-            ("path", pa.binary()),
-            ("frame", pa.int64()),
-            ("start", pa.float64()),
-            ("label", pa.string()),
-            ("label_index", pa.int32()),
-            ("target", pa.int32()),
-            ("error", pa.string()),
-        ]
-    )
-    return pa.table({name: [getattr(clip, name) for clip in clips] for name in schema.names}, schema=schema)
+    return pa.table({name: [getattr(clip, name) for clip in clips] for name in _COLUMNS.names}, schema=_COLUMNS)
 
 
 def clips_of_table(table: pa.Table) -> list[Clip]:
-    """What :func:`clip_table` was given."""
+    """What :func:`clip_table` was given.
+
+    Raises:
+        ValueError: it is no such table.
+    """
+    if table.column_names != _COLUMNS.names:
+        raise ValueError(f"columns {', '.join(table.column_names)} are not those of this version's lists of clips")
     columns = (table[name].to_pylist() for name in table.column_names)
     return [Clip(*values) for values in zip(*columns, strict=True)]
 

@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from captum_dtd.dataset.configuration import Configuration
 from captum_dtd.dataset.encoding import decode_maps
-from captum_dtd.dataset.store import StoreError, count_clips, open_arrays, read_configuration, read_manifest, read_root
+from captum_dtd.dataset.store import (
+    StoreError,
+    count_clips,
+    lost_shards,
+    open_arrays,
+    read_configuration,
+    read_manifest,
+    read_root,
+)
 
 __all__ = ["Maps", "Relevance", "open_store"]
 
@@ -29,8 +37,9 @@ class Maps:
         shape: (clips, T, H, W).
     """
 
-    def __init__(self, parts: Sequence[tuple[float, zarr.Array[Any], NDArray[np.float32]]]) -> None:
+    def __init__(self, parts: Sequence[tuple[float, zarr.Array[Any], NDArray[np.float32]]], per_shard: int) -> None:
         self._parts = parts
+        self._per_shard = per_shard
         self.shape = parts[0][1].shape
 
     def __len__(self) -> int:
@@ -50,7 +59,14 @@ class Maps:
         run = len(wanted) and wanted[-1] - wanted[0] == len(wanted) - 1
         result = np.zeros((len(wanted), *self.shape[1:]), np.float32)
         for factor, array, scales in self._parts:
-            stored = array[wanted[0] : wanted[-1] + 1] if run else array.oindex[wanted]
+            try:
+                stored = array[wanted[0] : wanted[-1] + 1] if run else array.oindex[wanted]
+            except ValueError as error:  # a checksum
+                shards = sorted(set((wanted // self._per_shard).tolist()))
+                raise StoreError(
+                    f"{array.store_path}: the file of shard {' or '.join(map(str, shards))} is damaged ({error}). Delete it, "
+                    "and the command that made the store explains its clips anew"
+                ) from error
             result += factor * decode_maps(np.asarray(stored), scales[wanted])
         return result[places]
 
@@ -101,11 +117,19 @@ class Relevance:
 
     def _maps(self, name: str, sum_of: dict[str, float]) -> Maps:
         """The maps as they are stored, or as a sum of the two that are."""
-        if not self._stored:
-            why = "has no maps yet" if self.configuration.maps else "keeps no maps (--maps none)"
-            raise StoreError(f"{self.folder} {why}")
-        factors = {name: 1.0} if name in self._stored else sum_of
-        return Maps([(factor, *self._stored[part]) for part, factor in factors.items()])
+        if not self.configuration.maps:
+            raise StoreError(f"{self.folder} keeps no maps (--maps none)")
+        factors = {name: 1.0} if name in self.configuration.maps else sum_of
+        for part in factors:
+            if lost := lost_shards(self.folder, part, set(self.table["shard"].to_pylist())):
+                raise StoreError(
+                    f"{self.folder} has lost the {part} maps of shards {', '.join(map(str, sorted(lost)))}: the command that "
+                    "made it explains them anew"
+                )
+            if part not in self._stored:
+                raise StoreError(f"{self.folder} has no maps yet")
+        parts = [(factor, *self._stored[part]) for part, factor in factors.items()]
+        return Maps(parts, self.configuration.shard_clips)
 
 
 def open_store(folder: str | os.PathLike[str]) -> Relevance:

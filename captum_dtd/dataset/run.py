@@ -20,7 +20,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from captum_dtd.attribution import check_option
-from captum_dtd.dataset.clips import Clip, Probe, add_repaired, clips_of, differences, probe_entry
+from captum_dtd.dataset.clips import (
+    Clip,
+    Probe,
+    add_repaired,
+    clips_of,
+    differences,
+    probe_entry,
+    resized,
+    with_new_sizes,
+)
 from captum_dtd.dataset.configuration import Configuration, Encoding, target_column, weights_digest
 from captum_dtd.dataset.engine_local import local_engine
 from captum_dtd.dataset.job import Engine, Job
@@ -32,6 +41,7 @@ from captum_dtd.dataset.store import (
     map_shape,
     read_clips,
     read_configuration,
+    read_manifest,
     running_alone,
     write_clips,
     write_configuration,
@@ -184,10 +194,13 @@ def explain_dataset(
                 )
                 _check_same(out, "another configuration", stored.differences(asked))
                 clips = read_clips(out)
-                _check_same(out, "other videos", differences(clips, source, asked.classes, outputs))
-                if retry_failed and (broken := {clip.entry for clip in clips if clip.error}):
+                failed = _videos_that_failed(read_manifest(out, stored))  # they may have been mended since
+                changed = differences(clips, source, asked.classes, outputs) or resized(clips, source.folder, failed)
+                _check_same(out, "other videos", changed)
+                if retry_failed and failed:
+                    broken = {clip.entry for clip in clips if clip.error}
                     repaired = {entry: probe for entry, probe in look(broken).items() if probe.error is None}
-                    clips = add_repaired(clips, repaired)
+                    clips = with_new_sizes(add_repaired(clips, repaired), source.folder, failed)
                     write_clips(out, clips)
             job = Job(os.fspath(source.folder), out, asked, clips)
             store = job.store()
@@ -300,6 +313,11 @@ def _missing(clips: Sequence[Clip], rows: pa.Table, retry_failed: bool) -> set[i
     """Rows that are not there; to retry, also those of every video of which a clip failed, since it may have changed."""
     missing = set(range(len(clips))) - set(rows["row"].to_pylist())
     if retry_failed:
-        failed = set(rows.filter(pc.not_equal(rows["status"], "ok"))["path_bytes"].to_pylist())
+        failed = _videos_that_failed(rows)
         missing |= {clip.row for clip in clips if clip.path in failed}
     return missing
+
+
+def _videos_that_failed(rows: pa.Table) -> set[bytes]:
+    """Of which a clip could not be explained, by path."""
+    return set(rows.filter(pc.not_equal(rows["status"], "ok"))["path_bytes"].to_pylist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -189,10 +190,15 @@ def _find_class_index(root: Path, files: Sequence[Path]) -> tuple[str, ...] | No
     return None
 
 
+def _lines(path: Path) -> list[bytes]:
+    """A file's lines, without the mark that Windows' editors put in front."""
+    return path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+
+
 def _class_index(path: Path) -> tuple[str, ...]:
     """Names in the order of the numbers, which begin with 1."""
     numbered: dict[int, str] = {}
-    for count, line in enumerate(path.read_bytes().splitlines(), 1):
+    for count, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         match = re.fullmatch(rb"\s*(\d+)\s+(.*\S)\s*", line)
@@ -208,7 +214,7 @@ def _class_index(path: Path) -> tuple[str, ...]:
 
 def _listed(path: Path, classes: Sequence[str]) -> Iterator[Entry]:
     """A list's videos. The class is that of the folder, which need not be the one in the file's name, as in UCF-101."""
-    for count, line in enumerate(path.read_bytes().splitlines(), 1):
+    for count, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         match = re.fullmatch(rb"(.*?)(?:\s+(\d+))?\s*", line)

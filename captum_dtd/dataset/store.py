@@ -21,7 +21,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ __all__ = [
     "Store",
     "StoreError",
     "count_clips",
+    "lost_shards",
     "map_shape",
     "open_arrays",
     "read_clips",
@@ -67,6 +68,7 @@ _CONFIGURATION, _CLIPS, _ARRAYS, _MANIFEST, _LOCK = (
 )
 _NAMES = (_CONFIGURATION, _CLIPS, _ARRAYS, _MANIFEST, _LOCK)
 _ALL, _PART = "all.parquet", "part-{:05d}.parquet"
+_MAPS_OF_SHARD = "c.{}.0.0.0"
 _TEMPORARY = ".temporary"
 
 MOST_PARTS = 256
@@ -87,7 +89,7 @@ class Store:
         shape: (T, H, W) of a map.
 
     Raises:
-        StoreError: a file of the store cannot be understood.
+        StoreError: a file of the store cannot be understood, or it has rows of another configuration.
         OSError: it cannot be written.
     """
 
@@ -96,30 +98,40 @@ class Store:
         self.configuration = configuration
         self.clips = clips
         self.shape = map_shape(configuration)
+        rows = self.manifest()
+        others = set(rows["configuration"].to_pylist()) - {configuration.digest}
+        if others:
+            raise StoreError(
+                f"{folder} has rows of another configuration ({', '.join(sorted(others))}) than {_CONFIGURATION} tells "
+                f"({configuration.digest}): give another folder for the output"
+            )
         _make_folder(folder / _ARRAYS)
         zarr.open_group(_DurableStore(folder / _ARRAYS), mode="a")
         self._arrays = {name: self._array(name) for name in configuration.maps}
-        self._shards = set(self.manifest()["shard"].to_pylist())
+        self._shards = set(rows["shard"].to_pylist())
+        for shard in sorted(set().union(*(lost_shards(folder, name, self._shards) for name in configuration.maps))):
+            self._write_part(shard, rows.slice(0, 0))  # without its maps a shard does not exist
 
     def _array(self, name: str) -> zarr.Array[Any]:
         """A map's array, made or made longer if need be."""
         store = _DurableStore(self.folder / _ARRAYS)
         shape = (len(self.clips), *self.shape)
-        try:
-            array = zarr.open_array(store, path=name, mode="r+")
-        except FileNotFoundError:
-            return zarr.create_array(
-                store,
-                name=name,
-                shape=shape,
-                chunks=(1, *self.shape),
-                shards=(self.configuration.shard_clips, *self.shape),
-                dtype=self.configuration.encoding,
-                compressors=ZstdCodec(level=3, checksum=True),
-                fill_value=0,
-                chunk_key_encoding={"name": "default", "separator": "."},
-                dimension_names=("clip", "time", "height", "width"),
-            )
+        with zarr.config.set({"array.write_empty_chunks": True}):  # so that a shard's file is there, or is lost
+            try:
+                array = zarr.open_array(store, path=name, mode="r+")
+            except FileNotFoundError:
+                return zarr.create_array(
+                    store,
+                    name=name,
+                    shape=shape,
+                    chunks=(1, *self.shape),
+                    shards=(self.configuration.shard_clips, *self.shape),
+                    dtype=self.configuration.encoding,
+                    compressors=ZstdCodec(level=3, checksum=True),
+                    fill_value=0,
+                    chunk_key_encoding={"name": "default", "separator": "."},
+                    dimension_names=("clip", "time", "height", "width"),
+                )
         if array.shape != shape:
             array.resize(shape)
         return array
@@ -203,7 +215,13 @@ def running_alone(folder: Path) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"cannot write to {folder}: it is a file")
     _make_folder(folder)
-    strangers = sorted(path.name for path in folder.iterdir() if path.name not in _NAMES and path.suffix != _TEMPORARY)
+    before = (
+        _LOCK,
+        _CLIPS,
+        _CLIPS + _TEMPORARY,
+        _CONFIGURATION + _TEMPORARY,
+    )  # all that is there before the configuration is
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in before)
     if strangers and not (folder / _CONFIGURATION).exists():
         raise StoreError(f"{folder} holds {escaped(strangers[0])} and is no store: give a new or an empty folder")
     descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -215,11 +233,17 @@ def running_alone(folder: Path) -> Iterator[None]:
             raise StoreError(f"another run is writing to {folder} ({holder or 'it has just begun'})") from None
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        for left_over in folder.rglob(f"*{_TEMPORARY}"):  # of a run that was killed
-            left_over.unlink()
+        for left_over in _left_over(folder):
+            left_over.unlink(missing_ok=True)
         yield
     finally:
         os.close(descriptor)
+
+
+def _left_over(folder: Path) -> list[Path]:
+    """Temporary files of a run that was killed."""
+    inside = [path for name in (_ARRAYS, _MANIFEST) for path in (folder / name).rglob(f"*{_TEMPORARY}")]
+    return [*(folder / (name + _TEMPORARY) for name in _NAMES), *inside]
 
 
 def write_configuration(folder: Path, configuration: Configuration, root: Path) -> None:
@@ -263,14 +287,30 @@ def read_clips(folder: Path) -> list[Clip]:
     """What the rows of a store that was begun are.
 
     Raises:
-        StoreError: the file cannot be understood.
+        StoreError: the file is gone or cannot be understood.
     """
-    return clips_of_table(_read_parquet(folder / _CLIPS))
+    path = _clips_file(folder)
+    table = _read_parquet(path)
+    try:
+        return clips_of_table(table)
+    except ValueError as error:
+        raise StoreError(f"{path} cannot be understood: {error}") from error
 
 
 def count_clips(folder: Path) -> int:
-    """How many rows a store that was begun has once it is complete."""
-    return int(pq.read_metadata(folder / _CLIPS).num_rows)
+    """How many rows a store that was begun has once it is complete.
+
+    Raises:
+        StoreError: as `read_clips`.
+    """
+    return int(pq.read_metadata(_clips_file(folder)).num_rows)
+
+
+def _clips_file(folder: Path) -> Path:
+    path = folder / _CLIPS
+    if not path.exists():
+        raise StoreError(f"{path}, which says what the store's rows are, is gone")
+    return path
 
 
 def read_manifest(folder: Path, configuration: Configuration) -> pa.Table:
@@ -300,6 +340,13 @@ def open_arrays(folder: Path, configuration: Configuration) -> dict[str, zarr.Ar
         with suppress(FileNotFoundError):
             arrays[name] = zarr.open_array(LocalStore(folder / _ARRAYS, read_only=True), path=name, mode="r")
     return arrays
+
+
+def lost_shards(folder: Path, name: str, shards: Collection[int]) -> set[int]:
+    """Of shards that the manifest names, those whose file of maps is gone."""
+    place = folder / _ARRAYS / name
+    there = {path.name for path in place.iterdir()} if place.is_dir() else set()
+    return {shard for shard in shards if _MAPS_OF_SHARD.format(shard) not in there}
 
 
 def map_shape(configuration: Configuration) -> tuple[int, int, int]:

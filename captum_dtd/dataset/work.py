@@ -25,7 +25,7 @@ from captum_dtd.dataset.sources import escaped
 from captum_dtd.discriminate import SpatioTemporalRelevance
 from captum_dtd.frame_cache import FrameCache
 from captum_dtd.recipe import Explainer
-from captum_dtd.video import VideoError, read_windows, sample_clip
+from captum_dtd.video import Video, VideoError, read_windows, sample_clip
 
 __all__ = ["Decoded", "Explained", "VideoMeans", "Work", "classify", "decode", "explain", "plan", "undecodable"]
 
@@ -124,18 +124,23 @@ def decode(folder: str, clips: Sequence[Clip], frames: int, stride: int) -> list
         frames: length of a clip.
         stride: every so many frames of the video.
     """
-    if any(clip.error for clip in clips):
-        return [Decoded(None, error=clip.error) for clip in clips]
     path = os.path.join(folder, os.fsdecode(clips[0].path))
+    there = [clip.frame for clip in clips if not clip.error]
+    windows: list[Video | VideoError] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
-            windows = read_windows(path, [clip.frame for clip in clips], (frames - 1) * stride + 1)
+            windows = read_windows(path, there, (frames - 1) * stride + 1) if there else []
         except VideoError as error:
-            return undecodable(clips, escaped(str(error)))
+            windows = [error] * len(there)
     said = [escaped(str(warning.message)) for warning in caught]
     decoded = []
-    for window in windows:
+    pending = iter(windows)
+    for asked in clips:
+        if asked.error:
+            decoded.append(Decoded(None, error=asked.error))
+            continue
+        window = next(pending)
         if isinstance(window, VideoError):
             decoded.append(Decoded(None, error=escaped(str(window))))
             continue
@@ -285,7 +290,7 @@ def _measured(
     )
     finite = torch.stack([torch.isfinite(values).flatten(1).all(1) for values in relevance]).all(0).tolist()
     columns = {"target": targets, "prediction": tops, "delta": delta.tolist(), **_sums(relevance)}
-    columns["score"] = outputs[range(len(targets)), targets].tolist()
+    columns["score"] = explainer.scores(inputs, outputs)[range(len(targets)), targets].tolist()
     stored = {}
     for name in configuration.maps:
         values, scales = encode_maps(getattr(relevance, name), configuration.encoding)

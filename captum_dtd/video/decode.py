@@ -185,22 +185,23 @@ def frame_times(path: str | os.PathLike[str]) -> NDArray[np.float64]:
     av = require_av()
     with _open(path) as container:
         stream = container.streams.video[0]
-        fps, promised = _fps(stream), stream.frames
+        fps, promised, is_avi = _fps(stream), stream.frames, container.format.name == "avi"
         stamps: list[float | None] = []
         try:
             for packet in container.demux(stream):
                 if packet.is_discard:
                     promised -= 1
                 elif packet.size:
-                    pts, unit = packet.pts, packet.time_base
-                    stamps.append(None if pts is None or unit is None else float(pts * unit))
+                    stamps.append(_stamp(packet, is_avi))
         except (av.error.FFmpegError, OSError):
             pass  # what is missing is counted by the header's promise
+        if is_avi:
+            promised -= _dropped(stamps, fps)
         count = max(len(stamps), promised)
         if not count:
             raise VideoError(f"{os.fspath(path)} has no frames")
         times = np.arange(count) / fps
-        if container.format.name != "avi" and stamps and None not in stamps:
+        if stamps and None not in stamps:
             # packets are in the order of decoding
             shown = np.sort(np.array(stamps, dtype=np.float64))
             times[: len(shown)] = shown - shown[0]
@@ -304,21 +305,38 @@ def _fps(stream: VideoStream) -> float:
     return 25.0
 
 
+def _stamp(packet: av.Packet[Any], is_avi: bool) -> float | None:
+    """When a packet's frame is shown, in seconds.
+
+    AVI stores no times of presentation, and what is guessed for it jumps back and forth at B-frames: there it is when the
+    packet's turn is, which among frames in the order of showing belongs to the one of the same number.
+    """
+    ticks, unit = packet.dts if is_avi else packet.pts, packet.time_base
+    return None if ticks is None or unit is None else float(ticks * unit)
+
+
+def _dropped(stamps: Sequence[float | None], fps: float) -> int:
+    """How many frames an AVI file's header counts that were dropped in recording: the one before stays in their place."""
+    if not stamps or stamps[0] is None or stamps[-1] is None:
+        return 0
+    return max(0, round((stamps[-1] - stamps[0]) * fps) + 1 - len(stamps))
+
+
 def _decode(
     path: str | os.PathLike[str], seek: float | None, threads: int = 0
 ) -> Generator[tuple[float, av.VideoFrame, float], None, None]:
     """(seconds after the first frame, frame, fps), from the key frame before ``seek`` on; 0 threads is one per core."""
     av = require_av()
+    name = os.fspath(path)
     damaged = count = 0
     end = 0.0
     with _open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type, stream.codec_context.thread_count = "AUTO", threads
-        fps = _fps(stream)
+        fps, is_avi = _fps(stream), container.format.name == "avi"
         origin = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
         first: float | None = None
-        # AVI stores no presentation times, and what is guessed for it jumps back and forth at B-frames
-        even = container.format.name == "avi"
+        stamps: list[float | None] = []  # of AVI's packets, in whose order frames are shown
         if seek is not None:
             try:
                 container.seek(int((seek + origin) * 1_000_000))
@@ -334,31 +352,42 @@ def _decode(
                 damaged += 1
                 break
             damaged += packet.is_corrupt
+            if is_avi and packet.size:
+                stamps.append(_stamp(packet, is_avi))
             try:
                 frames = packet.decode()
             except av.error.FFmpegError:
                 damaged += 1
+                del stamps[-1:]
                 continue
             for frame in frames:
-                if frame.time is None and first is None and seek is not None:
+                shown_at = stamps[count] if count < len(stamps) else frame.time
+                if shown_at is None and first is None and seek is not None:
                     return  # without a time stamp the place in the file is unknown
                 if first is None:
-                    origin = origin if seek is not None or frame.time is None else frame.time
-                    first = 0.0 if frame.time is None else frame.time - origin
-                time = first + count / fps if even or frame.time is None else frame.time - origin
+                    origin = origin if seek is not None or shown_at is None else shown_at
+                    first = 0.0 if shown_at is None else shown_at - origin
+                time = first + count / fps if shown_at is None else shown_at - origin
                 count += 1
                 ticks = getattr(frame, "duration", None)  # not in PyAV 14
-                shown = float(ticks * frame.time_base) if ticks and frame.time_base else 1.0 / fps
-                end = max(end, time + shown)
-                yield time, frame, fps
-        promised = stream.frames
+                lasts = float(ticks * frame.time_base) if ticks and frame.time_base else 1.0 / fps
+                end = max(end, time + lasts)
+                try:
+                    yield time, frame, fps
+                except GeneratorExit:  # nobody wants the rest
+                    if damaged:
+                        _warn(f"{name} is damaged within its first {count} frames: some of them could not be decoded")
+                    raise
+        promised = stream.frames - (_dropped(stamps, fps) if is_avi else 0)
         # Matroska counts no frames, but tells how long it is
         length = container.duration / 1e6 if not promised and stream.duration is None and container.duration else 0.0
     if damaged or (seek is None and count < 0.9 * promised) or end < 0.9 * length:
         of = f" of {promised}" if promised else ""
-        warnings.warn(
-            f"{os.fspath(path)} is damaged or cut short: {count}{of} frames could be decoded", UserWarning, stacklevel=2
-        )
+        _warn(f"{name} is damaged or cut short: {count}{of} frames could be decoded")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=3)
 
 
 def _rgb(frame: av.VideoFrame, size: tuple[int, int] | None) -> Frames:

@@ -530,17 +530,21 @@ View without_unit_axes(View view, int64_t n, const int64_t (&size)[3]) {
   return view;
 }
 
-// An input may have fewer times than the result, never more.
-View input_of(const Conv3d& conv, const View& x) { return without_unit_axes(x, conv.n, conv.in); }
+// The input has as many times as its tables read, which may be more than the result has, and fewer.
+Layer reading(Layer layer) {
+  const int64_t size[3] = {layer.times_of_x(), layer.conv.in[1], layer.conv.in[2]};
+  layer.u.x = without_unit_axes(layer.u.x, layer.conv.n, size);
+  return layer;
+}
 
 Layer layer_of(const Conv3dRelevance& p) {
-  const Lifted u{p.lift, p.element, input_of(p.conv, p.x), p.low, p.high};
-  return {p.conv, p.weight, u, true, p.divided, time_tables(p.conv, p.reads, p.gives)};
+  const Lifted u{p.lift, p.element, p.x, p.low, p.high};
+  return reading({p.conv, p.weight, u, true, p.divided, time_tables(p.conv, p.reads, p.gives)});
 }
 
 Layer layer_of(const Conv3dForward& p) {
-  const Lifted u{Lift::None, p.element, input_of(p.conv, p.x), {}, {}};
-  return {p.conv, p.weight, u, false, false, time_tables(p.conv, p.reads, {})};
+  const Lifted u{Lift::None, p.element, p.x, {}, {}};
+  return reading({p.conv, p.weight, u, false, false, time_tables(p.conv, p.reads, {})});
 }
 
 }  // namespace
@@ -559,7 +563,8 @@ void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel,
   const Plan plan = make_plan(layer, named, true, tiling);
   unsigned char* memory = static_cast<unsigned char*>(allocate(static_cast<size_t>(plan.bytes)));
   const Conv3d& conv = problem.conv;
-  const View relevance = without_unit_axes(problem.relevance, conv.n, conv.out), out = input_of(conv, problem.out);
+  const View relevance = without_unit_axes(problem.relevance, conv.n, conv.out),
+             out = without_unit_axes(problem.out, conv.n, conv.in);
   const int64_t width = plan.forward.width, pixel = conv.groups * width;
   TableWriter tables(memory + plan.tables);
   const DeviceSlots reads = add_slots(plan.forward.slots, tables), gathers = add_slots(plan.adjoint.slots, tables);

@@ -536,6 +536,7 @@ class Quad {
   }
 
   __device__ __forceinline__ void load(const Gemm& gemm, const View& view, int64_t at, int64_t channel, Element element) {
+    if (column_ >= gemm.columns) return;  // padding
     if (gemm.in_quads) {
       load_quad(view.data, at + channel, element, read_);
       return;
