@@ -302,10 +302,11 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             the number of examples.
 
         Raises:
-            ValueError: if the model takes clips (N, T, C, H, W).
+            ValueError: if the model takes clips in another order, (N, T, C, H, W) say.
         """
         network = self._network(clips, extra)
-        check_order(network, clips[0].shape[2])
+        note = check_order(network, clips[0].shape[1:])
+        self._warn_about([] if note is None else [note])
         bounds = self.bounds_of(tuple(clip[:1] for clip in clips))
         if not network.any_batch or any(_varies_in_time(end) for pair in bounds for end in pair):
             return None

@@ -506,15 +506,14 @@ class FrozenNetwork:
         values, seed = activations.values, seeds[0]
         with exact_modes():
             box = self.network.box(values, seed, bounds, self._compute)
-            return [
-                tuple(
-                    relevance[node]
-                    if node in relevance
-                    else _empty_like(values[node], 2, plan.slots[node].count).zero_().to(seed.dtype)
-                    for node in self.network.inputs
-                )
-                for relevance in self.network.walk(values, seeds, box, share)
-            ]
+            relevances = self.network.walk(values, seeds, box, share)
+
+        def zeros(node: fx.Node) -> Tensor:
+            n, c, _, *size = values[node].shape
+            return seed.new_zeros((n, c, plan.slots[node].count, *size))
+
+        inputs = self.network.inputs
+        return [tuple(found[node] if node in found else zeros(node) for node in inputs) for found in relevances]
 
     def _plan_for(self, wanted: Wanted) -> _Plan:
         return self._remembered(wanted if isinstance(wanted, str) else tuple(wanted))
@@ -714,27 +713,59 @@ class FrozenNetwork:
         return [to_kept.scatter(one, 2) for (one,) in shared]
 
 
-def check_order(network: Network, frames: int) -> None:
-    """Raise ValueError if a model takes clips (N, T, C, H, W): to repeat what lies at an index of dimension 2 repeats a colour.
+def check_order(network: Network, sizes: tuple[int, ...]) -> str | None:
+    """What a user should know about a model that moves the dimension which is repeated as time; None if it does not.
 
-    What takes the frames of clips of one channel for its channels, as 2D networks may, is none of these.
+    What takes the frames of clips of one channel for its channels, as 2D networks may, is not looked at.
+
+    Args:
+        network: traced.
+        sizes: of clips (N, C, T, H, W), the last four.
+
+    Raises:
+        ValueError: the first convolution takes another dimension than 1 for channels, as a model of clips (N, T, C, H, W)
+            does: to repeat what lies at an index of dimension 2 would repeat a colour, or a row.
     """
-    times: dict[fx.Node, Times | None] = dict.fromkeys(network.inputs, Times(2, (0,) * frames))
+    clips = network.inputs[0].meta["val"]
+    for step in network.steps:
+        seen = step.sources[0].meta["val"]
+        if not step.is_pixel_layer or fused.kind_of(step.node) != "convolution" or elements(seen) != elements(clips):
+            continue
+        found = [_follow(network, step.sources[0], dim, size) for dim, size in enumerate(sizes, 1)]
+        if clips.shape[1] == 1 or found == [1, 2, 3, 4] or 1 not in found:
+            continue
+        channels = found.index(1) + 1
+        # of what the model takes, in the names of N, C, T, H, W; where frames are examples, time has none of its own
+        order = _ORDERS.get(channels) if None in found else (0, *(dim for dim in found if dim is not None))
+        if order is None:
+            continue
+        names, back = "".join(f", {'NCTHW'[dim]}" for dim in order[1:]), tuple(order.index(dim) for dim in range(5))
+        where, shape = f"{step.path} ({operation_name(step.node)})", ", ".join(map(str, clips.shape[1:]))
+        how = f"explain a module that calls model(x.permute{order}), on inputs.permute{back}"
+        if channels != 1:
+            raise ValueError(
+                f"inputs must be clips (N, C, T, H, W), but of clips (N, {shape}) the model takes dimension {channels} for "
+                f"channels, as of (N{names}): {where} does; {how}"
+            )
+        return (
+            f"dimension 2 of the inputs is repeated as time, and the model moves it to dimension {order[2]} for {where}: if its "
+            f"clips are (N{names}), {how}"
+        )
+    return None
+
+
+_ORDERS = {2: (0, 2, 1, 3, 4), 4: (0, 2, 3, 4, 1)}
+"""By the dimension of channels: (N, T, C, H, W) and (N, T, H, W, C)."""
+
+
+def _follow(network: Network, to: fx.Node, dim: int, size: int) -> int | None:
+    """Which dimension of a value a dimension of the inputs is, None if that cannot be told."""
+    times: dict[fx.Node, Times | None] = dict.fromkeys(network.inputs, Times(dim, (0,) * size))
     for node in network.nodes:
         if node in network.pixels and node not in times:
             times[node] = time_axis(node, times.get)
-    for step in network.steps:
-        found, seen = times.get(step.sources[0]), step.sources[0].meta["val"]
-        if not step.is_pixel_layer or fused.kind_of(step.node) != "convolution" or found is None or found.dim != 1:
-            continue
-        for clips in (node.meta["val"] for node in network.inputs):
-            if clips.shape[1] != 1 and elements(seen) == elements(clips):
-                shape = ", ".join(map(str, clips.shape[1:]))
-                raise ValueError(
-                    f"inputs must be clips (N, C, T, H, W), but of clips (N, {shape}) the model takes dimension 2 for "
-                    f"channels, as of (N, T, C, H, W): {step.path} ({operation_name(step.node)}) does; explain a module that "
-                    "calls model(x.permute(0, 2, 1, 3, 4)), on inputs.permute(0, 2, 1, 3, 4)"
-                )
+    found = times.get(to)
+    return None if found is None else found.dim
 
 
 class _Convolution:

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
-from captum.attr import Attribution
+from captum.attr import Attribution, DeepLiftShap, GradientShap
 from captum.log import log_usage
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -137,7 +137,8 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
             internal_batch_size: how many frozen clips are explained at once; by default as many as free memory allows, at
                 most 4.
             show_progress: show a progress bar.
-            **kwargs: handed to the method's own ``attribute``.
+            **kwargs: handed to the method's own ``attribute``. Tensors with N rows (baselines, feature masks) belong to their
+                clips, and so to these clips' frozen clips; the baselines of methods that draw from them are for all.
 
         Returns:
             `SpatioTemporalRelevance` of (N, T, H, W) maps, itself a tuple (a tuple of them for several inputs), in the units
@@ -180,6 +181,11 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         if return_convergence_delta and not self.method.has_convergence_delta():
             raise ValueError(f"return_convergence_delta: {self.method.get_name()} has no convergence delta")
 
+        is_drawn_from = isinstance(self.method, (GradientShap, DeepLiftShap)) or kwargs.get(
+            "draw_baseline_from_distrib"
+        )
+        of_all = {"baselines": kwargs.pop("baselines")} if is_drawn_from and "baselines" in kwargs else {}
+
         def explain(
             examples: tuple[Tensor, ...], rows: list[int], targets: Sequence[Target], **options: Any
         ) -> list[Any]:
@@ -188,7 +194,8 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
                 [take_target(target, rows, count) for target in targets],
                 take_arguments(extra, rows, count) or None,
                 internal_batch_size,
-                **kwargs,
+                **dict(zip(kwargs, take_arguments(tuple(kwargs.values()), rows, count), strict=True)),
+                **of_all,
                 **options,
             )
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import pickle
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,13 @@ from captum.metrics import infidelity, sensitivity_max
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, DiscriminativeRelevance, SpatioTemporalRelevance
+from captum_dtd import (
+    DeepTaylor,
+    DiscriminativeDeepTaylor,
+    DiscriminativeRelevance,
+    SpatioTemporalRelevance,
+    pixel_bounds,
+)
 
 LOW, HIGH = -1.1, 2.3  # neither is exact in float32: float64 results show whether the bounds were rounded
 CLASSES = 5
@@ -679,3 +686,41 @@ def test_a_method_can_be_copied_and_pickled(kind: str) -> None:
         assert twin.forward_func is not model
         for actual, wanted in zip(maps(twin.attribute(x, 1)), expected, strict=True):
             close(actual, wanted)
+
+
+def test_one_clip_of_a_batch_that_lost_its_relevance_is_told() -> None:
+    model = nn.Sequential(
+        nn.Conv3d(1, 2, 1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(2, 1)
+    )
+    for value in (*model[0].parameters(), *model[4].parameters()):
+        value.data.fill_(1.0)
+    inputs = torch.ones(2, 1, 2, 3, 3)
+    inputs[1] = 0  # its score is the bias alone
+    with pytest.warns(UserWarning, match="more than half of the relevance was lost"):
+        _, delta = DeepTaylor(model.eval(), 0.0, 1.0).attribute(inputs, 0, return_convergence_delta=True)
+    assert delta[0].abs() < 0.5 * 3 and delta[1] == 1
+
+
+def test_white_that_rounds_beyond_its_bound_warns_of_nothing() -> None:
+    mean, std = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)  # torchvision's of Kinetics
+    black_and_white = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1, 1).expand(2, 3, 2, 6, 6)
+    inputs = (black_and_white - torch.tensor(mean).view(3, 1, 1, 1)) / torch.tensor(std).view(3, 1, 1, 1)
+    low, high = pixel_bounds(mean, std)
+    assert (inputs > high.float().view(3, 1, 1, 1)).any()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        DeepTaylor(Clips().eval(), low, high).attribute(inputs, 0)
+    assert not [each for each in caught if "outside" in str(each.message)]
+
+
+@pytest.mark.parametrize("ending", [nn.Softmax(1), nn.LogSoftmax(1), nn.Sigmoid()])
+def test_logits_are_what_is_explained(ending: nn.Module) -> None:
+    torch.manual_seed(0)
+    model, inputs = Clips().double().eval(), torch.rand(3, 3, 4, 6, 6, dtype=torch.float64)
+    assert DeepTaylor(model, LOW, HIGH).logits(inputs) is None
+    method = DeepTaylor(nn.Sequential(model, ending).eval(), LOW, HIGH)
+    logits = method.logits(inputs)
+    torch.testing.assert_close(logits, model(inputs).detach())
+    with pytest.warns(UserWarning, match="its logits are explained"):
+        relevance, delta = method.attribute(inputs, 1, return_convergence_delta=True)
+    torch.testing.assert_close(relevance.flatten(1).sum(1) + delta, logits[:, 1])

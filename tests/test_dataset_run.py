@@ -655,6 +655,41 @@ def test_a_clip_that_failed_comes_out_as_if_it_had_not(root: Path, folder: Path,
     assert same(Path("out"), Path("whole"))
 
 
+def test_clips_follow_each_other_at_any_stride(root: Path) -> None:
+    strided = replace(RECIPE, preprocessing={**data_sets.PREPROCESSING, "stride": 2})
+    explain_dataset(root, "out", strided, **SETTINGS)
+    rows, _ = stored(Path("out"))
+    assert [row["frame"] for row in rows if row["path"] == "walk/d.avi"] == [0, 2 * FRAMES]
+
+
+def test_scores_are_those_of_the_explained_class(root: Path) -> None:
+    rows = []
+    for name in CLASSES:
+        (root / "t.csv").write_text(f"path,aim\nbend/a.avi,{name}\n")
+        explain_dataset(root / "t.csv", name, RECIPE, target="column:aim", **SETTINGS)
+        rows.append(stored(Path(name))[0][0])
+    outputs = explained(resized(frames_of(root / "bend/a.avi")[:FRAMES]))[0]
+    np.testing.assert_allclose([row["score"] for row in rows], outputs.numpy(), rtol=1e-4, atol=1e-6)
+    assert [row["target"] for row in rows] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("changed", ["bend/a.avi,0.2,walk", "bend/a.avi,0,jack"])
+def test_a_table_that_asks_for_something_else_is_refused(root: Path, changed: str) -> None:
+    table = root / "t.csv"
+    table.write_text("path,start,aim\nbend/a.avi,0,walk\n")
+    explain_dataset(table, "out", RECIPE, target="column:aim", **SETTINGS)
+    table.write_text(f"path,start,aim\n{changed}\n")
+    with pytest.raises(StoreError, match="other videos"):
+        explain_dataset(table, "out", RECIPE, target="column:aim", **SETTINGS)
+
+
+@pytest.mark.parametrize("maps", [("spatial", "spatial"), ("spatial", "saptial"), ("spatial", "temporal", "total")])
+def test_maps_are_two_different_ones(root: Path, maps: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="maps must be two of"):
+        explain_dataset(root, "out", RECIPE, maps=maps, **SETTINGS)
+    assert not Path("out").exists()
+
+
 def test_the_command_and_its_exit_codes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["dataset", str(root), *OPTIONS, "-o", "out", "--batch-clips", "2", "--decoders", "0"]
     assert main([*command, "--target", "label", "--encoding", "int8"]) == 0

@@ -215,3 +215,18 @@ def test_escapes_can_be_told_apart_and_printed() -> None:
     assert len(set(texts)) == len(names)
     assert all(text.isprintable() for text in texts)
     assert texts[6] == "ü"
+
+
+def test_class_zero_as_an_integer_is_no_blank(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"path": ["a.avi", "b.avi"], "label": [0, 1], "aim": [1, 0]}), tmp_path / "t.parquet")
+    assert find_videos(tmp_path / "t.parquet", target_column="aim").entries == (
+        Entry(b"a.avi", "0", None, "1"),
+        Entry(b"b.avi", "1", None, "0"),
+    )
+
+
+@pytest.mark.parametrize("start", [float("nan"), float("inf"), -0.5])
+def test_a_start_that_is_no_time_is_refused(tmp_path: Path, start: float) -> None:
+    pq.write_table(pa.table({"path": ["a.avi"], "start": [start]}), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match="row 1: start must be seconds from 0 on"):
+        find_videos(tmp_path / "t.parquet")

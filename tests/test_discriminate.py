@@ -10,7 +10,16 @@ import hiley2019
 import numpy as np
 import pytest
 import torch
-from captum.attr import Attribution, InputXGradient, IntegratedGradients, Saliency
+from captum.attr import (
+    Attribution,
+    FeatureAblation,
+    GradientShap,
+    InputXGradient,
+    IntegratedGradients,
+    NoiseTunnel,
+    Saliency,
+)
+from captum.log import log_usage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -216,6 +225,37 @@ def test_two_inputs_are_frozen_together() -> None:
 # --- a clip without motion ---------------------------------------------------------------------------------------
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.signal, self.gate, self.head = (
+            nn.Conv3d(2, 4, 3, padding=1),
+            nn.Conv3d(1, 4, 3, padding=1),
+            nn.Linear(4, 3),
+        )
+
+    def forward(self, x: Tensor, g: Tensor) -> Tensor:
+        return self.head((self.signal(x).relu() * self.gate(g).sigmoid()).mean((2, 3, 4)))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_an_input_that_only_makes_a_gate_has_none(backend: Any) -> None:
+    inputs = torch.rand(2, 2, 4, 5, 5), torch.rand(2, 1, 4, 5, 5)
+    method = DiscriminativeDeepTaylor(Gated().eval(), (0.0, 0.0), (1.0, 1.0), backend=backend)
+    signal, gate = method.attribute(inputs, 1)
+    assert signal.total.any() and signal.spatial.any()
+    assert not any(part.any() for part in gate)
+    assert [part.shape for part in gate] == [part.shape for part in signal]
+
+
+def test_dividing_by_the_sum_keeps_signs() -> None:
+    """Of a positive score, of a negative one, and of maps that cancel."""
+    maps = torch.tensor([[[[1.0, -3.0]]], [[[-1.0, 3.0]]], [[[2.0, -2.0]]]])
+    expected = maps / torch.tensor([2.0, 2.0, 1.0]).view(-1, 1, 1, 1)
+    assert torch.equal(captum_dtd.discriminate.normalised(maps, "sum"), expected)
+
+
 def test_a_clip_without_motion_has_no_temporal_relevance(
     discriminative: DiscriminativeDeepTaylor, dtd: DeepTaylor
 ) -> None:
@@ -371,6 +411,50 @@ def test_any_method_can_be_discriminated(clips: Clips, name: str, readout: str) 
     all_close(result, by_definition(explain, x, readout))
     with torch.no_grad():
         all_close(method.attribute(x, targets, weight, **options), result)
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_what_belongs_to_a_clip_belongs_to_its_frozen_clips(clips: Clips, count: int) -> None:
+    """Baselines and masks with a row for each clip; four frozen clips are explained together."""
+    x, baselines, target = pixels(count, 3, 4, 6, 6), pixels(count, 3, 4, 6, 6, seed=5), [1, 4, 2, 0][:count]
+    mask = torch.arange(6).view(1, 1, 1, 6, 1) * (torch.arange(count) + 1).view(-1, 1, 1, 1, 1) % 4
+    for method, options in (
+        (IntegratedGradients(clips), {"baselines": (baselines,), "n_steps": 4}),
+        (IntegratedGradients(clips), {"baselines": baselines[:1], "n_steps": 4}),
+        (FeatureAblation(clips), {"baselines": baselines, "feature_mask": mask[1:2].expand(1, 3, 4, 6, 6)}),
+    ):
+        together = DiscriminativeRelevance(method).attribute(x, target=target, **options)
+        for i in range(count):
+            own = {
+                name: value[0][i : i + 1]
+                if isinstance(value, tuple)
+                else value[i : i + 1]
+                if len(value) == count
+                else value
+                for name, value in options.items()
+                if isinstance(value, (Tensor, tuple))
+            }
+            alone = DiscriminativeRelevance(method).attribute(x[i : i + 1], target=target[i], **(options | own))
+            for part, expected in zip(together, alone, strict=True):
+                close(part[i : i + 1], expected)
+
+
+def test_a_sample_of_baselines_is_for_every_clip(clips: Clips) -> None:
+    """Also where it has as many rows as there are clips."""
+    seen: list[int] = []
+
+    class Shap(GradientShap):  # type: ignore[misc]
+        @log_usage()  # type: ignore[untyped-decorator]
+        def attribute(self, inputs: Any, baselines: Any, **options: Any) -> Any:
+            (drawn_from,) = baselines if isinstance(baselines, tuple) else (baselines,)
+            seen.append(len(drawn_from))
+            assert torch.equal(drawn_from.unique(dim=0), sample.unique(dim=0))
+            return inputs
+
+    sample = pixels(2, 3, 4, 6, 6, seed=5)
+    for method, options in ((Shap(clips), {}), (NoiseTunnel(Shap(clips)), {"draw_baseline_from_distrib": True})):
+        DiscriminativeRelevance(method).attribute(pixels(2, 3, 4, 6, 6), target=1, baselines=sample, **options)
+    assert len(seen) > 2
 
 
 @pytest.mark.filterwarnings("ignore:Input Tensor .* did not already require gradients")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from captum_dtd import DiscriminativeDeepTaylor, FrameCache, native
 from captum_dtd.composites import EPSILON_GAMMA_BOX
-from captum_dtd.frame_cache import weights_of
+from captum_dtd.frame_cache import digest, weights_of
 
 LOW, HIGH = -1.0, 1.5
 
@@ -215,3 +215,61 @@ def test_refusals(method: DiscriminativeDeepTaylor, video: Tensor) -> None:
         FrameCache(-1)
     with pytest.raises(TypeError, match=r"frame_cache must be a captum_dtd\.FrameCache, got dict"):
         method.attribute(video, 1, frame_cache={})  # type: ignore[arg-type]
+
+
+def clip(frames: int = 4) -> Tensor:
+    return between(LOW, HIGH, (1, 3, frames, 4, 4), 0)
+
+
+def test_a_model_of_other_modules_is_another() -> None:
+    model, cache = build(), FrameCache()
+    DiscriminativeDeepTaylor(model, LOW, HIGH).attribute(clip(), 1, frame_cache=cache)
+    model[2] = nn.AvgPool3d((2, 1, 1))
+    method = DiscriminativeDeepTaylor(model, LOW, HIGH)
+    assert_same(method.attribute(clip(), 1, frame_cache=cache), method.attribute(clip(), 1))
+    assert cache.hits == 0
+
+
+def test_another_precision_is_another() -> None:
+    model, cache = build().float(), FrameCache()
+    for precision in ("ieee", "float32", "bfloat16"):
+        DiscriminativeDeepTaylor(model, LOW, HIGH, precision=precision).attribute(clip().float(), 1, frame_cache=cache)
+    assert cache.hits == 0
+
+
+def test_frames_of_clips_of_another_length_are_others(method: DiscriminativeDeepTaylor) -> None:
+    cache, long = FrameCache(), clip(6)
+    method.attribute(long, 1, frame_cache=cache)
+    assert_same(method.attribute(long[:, :, :4], 1, frame_cache=cache), method.attribute(long[:, :, :4], 1))
+    assert cache.hits == 0
+
+
+def test_what_was_used_last_stays() -> None:
+    one, cache = torch.zeros(4), FrameCache(max_bytes=2 * 16)
+    cache.put(b"a", (one,))
+    cache.put(b"b", (one,))
+    assert cache.get(b"a") is not None
+    cache.put(b"c", (one,))
+    assert cache.get(b"b") is None and cache.get(b"a") is not None
+
+
+def test_what_is_put_again_is_counted_once_and_kept_apart() -> None:
+    kept, cache = torch.zeros(4), FrameCache()
+    cache.put(b"a", (kept,))
+    cache.put(b"a", (kept,))
+    assert cache.bytes == 16
+    kept.fill_(1)
+    (found,) = cache.get(b"a") or ()
+    assert not found.any()
+
+
+def test_digests_tell_structure_shape_and_type_apart() -> None:
+    zeros = [torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(6, dtype=torch.int32), torch.zeros(6)]
+    values: list[object] = [*([z] for z in zeros), [[1, 2], [3]], [[1], [2, 3]], [(1, 2), [3]]]
+    assert len({digest(value) for value in values}) == len(values)
+
+
+def test_hashes_see_the_last_bytes(hashing: None) -> None:
+    a, b = torch.zeros(7, dtype=torch.uint8), torch.zeros(7, dtype=torch.uint8)
+    b[6] = 1
+    assert digest([a]) != digest([b])

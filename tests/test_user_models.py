@@ -510,6 +510,34 @@ def test_clips_that_the_model_itself_reorders_are_refused(still: bool) -> None:
             method.rule_table(inputs)
 
 
+def test_clips_with_channels_last_are_refused_and_moved_times_told() -> None:
+    """Repeating dimension 2 would repeat a row."""
+
+    def channels_last(m: Layers, x: Tensor) -> Tensor:
+        return m.head(F.relu(m.stem(x.permute(0, 4, 1, 2, 3))))
+
+    def channels_last_by_frames(m: Layers, x: Tensor) -> Tensor:
+        seen = F.relu(m.picture(x.permute(0, 1, 4, 2, 3).flatten(0, 1))).mean((2, 3))
+        return m.fc(seen.view(len(x), -1, 8).mean(1))
+
+    def time_last(m: Layers, x: Tensor) -> Tensor:
+        return m.head(F.relu(m.stem(x.permute(0, 1, 4, 2, 3))))
+
+    plain = DeepTaylor(model(lambda m, x: m.head(F.relu(m.stem(x)))), LOW, HIGH).attribute(clips(), 1)
+    last = clips().permute(0, 2, 3, 4, 1)
+    for body in (channels_last, channels_last_by_frames):
+        with pytest.raises(ValueError, match=r"dimension 4 for channels, as of \(N, T, H, W, C\)") as raised:
+            DiscriminativeDeepTaylor(model(body), LOW, HIGH).attribute(last, 1)
+        assert "model(x.permute(0, 2, 3, 4, 1)), on inputs.permute(0, 4, 1, 2, 3)" in str(raised.value)
+    permuted = DeepTaylor(model(channels_last), LOW, HIGH).attribute(last, 1)
+    torch.testing.assert_close(permuted, plain.permute(0, 2, 3, 4, 1))
+    with pytest.warns(
+        UserWarning, match=r"moves it to dimension 3 .* if its clips are \(N, C, H, W, T\), explain"
+    ) as told:
+        DiscriminativeDeepTaylor(model(time_last), LOW, HIGH).attribute(clips().permute(0, 1, 3, 4, 2), 1)
+    assert "model(x.permute(0, 1, 3, 4, 2)), on inputs.permute(0, 1, 4, 2, 3)" in str(told[0].message)
+
+
 def test_a_module_that_reorders_clips_back_is_explained() -> None:
     inner = model(lambda m, x: m.head(F.relu(m.block(F.relu(m.stem(x.permute(0, 2, 1, 3, 4)))))))
     plain = model(lambda m, x: m.head(F.relu(m.block(F.relu(m.stem(x))))))
