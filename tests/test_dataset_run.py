@@ -458,6 +458,14 @@ def test_the_score_is_a_logit_also_where_the_model_returns_probabilities(root: P
     np.testing.assert_allclose([row["score"] - row["delta"] for row in rows], sums, rtol=1e-4)
 
 
+def test_what_cannot_be_is_refused_before_anything_is_written(root: Path, folder: Path) -> None:
+    with pytest.raises(ValueError, match="decoders must be at least 0, not -1"):
+        explain_dataset(root, "out", RECIPE, decoders=-1)
+    with pytest.raises(StoreError, match=r"cannot write to out\\xff: parquet needs a name that is UTF-8"):
+        explain_dataset(root, os.fsdecode(b"out\xff"), RECIPE, **SETTINGS)
+    assert not [name for name in os.listdir(os.fsencode(folder)) if name.startswith(b"out")]
+
+
 def test_a_folder_that_is_no_store_is_left_alone(root: Path, folder: Path) -> None:
     (folder / "mine").mkdir()
     (folder / "mine" / "thesis.txt").write_text("all of it")

@@ -161,7 +161,12 @@ def test_a_table_in_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file,label\na,b\n", "no column path; its columns are label"),
+        ("file,label\na,b\n", "no column path; its columns are file, label"),
+        ("path;label\na;b\n", "no column path; its columns are path;label"),
+        ("path, start\na.avi,1\n", "has the column ' start' with blanks in its name"),
+        ("path,path\na.avi,b.avi\n", "has the column 'path' twice"),
+        ("path,start\na.avi,nan\n", "row 1: start must be seconds from 0 on, not nan"),
+        ("path,start\na.avi,NA\n", "cannot be read as a table"),
         ("path,start\na.avi,-1\n", "row 1: start must be seconds from 0 on, not -1"),
         ("path,start\na.avi,soon\n", "cannot be read as a table"),
         ("path,label\n,walk\n", "row 1: there is no path"),
@@ -173,6 +178,26 @@ def test_tables_that_make_no_sense(tmp_path: Path, text: str, message: str) -> N
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         find_videos(tmp_path / "t.csv")
+
+
+def test_tables_in_other_encodings_are_named(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path\nb\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"t\.csv cannot be read as a table"):
+        find_videos(tmp_path / "t.csv")
+
+
+def test_numbers_of_a_column_with_gaps_are_whole(tmp_path: Path) -> None:
+    """As pandas writes them."""
+    pq.write_table(pa.table({"path": ["a", "b", "c"], "label": [1.0, None, float("nan")]}), tmp_path / "t.parquet")
+    assert [entry.label for entry in find_videos(tmp_path / "t.parquet").entries] == ["1", None, None]
+
+
+def test_a_start_in_words_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"path": ["a"], "start": ["soon"]}), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match="row 1: start must be seconds from 0 on, not soon"):
+        find_videos(tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match="column:start: that column says which clip it is"):
+        find_videos(tmp_path / "t.parquet", target_column="start")
 
 
 def test_nothing_to_explain(tmp_path: Path, ucf: Path) -> None:

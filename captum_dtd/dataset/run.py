@@ -151,6 +151,8 @@ def explain_dataset(
         outcome.failed                                         # 0
     """
     check_option("engine", engine, get_args(EngineName))
+    if decoders is not None and decoders < 0:
+        raise ValueError(f"decoders must be at least 0, not {decoders}")
     out = Path(out)
     source = find_videos(root, lists, target_column(target))
     with _engine(engine)(recipe, devices, decoders) as team:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -234,11 +235,9 @@ def _listed(path: Path, classes: Sequence[str]) -> Iterator[Entry]:
 
 
 def _table(path: Path, target_column: str | None) -> Source:
+    if target_column in ("path", "start"):
+        raise ValueError(f"--target column:{target_column}: that column says which clip it is; name another")
     columns = _columns(path, target_column)
-    if "path" not in columns:
-        raise ValueError(f"{path} has no column path; its columns are {', '.join(columns) or 'none'}")
-    if target_column is not None and target_column not in columns:
-        raise ValueError(f"{path} has no column {target_column} to take targets from; it has {', '.join(columns)}")
     count = len(columns["path"])
     nothing: list[object] = [None] * count
     entries = []
@@ -246,14 +245,14 @@ def _table(path: Path, target_column: str | None) -> Source:
         name = columns["path"][row]
         if not name:
             raise ValueError(f"{path}, row {row + 1}: there is no path")
-        start = columns.get("start", nothing)[row]
-        if start is not None and not 0 <= float(str(start)) < float("inf"):
-            raise ValueError(f"{path}, row {row + 1}: start must be seconds from 0 on, not {start}")
+        start = _seconds(columns.get("start", nothing)[row])
+        if start is not None and not 0 <= start < float("inf"):
+            raise ValueError(f"{path}, row {row + 1}: start must be seconds from 0 on, not {columns['start'][row]}")
         entries.append(
             Entry(
                 name if isinstance(name, bytes) else os.fsencode(str(name)),
                 _text(columns.get("label", nothing)[row]),
-                None if start is None else float(str(start)),
+                start,
                 _text(columns[target_column][row]) if target_column is not None else None,
             )
         )
@@ -263,7 +262,11 @@ def _table(path: Path, target_column: str | None) -> Source:
 
 
 def _columns(path: Path, target_column: str | None) -> Mapping[str, list[object]]:
-    """The table's columns of interest as Python values."""
+    """The table's columns of interest as Python values.
+
+    Raises:
+        ValueError: it cannot be read, or lacks a column.
+    """
     texts = {"label", target_column} - {None}
     table: pa.Table
     try:
@@ -274,13 +277,37 @@ def _columns(path: Path, target_column: str | None) -> Mapping[str, list[object]
             table = pyarrow.csv.read_csv(
                 path,
                 parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-                convert_options=pyarrow.csv.ConvertOptions(column_types=types),
+                # "NA" and "nan" are no starts: taken for none, they would ask for the whole video.
+                convert_options=pyarrow.csv.ConvertOptions(column_types=types, null_values=[""]),
             )
-    except pa.ArrowException as error:
+        names = table.column_names
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from error
+    if odd := next((name for name in names if names.count(name) > 1 or name != name.strip()), None):
+        raise ValueError(
+            f"{path} has the column {odd!r} {'twice' if names.count(odd) > 1 else 'with blanks in its name'}"
+        )
+    shown = ", ".join(map(escaped, names)) or "none"
+    if "path" not in names:
+        raise ValueError(f"{path} has no column path; its columns are {shown}")
+    if target_column is not None and target_column not in names:
+        raise ValueError(f"{path} has no column {target_column} to take targets from; it has {shown}")
     wanted = {"path", "start", *texts}
     return {name: table[name].to_pylist() for name in table.column_names if name in wanted}
 
 
+def _seconds(value: object) -> float | None:
+    """NaN where a start is no number."""
+    if value is None:
+        return None
+    try:
+        return float(str(value))
+    except ValueError:
+        return float("nan")
+
+
 def _text(value: object) -> str | None:
+    """A label or target; pandas writes the numbers of a column with gaps as floats."""
+    if isinstance(value, float):
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
     return None if value is None or value == "" else str(value)

@@ -212,6 +212,10 @@ def running_alone(folder: Path) -> Iterator[None]:
         StoreError: another process holds it, or the folder holds something that is no store.
         OSError: the folder cannot be written.
     """
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError:
+        raise StoreError(f"cannot write to {escaped(os.fspath(folder))}: parquet needs a name that is UTF-8") from None
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"cannot write to {folder}: it is a file")
     _make_folder(folder)
