@@ -37,6 +37,7 @@ def layer(name: str, op: str, x: tuple[int, ...], out: tuple[int, ...], *weight:
 ENDS = [[[-1, 0, 0], [0, 0, 0], [0, 0, -1]]]
 """One frame in a padded clip, by taps of three times: the first output, those in the middle, the last."""
 THREE = [[[-1, 0, 1], [0, 1, 1], [1, 1, 1], [1, 1, 2], [1, 2, -1]]]
+ONE_OF_THREE = [[[-1, 0, 1], [0, 1, 2], [1, 2, -1]]], [[[-1, -1, 0], [-1, 0, -1], [0, -1, -1]]]
 EACH = [[[0, 0, 1], [0, 1, 1]], [[-1, 0, 1], [1, 1, 1]]]
 
 LAYERS = (
@@ -45,6 +46,11 @@ LAYERS = (
     layer("strided", "z_plus_conv3d", (1, 64, 8, 28, 28), (1, 128, 4, 14, 14), 128, 64, 3, 3, 3, stride=2, padding=1),
     layer("shortcut", "z_plus_conv3d", (2, 64, 8, 28, 28), (2, 128, 4, 14, 14), 128, 64, 1, 1, 1, stride=2),
     layer("grouped", "z_plus_conv3d", (1, 60, 4, 14, 14), (1, 40, 4, 14, 14), 40, 15, 3, 3, 3, padding=1, groups=4),
+    # Of these three each takes a tile of its own, of the one or other kernel.
+    layer("tall tiles", "z_plus_conv3d", (1, 64, 4, 28, 28), (1, 384, 4, 28, 28), 384, 64, 3, 3, 3, padding=1),
+    layer("wide tiles", "z_plus_conv3d", (1, 128, 4, 28, 28), (1, 256, 4, 28, 28), 256, 128, 3, 3, 3, padding=1),
+    layer("pointwise", "z_plus_conv3d", (1, 64, 8, 28, 28), (1, 192, 8, 28, 28), 192, 64, 1, 1, 1),
+    layer("12 channels", "z_plus_conv3d", (2, 16, 4, 14, 14), (2, 12, 4, 14, 14), 12, 16, 3, 3, 3, padding=1),
     layer("linear", "z_plus_conv3d", (16, 4096, 1, 1, 1), (16, 101, 1, 1, 1), 101, 4096, 1, 1, 1),
     layer(
         *("stem", "z_beta_conv3d", (1, 3, 8, 56, 56), (1, 64, 8, 28, 28), 64, 3, 3, 7, 7),
@@ -57,6 +63,10 @@ LAYERS = (
     layer(
         *("each frozen", "frozen_z_plus_conv3d", (2, 64, 2, 28, 28), (2, 64, 2, 28, 28), 64, 64, 3, 3, 3),
         **{"padding": 1, "reads": EACH, "gives": EACH, "times": 2},
+    ),
+    layer(
+        *("one of three", "frozen_z_plus_conv3d", (2, 64, 3, 14, 14), (2, 64, 3, 14, 14), 64, 64, 3, 3, 3),
+        **{"padding": 1, "reads": ONE_OF_THREE[0], "gives": ONE_OF_THREE[1], "times": 1},
     ),
     layer(
         *("frozen stem", "frozen_z_beta_conv3d", (2, 3, 1, 56, 56), (2, 64, 3, 28, 28), 64, 3, 3, 7, 7),
