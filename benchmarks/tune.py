@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     timed_by(parser, Protocol(repetitions=5, seconds=0.3))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--out", type=Path, default=TABLE, help="the table to rewrite")
+    parser.add_argument("--out", type=Path, default=TABLE, help="where the table goes; one that is there is rewritten")
     given = parser.parse_args(arguments)
     if given.device not in native.loaded:
         parser.error(
@@ -243,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.device == "cuda" and given.clock == "cpu":
         parser.error("--clock cpu is about a CPU: a GPU is timed by its own clock")
     protocol = protocol_of(given, parser)
-    table = json.loads(given.out.read_text()) if given.out.exists() else {}
+    table = json.loads((given.out if given.out.exists() else TABLE).read_text())
     about = machine()
     measured_on = {key: about[key] for key in ("date", "commit")} | {"torch": about["versions"]["torch"]}
     if given.device == "cuda":
