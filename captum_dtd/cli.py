@@ -29,10 +29,12 @@ from captum_dtd.video import (
     Clip,
     Preprocessing,
     Video,
+    VideoError,
     iter_clips,
     iter_frames,
     probe,
     read_video,
+    read_windows,
     sample_clip,
     shared_scale,
     write_contact_sheet,
@@ -227,9 +229,11 @@ class _Source:
                 if len(video) == span:
                     return video, sample_clip(video, prepare.frames, prepare.stride, frame=0)
         # short, or shorter than its header says: count the frames first
-        times = [time for time, _ in iter_frames(self.name)]
-        video = read_video(self.name, times[max(0, (len(times) - span) // 2)], max_frames=span)
-        return video, sample_clip(video, prepare.frames, prepare.stride, frame=0)
+        count = sum(1 for _ in iter_frames(self.name))
+        (window,) = read_windows(self.name, [max(0, (count - span) // 2)], span)
+        if isinstance(window, VideoError):
+            raise window
+        return window, sample_clip(window, prepare.frames, prepare.stride, frame=0)
 
     def frames(self) -> Iterator[NDArray[np.uint8]]:
         """All frames, one at a time."""

@@ -21,6 +21,8 @@ from captum_dtd.video import Preprocessing, iter_clips, read_video, write_video
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 
+from videos import encode  # noqa: E402
+
 MODEL = """
 import torch
 from torch import nn
@@ -230,6 +232,14 @@ def test_the_clip_is_centred_in_a_long_video_without_decoding_it_all(
     monkeypatch.setattr(cli, "iter_frames", fail)
     assert main(["explain", "long.mp4", *OWN, "-o", "out"]) == 0
     assert read(folder / "out")[1]["start"] == pytest.approx((30 - 4 / 5) / 2, abs=0.11)
+
+
+def test_the_clip_of_a_short_video_is_centred_by_its_frames_where_the_rate_varies(folder: Path) -> None:
+    pts = np.cumsum([50 if index % 5 == 0 else 3 for index in range(14)])
+    frames = np.random.default_rng(0).integers(0, 256, (14, 32, 32, 3), dtype=np.uint8)
+    path = encode(Path("bursts.mp4"), frames, "libx264", pts=[int(tick) for tick in pts])
+    assert main(["explain", "bursts.mp4", *OWN, "-o", "out"]) == 0
+    assert read(folder / "out")[1]["times"] == pytest.approx(read_video(path).times[5:9], abs=1e-5)
 
 
 def test_a_video_shorter_than_its_header_says_is_explained_where_it_has_frames(

@@ -14,6 +14,7 @@ from captum_dtd.video import (
     Preprocessing,
     Video,
     VideoError,
+    frame_at,
     frame_times,
     iter_clips,
     iter_frames,
@@ -79,6 +80,39 @@ def test_variable_frame_rate_keeps_the_times(tmp_path: Path) -> None:
     assert video.times == pytest.approx(np.array(pts) / 100, abs=2e-3)
     clip = sample_clip(video, frames=2, start=0.31)
     assert clip.indices.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("name", ["vfr.mp4", "vfr.mkv"])
+def test_a_start_finds_the_frame_that_is_shown_then(tmp_path: Path, name: str) -> None:
+    """The fourth frame stands from 0.3 to 5.3 s."""
+    pts = [0, 10, 20, 30, 530, 540, 550]
+    path = encode(tmp_path / name, numbered(7), "libx264", pts=pts)
+    whole = read_video(path)
+    expected = {0: 0, 0.05: 0, 0.085: 0, 0.095: 1, 0.3: 3, 0.31: 3, 2.9: 3, 5.2: 3, 5.28: 3, 5.295: 4, 5.54: 6}
+    for start, index in expected.items():
+        video = read_video(path, start, max_frames=1)
+        assert np.array_equal(video.frames[0], whole.frames[index]), start
+        assert video.times == pytest.approx([pts[index] / 100], abs=2e-3)
+        assert frame_at(path, start) == sample_clip(whole, 1, start=start).indices[0] == index
+    for start, message in ((7.0, r"start 7 s is beyond the end"), (-1, "start"), (float("nan"), "start")):
+        with pytest.raises(VideoError, match=message):
+            frame_at(path, start)
+
+
+def test_the_last_frame_of_a_gif_is_shown_as_long_as_the_file_says(tmp_path: Path) -> None:
+    from PIL import Image
+
+    first, *others = (Image.fromarray(frame) for frame in numbered(5))
+    path = tmp_path / "a.gif"
+    first.save(path, save_all=True, append_images=others, duration=[100, 100, 3000, 100, 2000])
+    video = read_video(path)
+    assert video.end == pytest.approx(5.3)
+    for start, index in ((0.5, 2), (1.9, 2), (4.5, 4), (5.2, 4)):
+        assert read_video(path, start).times[0] == video.times[index]
+        assert frame_at(path, start) == sample_clip(video, 1, start=start).indices[0] == index
+    for ask in (lambda: read_video(path, 5.5), lambda: frame_at(path, 5.5)):
+        with pytest.raises(VideoError, match=r"start 5\.5 s is beyond the end of .*, which is 5\.30 s long"):
+            ask()
 
 
 def test_transparent_pixels_lie_on_white(tmp_path: Path) -> None:
@@ -182,7 +216,7 @@ def test_frames_that_were_dropped_in_recording_are_gaps_in_time(tmp_path: Path) 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         video = read_video(path)
-        late = read_video(path, start=0.226, max_frames=2)
+        late = read_video(path, start=0.236, max_frames=2)
         (window,) = read_windows(path, [7], 3)
     assert isinstance(window, Video)
     assert video.times == pytest.approx(np.array(pts) / 100)
