@@ -168,10 +168,31 @@ def test_only_what_is_asked_for_is_kept(tmp_path: Path) -> None:
     assert (probe(path).width, probe(path).height) == (64, 48)
 
 
-@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.avi", "mpeg4"), ("a.mkv", "libx264")])
-def test_a_late_start_is_found_exactly(tmp_path: Path, name: str, codec: str) -> None:
-    frames = numbered(200, 32, 32)
-    path = encode(tmp_path / name, frames, codec, fps=10)
+@pytest.mark.parametrize(
+    ("name", "codec", "fps", "options"),
+    [
+        ("a.mp4", "libx264", 10, {}),
+        ("a.avi", "mpeg4", 10, {}),
+        ("b_frames.avi", "mpeg4", 10, {"g": "30", "bf": "2"}),
+        ("b_frames.avi", "libx264", 10, {"g": "25", "bf": "3"}),
+        ("a.mkv", "libx264", 10, {}),
+        ("a.mpg", "mpeg2video", 25, {"qmin": "2", "qmax": "2", "g": "30", "bf": "2"}),
+        ("a.mpg", "mpeg1video", 25, {"qmin": "2", "qmax": "2", "g": "30", "bf": "2"}),
+    ],
+)
+def test_a_late_start_is_found_exactly(
+    tmp_path: Path, name: str, codec: str, fps: int, options: dict[str, str]
+) -> None:
+    path = encode(tmp_path / name, numbered(round(16 * fps), 32, 32), codec, fps=fps, options=options)
+    whole = read_video(path)
+    for index in (11 * fps + 3, 12 * fps + 5, 15 * fps):
+        video = read_video(path, start=whole.times[index], max_frames=4)
+        assert np.array_equal(video.times, whole.times[index : index + 4])
+        assert np.array_equal(video.frames, whole.frames[index : index + 4])
+
+
+def test_a_late_start_is_in_seconds_after_the_first_frame(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mp4", numbered(200, 32, 32), "libx264", fps=10)
     video = read_video(path, start=15.0, max_frames=4)
     assert video.times == pytest.approx([15.0, 15.1, 15.2, 15.3], abs=2e-3)
     assert np.array_equal(video.frames, read_video(path).frames[150:154])

@@ -350,6 +350,16 @@ def _lasts(what: av.Packet[Any] | av.VideoFrame, fps: float) -> float:
     return float(ticks * what.time_base) if ticks and what.time_base else 1.0 / fps
 
 
+def _seeks(container: InputContainer, stream: VideoStream) -> bool:
+    """Whether the frames that follow a seek can be told by their times.
+
+    MPEG program streams have no index and few times; AVI has places instead of times, which B-frames leave.
+    """
+    return container.format.name != "mpeg" and not (
+        container.format.name == "avi" and stream.codec_context.has_b_frames
+    )
+
+
 def _stamp(packet: av.Packet[Any], is_avi: bool) -> float | None:
     """When a packet's frame is shown, in seconds.
 
@@ -420,7 +430,7 @@ def _from(path: str | os.PathLike[str], start: float) -> Generator[_Shown, None,
 
 
 def _decode(path: str | os.PathLike[str], seek: float | None, threads: int = 0) -> Generator[_Shown, None, None]:
-    """Frames from the key frame before ``seek`` on; 0 threads is one per core."""
+    """Frames from the key frame before ``seek`` on, or all where a seek is not exact; 0 threads is one per core."""
     av = require_av()
     name = os.fspath(path)
     damaged = count = 0
@@ -432,6 +442,7 @@ def _decode(path: str | os.PathLike[str], seek: float | None, threads: int = 0) 
         origin = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
         first: float | None = None
         stamps: list[float | None] = []  # of AVI's packets, in whose order frames are shown
+        seek = seek if _seeks(container, stream) else None
         if seek is not None:
             try:
                 container.seek(int((seek + origin) * 1_000_000))
