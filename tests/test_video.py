@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
 
@@ -147,6 +148,37 @@ def test_a_phones_rotation_is_undone(tmp_path: Path) -> None:
     assert turns in (-1, 1)
     assert frame.shape == (48, 32, 3)
     assert np.abs(frame.astype(int) - np.rot90(image, turns)).mean() < 8
+
+
+@pytest.mark.parametrize(
+    ("matrix", "row", "column"),
+    [
+        ((1, 0, 0, 1), 0, 0),
+        ((-1, 0, 0, -1), 1, 1),
+        ((0, 1, -1, 0), 0, 1),
+        ((0, -1, 1, 0), 1, 0),
+        ((-1, 0, 0, 1), 0, 1),
+        ((1, 0, 0, -1), 1, 0),
+        ((0, 1, 1, 0), 0, 0),
+        ((0, -1, -1, 0), 1, 1),
+    ],
+)
+def test_frames_are_turned_and_mirrored_as_the_file_says(
+    tmp_path: Path, matrix: tuple[int, int, int, int], row: int, column: int
+) -> None:
+    """The corner at the upper left is white; matrices are those of ISO 14496-12."""
+    image = np.zeros((64, 96, 3), np.uint8)
+    image[:32, :48] = 255
+    path = encode(tmp_path / "a.mp4", np.stack([image] * 2), "libx264")
+    data = bytearray(path.read_bytes())
+    place = data.find(b"tkhd") + 44
+    a, b, c, d = (value << 16 for value in matrix)
+    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    frame = read_video(path).frames[1]
+    assert frame.shape == ((64, 96, 3) if a else (96, 64, 3))
+    corners = frame[8 :: len(frame) - 17, 8 :: frame.shape[1] - 17].mean(axis=2) > 128
+    assert np.argwhere(corners).tolist() == [[row, column]]
 
 
 def test_metadata_that_is_not_utf8(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
 def iter_frames(path: str | os.PathLike[str], start: float = 0.0) -> Generator[tuple[float, Frames], None, None]:
     """Yield (seconds, frame as uint8 (H, W, 3)) one at a time, from the frame shown at ``start`` seconds on.
 
-    Frames are RGB, turned upright where the file carries a rotation (phones), and transparent pixels (GIF) are laid on
+    Frames are RGB, turned and mirrored where the file says so (phones), and transparent pixels (GIF) are laid on
     white. Where the data is damaged, the frames that can be decoded are yielded and a UserWarning says so.
 
     Raises:
@@ -504,5 +504,18 @@ def _rgb(frame: av.VideoFrame, size: tuple[int, int] | None) -> Frames:
         image: Frames = np.rint(rgba[..., :3] * alpha + 255.0 * (1.0 - alpha)).astype(np.uint8)
     else:
         image = np.asarray(frame.to_ndarray(format="rgb24", width=width, height=height), dtype=np.uint8)
-    turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+    return _upright(image, frame)
+
+
+def _upright(image: Frames, frame: av.VideoFrame) -> Frames:
+    """Turned and mirrored by quarters as the file's display matrix says: phones, cameras that face their owner."""
+    side_data: Any = frame.side_data
+    matrix = side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    # to the right goes a times the way right plus c times the way down; down goes b times right plus d times down
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    right, down = a, d
+    if abs(b) > abs(a):
+        image, right, down = image.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(image[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1])
