@@ -281,6 +281,16 @@ def test_frames_that_were_dropped_in_recording_are_gaps_in_time(tmp_path: Path) 
     assert len(pts) <= len(times) <= pts[-1] + 1 and times[:8] == pytest.approx(video.times[:8])
 
 
+def test_a_matroska_file_that_begins_late_is_whole(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mkv", numbered(50), "libx264", pts=[500 + 4 * index for index in range(50)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        video = read_video(path)
+    assert video.times == pytest.approx(np.arange(50) / 25, abs=2e-3)
+    assert frame_times(path) == pytest.approx(video.times)
+    assert probe(path).duration == pytest.approx(2.0, abs=0.05)
+
+
 def test_an_intact_file_gives_no_warning(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

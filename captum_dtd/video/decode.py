@@ -102,12 +102,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     """
     with _open(path) as container:
         stream = container.streams.video[0]
-        duration: float | None = None
-        if stream.duration is not None and stream.time_base is not None:
-            duration = float(stream.duration * stream.time_base)
-        elif container.duration is not None:
-            duration = container.duration / 1e6
-        return VideoInfo(duration, _fps(stream), stream.width, stream.height)
+        return VideoInfo(_duration(container, stream), _fps(stream), stream.width, stream.height)
 
 
 def iter_frames(path: str | os.PathLike[str], start: float = 0.0) -> Generator[tuple[float, Frames], None, None]:
@@ -337,6 +332,21 @@ def _open(path: str | os.PathLike[str]) -> InputContainer:
     return container
 
 
+def _origin(stream: VideoStream) -> float:
+    """Seconds that the file's clock shows at the first frame."""
+    return float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
+
+
+def _duration(container: InputContainer, stream: VideoStream) -> float | None:
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    if container.duration is None:
+        return None
+    # Matroska tells the end, on the file's clock
+    late = _origin(stream) if "matroska" in container.format.name else 0.0
+    return max(0.0, container.duration / 1e6 - late)
+
+
 def _fps(stream: VideoStream) -> float:
     for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate):
         if rate:
@@ -439,7 +449,7 @@ def _decode(path: str | os.PathLike[str], seek: float | None, threads: int = 0) 
         stream = container.streams.video[0]
         stream.thread_type, stream.codec_context.thread_count = "AUTO", threads
         fps, is_avi = _fps(stream), container.format.name == "avi"
-        origin = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
+        origin = _origin(stream)
         first: float | None = None
         stamps: list[float | None] = []  # of AVI's packets, in whose order frames are shown
         seek = seek if _seeks(container, stream) else None
@@ -485,8 +495,8 @@ def _decode(path: str | os.PathLike[str], seek: float | None, threads: int = 0) 
                     raise
         promised = stream.frames - (_dropped(stamps, fps) if is_avi else 0)
         # Matroska counts no frames, but tells how long it is
-        length = container.duration / 1e6 if not promised and stream.duration is None and container.duration else 0.0
-    if damaged or (seek is None and count < 0.9 * promised) or end < 0.9 * length:
+        length = _duration(container, stream) if not promised and stream.duration is None else None
+    if damaged or (seek is None and count < 0.9 * promised) or end < 0.9 * (length or 0.0):
         of = f" of {promised}" if promised else ""
         _warn(f"{name} is damaged or cut short: {count}{of} frames could be decoded")
 
