@@ -266,6 +266,11 @@ def _explain(args: argparse.Namespace) -> int:
         )
 
         maps = {name: getattr(relevance, name)[0].float().cpu().numpy() for name in ("total", "spatial", "temporal")}
+        if not all(np.isfinite(values).all() for values in maps.values()):
+            raise ValueError(
+                f"the relevance of {args.video} is not finite: look for NaN, infinite or very large numbers in the weights "
+                f"of {args.model} and in what it computes"
+            )
         moves, looks = np.abs(maps["temporal"]).sum(), np.abs(maps["spatial"]).sum()
         record = {
             "version": __version__,

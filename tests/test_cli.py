@@ -45,6 +45,11 @@ class Unsupported(nn.Module):
     def forward(self, x):
         return torch.cumsum(self.conv(x), 2).amax((2, 3, 4))
 
+def exploding():
+    model = net()
+    model[7].weight.data.fill_(3e38)
+    return model
+
 def broken():
     raise KeyError("no such\\nlayer")
 
@@ -288,6 +293,10 @@ BAD: list[tuple[list[str], str]] = [
     (["clip.mp4", "--model", "tiny_video_net:net"], "give --size --mean --std --frames"),
     (["clip.mp4", "--model", "tiny_video_net:net", "--size", "16", "--frames", "4"], "give --mean --std"),
     (["clip.mp4", "--model", "tiny_video_net:broken", *SETTINGS], "KeyError"),
+    (
+        ["clip.mp4", "--model", "tiny_video_net:exploding", *SETTINGS],
+        r"the relevance of clip\.mp4 is not finite: .*exploding",
+    ),
     (["clip.mp4", "--model", "tiny_video_net:features", *SETTINGS], r"\(clips, classes\)"),
     (["clip.mp4", "--model", "tiny_video_net:Unsupported", *SETTINGS], "cumsum"),
     (["clip.mp4", *OWN, "--frames", "1"], r"cannot run on a clip of shape \(1, 3, 1, 16, 16\)"),

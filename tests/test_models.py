@@ -272,6 +272,32 @@ def test_two_keys_for_one_layer_are_an_error(tmp_path: Path) -> None:
     _refused(SmallC3D(), tmp_path / "port.pth", "the same weights twice: conv1.weight and conv1a.weight")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: float) -> None:
+    model = nn.Linear(3, 2)
+    before = model.weight.clone()
+    state = {name: weight.double() for name, weight in nn.Linear(3, 2).state_dict().items()}
+    state["bias"][1] = value
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(ValueError, match=r"net\.pth has NaN or infinite values in bias: give"):
+        load_checkpoint(model, tmp_path / "net.pth")
+    assert torch.equal(model.weight, before)
+
+
+def test_infinities_that_are_the_models_own_are_loaded(tmp_path: Path) -> None:
+    """As in masks of attention, which are buffers."""
+
+    def masked() -> nn.Module:
+        model = nn.Linear(2, 2)
+        model.register_buffer("mask", torch.full((2, 2), float("-inf")).triu(1))
+        return model
+
+    saved, model = masked(), masked()
+    torch.save(saved.state_dict(), tmp_path / "net.pth")
+    load_checkpoint(model, tmp_path / "net.pth")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in saved.state_dict().items())
+
+
 def test_a_checkpoint_of_another_model_is_an_error(tmp_path: Path) -> None:
     torch.save(c3d_mini().state_dict(), tmp_path / "mini.pth")
     _refused(SmallC3D(), tmp_path / "mini.pth", "missing: conv1a.weight", "surplus: block1.0.weight")

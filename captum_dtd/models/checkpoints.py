@@ -89,7 +89,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> Checkpoin
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is no checkpoint of tensors (a pickled whole model, a corrupt file), or keys are missing,
-            surplus or of the wrong shape: all of them in one message. The model is as it was.
+            surplus or of the wrong shape: all of them in one message; or a weight is NaN or infinite. The model is as
+            it was.
 
     Example::
 
@@ -106,6 +107,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> Checkpoin
     names = _with_renamed_head(names, stored, own)
     state = {names[key]: value for key, value in stored.items()}
     _check(state, own, names, path)
+    _check_finite(state, own, names, path)
     # everything fits, so this cannot stop half way; what is missing now are only the counters
     model.load_state_dict({**own, **state})
     return CheckpointReport(layout, {key: name for key, name in names.items() if key != name})
@@ -207,3 +209,11 @@ def _check(state: Mapping[str, Tensor], own: Mapping[str, Tensor], names: Mappin
             f"the file has {len(state[misshapen[0]])} classes: give the model num_classes={len(state[misshapen[0]])}"
         )
     raise ValueError(f"{path} does not fit the model ({'; '.join(parts)})")
+
+
+def _check_finite(state: Mapping[str, Tensor], own: Mapping[str, Tensor], names: Mapping[str, str], path: Path) -> None:
+    """Raise an error that names the first tensor with a NaN or an infinity that is none of the model's own, as in masks."""
+    for key, name in names.items():
+        spoilt = ~state[name].to(own[name].dtype).isfinite()
+        if spoilt.any() and own[name].cpu()[spoilt].isfinite().any():
+            raise ValueError(f"{path} has NaN or infinite values in {key}: give a checkpoint of finite weights")
