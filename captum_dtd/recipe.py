@@ -62,9 +62,8 @@ class Recipe:
         device = torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            loaded = load_model(
-                self.model, self.weights, self.num_classes or (len(self.classes) if self.classes else None)
-            )
+            named = len(self.classes) if self.classes else None
+            loaded = load_model(self.model, self.weights, named if self.num_classes is None else self.num_classes)
         prepare = self._preprocessing(loaded.preprocessing)
         model = loaded.model.to(device).eval()
         settings = {

@@ -45,9 +45,9 @@ class Unsupported(nn.Module):
     def forward(self, x):
         return torch.cumsum(self.conv(x), 2).amax((2, 3, 4))
 
-def exploding():
+def spoilt():
     model = net()
-    model[7].weight.data.fill_(3e38)
+    model[7].bias.data.fill_(float("nan"))
     return model
 
 def broken():
@@ -294,8 +294,8 @@ BAD: list[tuple[list[str], str]] = [
     (["clip.mp4", "--model", "tiny_video_net:net", "--size", "16", "--frames", "4"], "give --mean --std"),
     (["clip.mp4", "--model", "tiny_video_net:broken", *SETTINGS], "KeyError"),
     (
-        ["clip.mp4", "--model", "tiny_video_net:exploding", *SETTINGS],
-        r"the relevance of clip\.mp4 is not finite: .*exploding",
+        ["clip.mp4", "--model", "tiny_video_net:spoilt", *SETTINGS],
+        r"the relevance of clip\.mp4 is not finite: .*spoilt",
     ),
     (["clip.mp4", "--model", "tiny_video_net:features", *SETTINGS], r"\(clips, classes\)"),
     (["clip.mp4", "--model", "tiny_video_net:Unsupported", *SETTINGS], "cumsum"),
@@ -308,6 +308,8 @@ BAD: list[tuple[list[str], str]] = [
     (["clip.mp4", *OWN, "--preset", "hiley2019", "--readout", "own"], "hiley2019"),
     (["clip.mp4", *OWN, "--mean", "0.1", "0.2"], "mean needs one value"),
     (["clip.mp4", *OWN, "--std", "0"], "std"),
+    (["clip.mp4", *OWN, "--stride", "0"], "stride must be at least 1, not 4 and 0"),
+    (["clip.mp4", *OWN, "--num-classes", "0"], "num_classes must be at least 1, not 0"),
     (["clip.mp4", *OWN, "--size", "1", "2", "3"], "--size"),
     (["clip.mp4", *OWN, "--percentile", "0"], "percentile"),
     (["clip.mp4", *OWN, "--internal-batch-size", "0"], "internal_batch_size"),

@@ -469,6 +469,9 @@ def test_preprocessing_survives_a_dict() -> None:
         ({"scale": 2}, "scale"),
         ({"channels": 2}, "channels"),
         ({"frames": 0}, "frames"),
+        ({"stride": 0}, "stride"),
+        ({"scale": 0}, "scale"),
+        ({"channels": 0}, "channels"),
         ({"crop": (0, 4)}, "sizes"),
     ],
 )
@@ -476,6 +479,8 @@ def test_settings_out_of_range(settings: dict[str, object], message: str) -> Non
     good = {"frames": 8, "crop": (4, 4), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     with pytest.raises(ValueError, match=message):
         Preprocessing(**{**good, **settings})
+    with pytest.raises(ValueError, match=message):
+        Preprocessing.from_dict({**good, **settings})
 
 
 def test_frames_of_another_layout_are_refused() -> None:

@@ -83,29 +83,29 @@ class Preprocessing:
         Raises:
             ValueError: a key is missing or unknown.
         """
-        given = dict(settings)
+        given = {name: value for name, value in settings.items() if value is not None}
         transform = given.pop("transform", None)
         if transform is not None:
             return cls.from_torchvision(transform, given["frames"], given.get("stride", 1))
         if "size" in given:
             given["crop"] = given.pop("size")
         known = {field.name for field in fields(cls)}
-        missing = [name for name in ("frames", "crop", "mean", "std") if given.get(name) is None]
+        missing = [name for name in ("frames", "crop", "mean", "std") if name not in given]
         if missing or not known.issuperset(given):
             raise ValueError(
                 f"preprocessing needs frames, size, mean and std (missing: {missing}) "
                 f"and knows no {sorted(given.keys() - known)}"
             )
-        channels = int(given.get("channels") or 3)
+        channels = int(given.get("channels", 3))
         resize = given.get("resize")
         return cls(
             frames=int(given["frames"]),
             crop=_pair(given["crop"]),
             mean=_per_channel(given["mean"], channels),
             std=_per_channel(given["std"], channels),
-            stride=int(given.get("stride") or 1),
+            stride=int(given.get("stride", 1)),
             resize=resize if resize is None or isinstance(resize, int) else _pair(resize),
-            scale=float(given.get("scale") or 1.0),
+            scale=float(given.get("scale", 1.0)),
             channels=channels,
             antialias=bool(given.get("antialias", True)),
         )
