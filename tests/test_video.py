@@ -390,6 +390,15 @@ def test_clips_follow_each_other() -> None:
     assert list(iter_clips(iter([]), 4)) == []
 
 
+@pytest.mark.parametrize(("count", "length", "stride"), [(7, 8, 2), (5, 4, 2), (3, 4, 1), (1, 2, 3), (10, 4, 3)])
+def test_a_short_video_is_looped_alike_by_clips_that_follow_each_other(count: int, length: int, stride: int) -> None:
+    video = ramp(count)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (clip,) = iter_clips(video.frames, length, stride)
+        assert np.array_equal(clip, sample_clip(video, length, stride).frames)
+
+
 def test_a_stream_of_frames_equals_the_video(tmp_path: Path) -> None:
     path = encode(tmp_path / "a.avi", numbered(9), "mpeg4")
     streamed = list(iter_frames(path))

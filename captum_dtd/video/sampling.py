@@ -95,8 +95,8 @@ def iter_clips(frames: Iterable[NDArray[np.uint8]], length: int, stride: int = 1
         stride: every ``stride``-th frame is taken; a clip covers ``length * stride`` frames.
 
     Yields:
-        uint8 (length, H, W, 3). What is left over at the end is dropped; a video shorter than one clip is looped to
-        one.
+        uint8 (length, H, W, 3). What is left over at the end is dropped; a video in which not even one clip begins and
+        ends is looped to one, as :func:`sample_clip` does.
 
     Example::
 
@@ -106,13 +106,16 @@ def iter_clips(frames: Iterable[NDArray[np.uint8]], length: int, stride: int = 1
     if length < 1 or stride < 1:
         raise ValueError(f"a clip needs length >= 1 and stride >= 1, not length={length}, stride={stride}")
     clip: list[NDArray[np.uint8]] = []
+    short: list[NDArray[np.uint8]] = []  # the whole video, as long as it may be shorter than a clip
     complete = False
     for index, frame in enumerate(frames):
+        if not complete:
+            short.append(frame)
         if index % stride == 0:
             clip.append(frame)
         if len(clip) == length:
             yield np.stack(clip)
             complete = True
-            clip = []
-    if not complete and clip:
-        yield np.stack([clip[i % len(clip)] for i in range(length)])
+            clip, short = [], []
+    if short:
+        yield np.stack([short[i * stride % len(short)] for i in range(length)])
