@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -526,7 +527,7 @@ def test_overlay_is_red_for_and_blue_against_on_one_scale() -> None:
     strong, weak = np.zeros((2, 8, 10)), np.zeros((2, 8, 10))
     strong[0, 2, 2], strong[0, 5, 7] = 1.0, -1.0
     weak[0] = strong[0] / 4
-    drawn = overlay_frames(frames, {"strong": strong, "weak": weak}, 1.0, ("class 3", "frame {frame} of 2"))
+    drawn = overlay_frames(frames, {"strong": strong, "weak": weak}, 1.0, ("class 3", "red: for the class"))
     assert drawn.shape[0] == 2
     assert drawn.shape[1] % 2 == 0
     assert drawn.shape[2] % 2 == 0
@@ -542,6 +543,40 @@ def test_overlay_is_red_for_and_blue_against_on_one_scale() -> None:
     rise = left[for_it][0] - 54, right[for_it][0] - 54
     assert rise[1] == pytest.approx(rise[0] / 4, abs=4)
     assert not np.array_equal(drawn[0][line + 192 :], drawn[1][line + 192 :])  # the frame's number
+
+
+@pytest.mark.parametrize("name", ["{frame}", "{title}", r"\n $\low$"])
+def test_captions_are_drawn_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import ImageDraw
+
+    drawn: list[str] = []
+    draw_text = ImageDraw.ImageDraw.text
+
+    def noted(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, **options: object) -> None:
+        drawn.append(text)
+        draw_text(draw, place, text, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
+    overlay_frames(np.zeros((2, 64, 80, 3), np.uint8), {"total": np.zeros((2, 4, 4))}, 1.0, (name, "legend"))
+    page = ["clip", "total", name]
+    assert drawn == [*page, "legend   frame 1 of 2", *page, "legend   frame 2 of 2"]
+
+
+@pytest.mark.parametrize("name", ["counting $5 and $10 bills", r"cost$\low$", "frame {frame}", r"a\b", "half $"])
+def test_a_contact_sheet_draws_names_as_they_are(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    plain: list[str] = []
+    save = Figure.savefig
+
+    def noted(self: Any, *arguments: object, **options: object) -> None:
+        plain.extend(text.get_text() for text in self.findobj(Text) if not text.get_parse_math())
+        save(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", noted)
+    write_contact_sheet(tmp_path / "a.png", np.zeros((2, 8, 8, 3), np.uint8), {name: np.zeros((2, 8, 8))}, 1.0, name)
+    assert plain.count(name) == 2
 
 
 def test_a_large_source_keeps_its_size_and_a_huge_one_fits_players() -> None:
