@@ -292,6 +292,27 @@ def test_a_matroska_file_that_begins_late_is_whole(tmp_path: Path) -> None:
     assert probe(path).duration == pytest.approx(2.0, abs=0.05)
 
 
+def test_cover_art_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as container:
+        cover, song = container.add_stream("png", rate=25), container.add_stream("aac", rate=44100)
+        cover.width, cover.height, cover.pix_fmt = 64, 48, "rgb24"
+        cover.disposition = av.stream.Disposition.attached_pic
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(numbered(1)[0], format="rgb24")))
+        container.mux(cover.encode(None))
+        sound = av.AudioFrame(format="fltp", layout="stereo", samples=1024)
+        sound.sample_rate = 44100
+        for plane in sound.planes:
+            plane.update(bytes(plane.buffer_size))
+        container.mux(song.encode(sound))
+        container.mux(song.encode(None))
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1
+    for read in (read_video, probe, frame_times):
+        with pytest.raises(VideoError, match=r"song\.mp4 has no video stream"):
+            read(path)
+
+
 def test_an_intact_file_gives_no_warning(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

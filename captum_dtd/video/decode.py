@@ -100,8 +100,8 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
         VideoError: the file is missing, or no video that can be read.
         ImportError: PyAV is not installed.
     """
-    with _open(path) as container:
-        stream = container.streams.video[0]
+    container, stream = _open(path)
+    with container:
         return VideoInfo(_duration(container, stream), _fps(stream), stream.width, stream.height)
 
 
@@ -263,8 +263,8 @@ def require_av() -> Any:
 def _times(path: str | os.PathLike[str]) -> tuple[NDArray[np.float64], float]:
     """What :func:`frame_times` says, and when the last frame has been shown."""
     av = require_av()
-    with _open(path) as container:
-        stream = container.streams.video[0]
+    container, stream = _open(path)
+    with container:
         fps, promised, is_avi = _fps(stream), stream.frames, container.format.name == "avi"
         stamps: list[float | None] = []
         lasts: list[float] = []
@@ -302,7 +302,7 @@ def _check_start(path: str | os.PathLike[str], start: float, end: float = math.i
         raise VideoError(f"start {start:g} s is beyond the end of {os.fspath(path)}, which is {end:.2f} s long")
 
 
-def _open(path: str | os.PathLike[str]) -> InputContainer:
+def _open(path: str | os.PathLike[str]) -> tuple[InputContainer, VideoStream]:
     name = os.fspath(path)
     try:
         status = Path(name).stat()
@@ -326,10 +326,12 @@ def _open(path: str | os.PathLike[str]) -> InputContainer:
     if container.format.name == "tty":  # FFmpeg draws text files as terminal screens
         container.close()
         raise VideoError(f"{name} is a text file, not a video")
-    if not container.streams.video:
+    cover = av.stream.Disposition.attached_pic  # of a song or a film: a picture, but no video
+    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+    if not streams:
         container.close()
         raise VideoError(f"{name} has no video stream")
-    return container
+    return container, streams[0]
 
 
 def _origin(stream: VideoStream) -> float:
@@ -445,8 +447,8 @@ def _decode(path: str | os.PathLike[str], seek: float | None, threads: int = 0) 
     name = os.fspath(path)
     damaged = count = 0
     end = 0.0
-    with _open(path) as container:
-        stream = container.streams.video[0]
+    container, stream = _open(path)
+    with container:
         stream.thread_type, stream.codec_context.thread_count = "AUTO", threads
         fps, is_avi = _fps(stream), container.format.name == "avi"
         origin = _origin(stream)
