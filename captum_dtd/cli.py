@@ -50,7 +50,7 @@ _GENERATED, _ACTION = "generated", "jack"
 _GENERATED_FRAMES, _GENERATED_FPS = 64, 25.0
 # Options that are a recipe's attributes, and those that change its preprocessing
 _NAMED = ("model", "weights", "num_classes", "preset", "readout", "normalize", "composite", "precision")
-_PREPROCESSING = ("size", "mean", "std", "scale", "channels", "frames", "stride")
+_PREPROCESSING = ("size", "mean", "std", "scale", "channels", "order", "frames", "stride")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,10 +172,15 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     own = parser.add_argument_group("models whose preprocessing is not known (or to change it)")
     own.add_argument("--size", type=int, nargs="+", metavar="N", help="input HEIGHT WIDTH, or one number for a square")
-    own.add_argument("--mean", type=float, nargs="+", metavar="X", help="subtracted, one for each channel or for all")
+    own.add_argument(
+        "--mean", type=float, nargs="+", metavar="X", help="subtracted, one for each channel, in --order, or for all"
+    )
     own.add_argument("--std", type=float, nargs="+", metavar="X", help="divided by, one for each channel or for all")
     own.add_argument("--scale", type=int, choices=[1, 255], help="white, before the mean is subtracted (default: 1)")
     own.add_argument("--channels", type=int, choices=[1, 3], help="1 for grey, 3 for RGB (default: 3)")
+    own.add_argument(
+        "--order", choices=["RGB", "BGR"], help="of channels; BGR if OpenCV read the frames (default: RGB)"
+    )
     own.add_argument("--frames", type=int, metavar="N", help="length of a clip")
     own.add_argument("--stride", type=int, metavar="N", help="every so many frames of the video (default: 1)")
     own.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")

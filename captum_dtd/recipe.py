@@ -87,7 +87,7 @@ class Recipe:
         if missing:
             raise ValueError(
                 f"no preprocessing is known for {self.model}: give {' '.join(missing)} "
-                "(and --scale, --stride, --channels where they are not 1, 1, 3)"
+                "(and --scale, --stride, --channels, --order where they are not 1, 1, 3, RGB)"
             )
         return Preprocessing.from_dict(settings)
 

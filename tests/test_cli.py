@@ -265,6 +265,19 @@ def test_a_video_shorter_than_its_header_says_is_explained_where_it_has_frames(
     assert record["loop_padded"] is False
 
 
+def test_the_order_of_channels_is_told(folder: Path) -> None:
+    for order in ("RGB", "BGR"):
+        frames = np.zeros((4, 16, 16, 3), np.uint8)
+        frames[..., 0] = 200
+        write_video("red.mp4", frames, 10)
+        arguments = ["--model", "tiny_video_net:Brightest", *SETTINGS, "--order", order]
+        assert main(["explain", "red.mp4", *arguments, "-o", "out"]) == 0
+        record = read(folder / "out")[1]
+        assert (record["target"], record["preprocessing"]["order"]) == (order.index("R"), order)
+        red, _, blue = np.asarray(Image.open("out/contact_sheet.png").convert("RGB")).reshape(-1, 3).astype(int).T
+        assert (red - blue > 100).mean() > 0.05  # the frames are shown in their own colours
+
+
 def test_known_preprocessing_can_be_changed(folder: Path) -> None:
     changed = ["--model", "c3d_mini", "--frames", "8", "--size", "40", "48", "--quiet"]
     assert main(["explain", "clip.mp4", *changed, "-o", "out"]) == 0

@@ -455,6 +455,18 @@ def test_bounds_are_black_and_white() -> None:
     assert high.tolist() == [165, 78.5, 38.25]
 
 
+def test_the_order_of_channels_is_the_models() -> None:
+    settings = {"frames": 1, "size": [1, 2], "mean": [1, 2, 3], "std": [1, 2, 4], "scale": 255, "order": "BGR"}
+    prepare = Preprocessing.from_dict(settings)
+    assert Preprocessing.from_dict(prepare.to_dict()) == prepare
+    frames = np.array([[[[200, 120, 40], [255, 0, 255]]]], dtype=np.uint8)
+    assert prepare(frames)[:, 0, 0].T.tolist() == [[39, 59, 197 / 4], [254, -1, 252 / 4]]
+    low, high = prepare.bounds
+    assert low.tolist() == [-1, -1, -0.75] and high.tolist() == [254, 126.5, 63]
+    assert np.array_equal(prepare.source_crop(frames), frames)  # what is drawn stays as it is
+    assert Preprocessing.from_dict({**settings, "order": "RGB"})(frames)[0, 0, 0, 0] == 199
+
+
 def test_luma() -> None:
     prepare = Preprocessing(frames=1, crop=(1, 3), mean=(0,), std=(1,), scale=255, channels=1)
     x = prepare(np.array([[[[255, 0, 0], [0, 255, 0], [0, 0, 255]]]], dtype=np.uint8))
@@ -503,6 +515,8 @@ def test_preprocessing_survives_a_dict() -> None:
         ({"stride": 0}, "stride"),
         ({"scale": 0}, "scale"),
         ({"channels": 0}, "channels"),
+        ({"order": "GBR"}, "order must be RGB, or BGR"),
+        ({"order": "BGR", "channels": 1, "mean": (0.5,), "std": (0.5,)}, "order must be RGB, or BGR with 3 channels"),
         ({"crop": (0, 4)}, "sizes"),
     ],
 )
