@@ -425,6 +425,14 @@ def test_torchvision_models_come_with_their_own_transform_and_classes(name: str)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:.*random weights")
+def test_a_head_of_ones_own_size_has_no_published_names() -> None:
+    pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        assert load_model("r3d_18", num_classes=101).classes is None
+        assert len(load_model("r3d_18", num_classes=400).classes or ()) == 400
+
+
 def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_models.py").write_text(
         "from torch import nn\n"

@@ -84,6 +84,12 @@ def test_variable_frame_rate_keeps_the_times(tmp_path: Path) -> None:
     assert clip.indices.tolist() == [3, 4]
 
 
+def test_a_start_may_be_rounded(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mp4", numbered(50), "libx264")
+    for start, first in ((1.0, 1.0), (1.01, 1.0), (1.035, 1.0), (1.038, 1.04)):
+        assert read_video(path, start=start, max_frames=1).times == pytest.approx([first], abs=1e-3)
+
+
 @pytest.mark.parametrize("name", ["vfr.mp4", "vfr.mkv"])
 def test_a_start_finds_the_frame_that_is_shown_then(tmp_path: Path, name: str) -> None:
     """The fourth frame stands from 0.3 to 5.3 s."""
@@ -383,6 +389,14 @@ def test_sampling_is_centred_or_starts_where_told() -> None:
         sample_clip(video, 4, 0)
 
 
+def test_a_start_before_what_was_read_is_refused() -> None:
+    """Of a video that was read from 5 s on."""
+    part = Video(ramp(40).frames, 5 + np.arange(40) / 10, 10.0, "part")
+    assert sample_clip(part, 4, start=4.995).indices.tolist() == [0, 1, 2, 3]  # which times in files are rounded to
+    with pytest.raises(VideoError, match=r"from 5\.00 to 9\.00 s"):
+        sample_clip(part, 4, start=1.0)
+
+
 def test_a_short_video_is_looped_and_says_so() -> None:
     with pytest.warns(UserWarning, match=r"ramp has 3 frames .* repeated in a loop"):
         clip = sample_clip(ramp(3), frames=8)
@@ -647,6 +661,19 @@ def test_contact_sheet_colours(tmp_path: Path) -> None:
     pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).reshape(-1, 3).astype(int)
     for colour in ((0, 160, 0), (128, 0, 0), (0, 0, 76)):  # the frame, and the ends of seismic
         assert (np.abs(pixels - colour).max(axis=1) <= 1).mean() > 0.1
+
+
+def test_a_sheet_of_fewer_columns_than_frames_shows_each_frames_own_map(tmp_path: Path) -> None:
+    from PIL import Image
+
+    relevance = np.zeros((16, 8, 8))
+    relevance[15], relevance[3] = 2, -2  # of the frames 1, 6, 11 and 16 that are shown, the last speaks for the class
+    write_contact_sheet(
+        tmp_path / "a.png", np.zeros((16, 32, 32, 3), np.uint8), {"DTD": relevance}, 2.0, "jack", columns=4
+    )
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).reshape(-1, 3).astype(int)
+    red, blue = ((np.abs(pixels - colour).max(axis=1) <= 1).mean() for colour in ((128, 0, 0), (0, 0, 76)))
+    assert red > 0.03 and blue < 0.01
 
 
 def test_real_recordings(data: Path) -> None:
