@@ -298,6 +298,7 @@ def test_a_matroska_file_that_begins_late_is_whole(tmp_path: Path) -> None:
     assert probe(path).duration == pytest.approx(2.0, abs=0.05)
 
 
+@pytest.mark.skipif(not hasattr(av.stream, "Disposition"), reason="this PyAV does not tell what is cover art")
 def test_cover_art_is_no_video(tmp_path: Path) -> None:
     path = tmp_path / "song.mp4"
     with av.open(str(path), "w") as container:

@@ -326,12 +326,17 @@ def _open(path: str | os.PathLike[str]) -> tuple[InputContainer, VideoStream]:
     if container.format.name == "tty":  # FFmpeg draws text files as terminal screens
         container.close()
         raise VideoError(f"{name} is a text file, not a video")
-    cover = av.stream.Disposition.attached_pic  # of a song or a film: a picture, but no video
-    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+    streams = [stream for stream in container.streams.video if not _is_cover(stream)]
     if not streams:
         container.close()
         raise VideoError(f"{name} has no video stream")
     return container, streams[0]
+
+
+def _is_cover(stream: VideoStream) -> bool:
+    """Whether it is the picture that a song or a film comes with, which is no video."""
+    disposition = getattr(stream, "disposition", None)  # not in PyAV 14.0
+    return disposition is not None and bool(disposition & type(disposition).attached_pic)
 
 
 def _origin(stream: VideoStream) -> float:
