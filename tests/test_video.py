@@ -96,7 +96,7 @@ def test_a_start_finds_the_frame_that_is_shown_then(tmp_path: Path, name: str) -
     pts = [0, 10, 20, 30, 530, 540, 550]
     path = encode(tmp_path / name, numbered(7), "libx264", pts=pts)
     whole = read_video(path)
-    expected = {0: 0, 0.05: 0, 0.085: 0, 0.095: 1, 0.3: 3, 0.31: 3, 2.9: 3, 5.2: 3, 5.28: 3, 5.295: 4, 5.54: 6}
+    expected = {0: 0, 0.05: 0, 0.085: 0, 0.095: 1, 0.3: 3, 0.31: 3, 2.9: 3, 5.2: 3, 5.28: 3, 5.295: 4, 5.5: 6}
     for start, index in expected.items():
         video = read_video(path, start, max_frames=1)
         assert np.array_equal(video.frames[0], whole.frames[index]), start
@@ -107,6 +107,7 @@ def test_a_start_finds_the_frame_that_is_shown_then(tmp_path: Path, name: str) -
             frame_at(path, start)
 
 
+@pytest.mark.skipif(not hasattr(av.VideoFrame, "duration"), reason="this PyAV does not tell how long a frame is shown")
 def test_the_last_frame_of_a_gif_is_shown_as_long_as_the_file_says(tmp_path: Path) -> None:
     from PIL import Image
 

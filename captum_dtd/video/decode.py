@@ -75,7 +75,7 @@ class Video:
         times: float64, (T,), the time of each frame in seconds after the file's first.
         fps: average frames per second of the file.
         path: where they come from.
-        last: seconds that the last of them is shown, None for a frame at ``fps``.
+        last: seconds that the last of them is shown, None for a frame at ``fps``, which PyAV 14 takes for all.
     """
 
     frames: Frames
@@ -126,7 +126,8 @@ def read_video(
 
     Args:
         path: an avi, mp4, mkv, webm, mov or gif file, or whatever else FFmpeg reads.
-        start: seconds; the first frame is the one shown then.
+        start: seconds; the first frame is the one shown then, where a time that was rounded finds its frame: 1.0 the one
+            at 1.0004.
         stop: seconds; frames from here on are not read. None reads to the end.
         max_frames: read at most so many frames.
 
