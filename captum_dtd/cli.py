@@ -29,10 +29,12 @@ from captum_dtd.video import (
     Clip,
     Preprocessing,
     Video,
+    VideoError,
     iter_clips,
     iter_frames,
     probe,
     read_video,
+    read_windows,
     sample_clip,
     shared_scale,
     write_contact_sheet,
@@ -48,7 +50,7 @@ _GENERATED, _ACTION = "generated", "jack"
 _GENERATED_FRAMES, _GENERATED_FPS = 64, 25.0
 # Options that are a recipe's attributes, and those that change its preprocessing
 _NAMED = ("model", "weights", "num_classes", "preset", "readout", "normalize", "composite", "precision")
-_PREPROCESSING = ("size", "mean", "std", "scale", "channels", "frames", "stride")
+_PREPROCESSING = ("size", "mean", "std", "scale", "channels", "order", "frames", "stride")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,10 +172,15 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     own = parser.add_argument_group("models whose preprocessing is not known (or to change it)")
     own.add_argument("--size", type=int, nargs="+", metavar="N", help="input HEIGHT WIDTH, or one number for a square")
-    own.add_argument("--mean", type=float, nargs="+", metavar="X", help="subtracted, one for each channel or for all")
+    own.add_argument(
+        "--mean", type=float, nargs="+", metavar="X", help="subtracted, one for each channel, in --order, or for all"
+    )
     own.add_argument("--std", type=float, nargs="+", metavar="X", help="divided by, one for each channel or for all")
     own.add_argument("--scale", type=int, choices=[1, 255], help="white, before the mean is subtracted (default: 1)")
     own.add_argument("--channels", type=int, choices=[1, 3], help="1 for grey, 3 for RGB (default: 3)")
+    own.add_argument(
+        "--order", choices=["RGB", "BGR"], help="of channels; BGR if OpenCV read the frames (default: RGB)"
+    )
     own.add_argument("--frames", type=int, metavar="N", help="length of a clip")
     own.add_argument("--stride", type=int, metavar="N", help="every so many frames of the video (default: 1)")
     own.add_argument("--classes", type=Path, metavar="FILE", help="class names, one per line")
@@ -227,9 +234,11 @@ class _Source:
                 if len(video) == span:
                     return video, sample_clip(video, prepare.frames, prepare.stride, frame=0)
         # short, or shorter than its header says: count the frames first
-        times = [time for time, _ in iter_frames(self.name)]
-        video = read_video(self.name, times[max(0, (len(times) - span) // 2)], max_frames=span)
-        return video, sample_clip(video, prepare.frames, prepare.stride, frame=0)
+        count = sum(1 for _ in iter_frames(self.name))
+        (window,) = read_windows(self.name, [max(0, (count - span) // 2)], span)
+        if isinstance(window, VideoError):
+            raise window
+        return window, sample_clip(window, prepare.frames, prepare.stride, frame=0)
 
     def frames(self) -> Iterator[NDArray[np.uint8]]:
         """All frames, one at a time."""
@@ -262,6 +271,11 @@ def _explain(args: argparse.Namespace) -> int:
         )
 
         maps = {name: getattr(relevance, name)[0].float().cpu().numpy() for name in ("total", "spatial", "temporal")}
+        if not all(np.isfinite(values).all() for values in maps.values()):
+            raise ValueError(
+                f"the relevance of {args.video} is not finite: look for NaN, infinite or very large numbers in the weights "
+                f"of {args.model} and in what it computes"
+            )
         moves, looks = np.abs(maps["temporal"]).sum(), np.abs(maps["spatial"]).sum()
         record = {
             "version": __version__,

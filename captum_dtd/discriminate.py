@@ -601,15 +601,23 @@ class SelectiveRelevance:
             A map of the same shape: R where its change in time stands out, zero elsewhere.
 
         Raises:
-            ValueError: if the map is not (N, T, H, W).
+            ValueError: if the map is not (N, T, H, W), or has NaN or infinite values.
         """
         if relevance.ndim != 4:
             raise ValueError(
                 f"relevance must be a map (N, T, H, W), got shape {tuple(relevance.shape)}; sum over channels with .sum(1)"
             )
-        smooth, slope = relevance.new_tensor([1.0, 2.0, 1.0]), relevance.new_tensor([-1.0, 0.0, 1.0])
-        sobel = slope[:, None, None] * smooth[None, :, None] * smooth[None, None, :]
-        change = F.conv3d(relevance[:, None], sobel[None, None], padding=1)[:, 0].abs()
+        if not relevance.isfinite().all():
+            raise ValueError(
+                "relevance has NaN or infinite values, of which no change in time can be told; look for their origin"
+            )
+        padded = F.pad(relevance.to(torch.promote_types(relevance.dtype, torch.float32)), (1, 1, 1, 1, 1, 1))
+        # along time first: between equal frames that is exactly 0, which sums of their pixels need not be
+        change = padded[:, 2:] - padded[:, :-2]
+        for axis in (2, 3):
+            before, here, after = (change.narrow(axis, place, change.shape[axis] - 2) for place in range(3))
+            change = before + 2 * here + after
+        change = change.abs()
         spread = change.flatten(1).std(1, correction=0).view(-1, 1, 1, 1)
         return torch.where(change > self.sigma * spread, relevance, torch.zeros_like(relevance))
 

@@ -62,9 +62,8 @@ class Recipe:
         device = torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            loaded = load_model(
-                self.model, self.weights, self.num_classes or (len(self.classes) if self.classes else None)
-            )
+            named = len(self.classes) if self.classes else None
+            loaded = load_model(self.model, self.weights, named if self.num_classes is None else self.num_classes)
         prepare = self._preprocessing(loaded.preprocessing)
         model = loaded.model.to(device).eval()
         settings = {
@@ -88,7 +87,7 @@ class Recipe:
         if missing:
             raise ValueError(
                 f"no preprocessing is known for {self.model}: give {' '.join(missing)} "
-                "(and --scale, --stride, --channels where they are not 1, 1, 3)"
+                "(and --scale, --stride, --channels, --order where they are not 1, 1, 3, RGB)"
             )
         return Preprocessing.from_dict(settings)
 

@@ -21,6 +21,8 @@ from captum_dtd.video import Preprocessing, iter_clips, read_video, write_video
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
 
+from videos import encode  # noqa: E402
+
 MODEL = """
 import torch
 from torch import nn
@@ -42,6 +44,11 @@ class Unsupported(nn.Module):
         self.conv = nn.Conv3d(3, 3, 1)
     def forward(self, x):
         return torch.cumsum(self.conv(x), 2).amax((2, 3, 4))
+
+def spoilt():
+    model = net()
+    model[7].bias.data.fill_(float("nan"))
+    return model
 
 def broken():
     raise KeyError("no such\\nlayer")
@@ -232,6 +239,14 @@ def test_the_clip_is_centred_in_a_long_video_without_decoding_it_all(
     assert read(folder / "out")[1]["start"] == pytest.approx((30 - 4 / 5) / 2, abs=0.11)
 
 
+def test_the_clip_of_a_short_video_is_centred_by_its_frames_where_the_rate_varies(folder: Path) -> None:
+    pts = np.cumsum([50 if index % 5 == 0 else 3 for index in range(14)])
+    frames = np.random.default_rng(0).integers(0, 256, (14, 32, 32, 3), dtype=np.uint8)
+    path = encode(Path("bursts.mp4"), frames, "libx264", pts=[int(tick) for tick in pts])
+    assert main(["explain", "bursts.mp4", *OWN, "-o", "out"]) == 0
+    assert read(folder / "out")[1]["times"] == pytest.approx(read_video(path).times[5:9], abs=1e-5)
+
+
 def test_a_video_shorter_than_its_header_says_is_explained_where_it_has_frames(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,6 +263,19 @@ def test_a_video_shorter_than_its_header_says_is_explained_where_it_has_frames(
     record = read(folder / "out")[1]
     assert 0 < record["start"] < 10
     assert record["loop_padded"] is False
+
+
+def test_the_order_of_channels_is_told(folder: Path) -> None:
+    for order in ("RGB", "BGR"):
+        frames = np.zeros((4, 16, 16, 3), np.uint8)
+        frames[..., 0] = 200
+        write_video("red.mp4", frames, 10)
+        arguments = ["--model", "tiny_video_net:Brightest", *SETTINGS, "--order", order]
+        assert main(["explain", "red.mp4", *arguments, "-o", "out"]) == 0
+        record = read(folder / "out")[1]
+        assert (record["target"], record["preprocessing"]["order"]) == (order.index("R"), order)
+        red, _, blue = np.asarray(Image.open("out/contact_sheet.png").convert("RGB")).reshape(-1, 3).astype(int).T
+        assert (red - blue > 100).mean() > 0.05  # the frames are shown in their own colours
 
 
 def test_known_preprocessing_can_be_changed(folder: Path) -> None:
@@ -278,6 +306,10 @@ BAD: list[tuple[list[str], str]] = [
     (["clip.mp4", "--model", "tiny_video_net:net"], "give --size --mean --std --frames"),
     (["clip.mp4", "--model", "tiny_video_net:net", "--size", "16", "--frames", "4"], "give --mean --std"),
     (["clip.mp4", "--model", "tiny_video_net:broken", *SETTINGS], "KeyError"),
+    (
+        ["clip.mp4", "--model", "tiny_video_net:spoilt", *SETTINGS],
+        r"the relevance of clip\.mp4 is not finite: .*spoilt",
+    ),
     (["clip.mp4", "--model", "tiny_video_net:features", *SETTINGS], r"\(clips, classes\)"),
     (["clip.mp4", "--model", "tiny_video_net:Unsupported", *SETTINGS], "cumsum"),
     (["clip.mp4", *OWN, "--frames", "1"], r"cannot run on a clip of shape \(1, 3, 1, 16, 16\)"),
@@ -289,6 +321,8 @@ BAD: list[tuple[list[str], str]] = [
     (["clip.mp4", *OWN, "--preset", "hiley2019", "--readout", "own"], "hiley2019"),
     (["clip.mp4", *OWN, "--mean", "0.1", "0.2"], "mean needs one value"),
     (["clip.mp4", *OWN, "--std", "0"], "std"),
+    (["clip.mp4", *OWN, "--stride", "0"], "stride must be at least 1, not 4 and 0"),
+    (["clip.mp4", *OWN, "--num-classes", "0"], "num_classes must be at least 1, not 0"),
     (["clip.mp4", *OWN, "--size", "1", "2", "3"], "--size"),
     (["clip.mp4", *OWN, "--percentile", "0"], "percentile"),
     (["clip.mp4", *OWN, "--internal-batch-size", "0"], "internal_batch_size"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,7 +19,7 @@ pytest.importorskip("av", reason="PyAV is not installed")
 import data_sets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from data_sets import FRAMES, RECIPE, SIZE, frames_of, make_tree, stored, write_avi
+from data_sets import FRAMES, PREPROCESSING, RECIPE, SIZE, frames_of, make_tree, stored, write_avi
 from numpy.typing import NDArray
 from safetensors import safe_open
 
@@ -125,6 +126,30 @@ def test_mp4_shows_the_clip_beside_its_relevance(store: dataset.Relevance) -> No
             relevance[name] = (coloured[..., 0] - coloured[..., 2]).mean((1, 2))
             signed = np.array([frame.sum() for frame in maps_of(row, arrays)[name]])
             assert np.corrcoef(relevance[name], signed)[0, 1] > 0.5
+
+
+def test_mp4_shows_the_frames_that_were_explained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other one of the video's, also of a clip that a table names twice."""
+    write_avi(folder / "root" / "a.avi", 20)
+    (folder / "root" / "t.csv").write_text("path,start\na.avi,0.2\na.avi,0.2\na.avi,0\n")
+    recipe = replace(RECIPE, preprocessing={**PREPROCESSING, "stride": 2})
+    explain_dataset("root/t.csv", "out", recipe, decoders=0, batch_clips=1, shard_clips=3)
+    shown: list[dict[str, Any]] = []
+
+    def noted(path: Path, frames: Any, maps: Any, **options: Any) -> None:
+        Path(path).touch()
+        shown.append({"frames": frames, **options})
+
+    monkeypatch.setattr("captum_dtd.dataset.export.write_overlay", noted)
+    exported = export_mp4(dataset.open("out"), "videos")
+    assert (exported.files, len(list(Path("videos").rglob("*.mp4")))) == (3, 3)
+    rows, _ = stored(Path("out"))
+    whole = frames_of(Path("root/a.avi"))
+    assert [row["frame"] for row in rows] == [5, 5, 0]
+    for row, one in zip(rows, shown, strict=True):
+        assert np.array_equal(one["frames"], whole[row["frame"] :: 2][:FRAMES, :, 4:28])
+        assert one["share"] == row["temporal_mass"] / (row["spatial_mass"] + row["temporal_mass"])
+        assert one["fps"] == row["fps"] / 2
 
 
 def test_what_is_left_out_and_what_is_refused(store: dataset.Relevance, capsys: pytest.CaptureFixture[str]) -> None:

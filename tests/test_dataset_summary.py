@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from PIL import Image
 import captum_dtd.dataset as dataset
 from captum_dtd.cli import main
 from captum_dtd.dataset import explain_dataset, summarize
+from captum_dtd.dataset.plots import write_plots
 
 TREE = {f"{name}/{number}.avi": 8 + number for name in CLASSES for number in range(3)}
 
@@ -171,6 +173,16 @@ def test_the_command_prints_and_writes_the_same(store: dataset.Relevance, capsys
     ]
     for path in Path("plots").iterdir():
         assert np.asarray(Image.open(path).convert("L")).std() > 10
+
+
+def test_plots_draw_names_of_classes_as_they_are(store: dataset.Relevance) -> None:
+    summary = summarize(store)
+    summary = replace(
+        summary,
+        classes=tuple(replace(group, name=rf"{group.name}$\low$") for group in summary.classes),
+        confusion=tuple(replace(pair, label=rf"{pair.label}$\low$") for pair in summary.confusion),
+    )
+    assert len(write_plots(summary, "plots")) == 3  # matplotlib knows no formula \low
 
 
 def test_an_unfinished_store_and_what_cannot_be_summarized(

@@ -577,6 +577,31 @@ def test_what_does_not_move_is_not_selected() -> None:
     assert (SelectiveRelevance(0.0)(torch.zeros(1, 4, 6, 6)) == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_equal_frames_do_not_change_at_any_sigma(dtype: torch.dtype) -> None:
+    still = (
+        torch.rand((1, 1, 20, 20), generator=torch.Generator().manual_seed(0)).mul(1e-3).to(dtype).expand(1, 8, 20, 20)
+    )
+    for sigma in (0.0, 1e-8):
+        result = SelectiveRelevance(sigma)(still)
+        assert result.dtype == dtype
+        assert (result[:, 1:-1] == 0).all()
+        assert torch.equal(result[:, [0, -1]], still[:, [0, -1]])
+
+
+def test_low_precision_is_selected_as_float32_is() -> None:
+    relevance = 100 * torch.randn((1, 8, 16, 16), generator=torch.Generator().manual_seed(1)).half()
+    assert torch.equal(SelectiveRelevance()(relevance), SelectiveRelevance()(relevance.float()).half())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_relevance_that_is_not_finite_is_not_selected_from(value: float) -> None:
+    relevance = torch.rand(1, 4, 6, 6)
+    relevance[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="relevance has NaN or infinite values"):
+        SelectiveRelevance()(relevance)
+
+
 @pytest.mark.parametrize("sigma", [-0.1, math.nan])
 def test_sigma_is_not_negative(sigma: float) -> None:
     with pytest.raises(ValueError, match="sigma"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -223,6 +224,39 @@ def test_safetensors_load_into_the_models_own_precision(tmp_path: Path) -> None:
     assert torch.equal(model.conv1a.weight, port.conv1.weight.half().double())
 
 
+@pytest.mark.parametrize("prefix", ["module._orig_mod.", "_orig_mod.module.", "module.module."])
+def test_wrappers_within_wrappers_are_taken_off(tmp_path: Path, prefix: str) -> None:
+    saved, model = SmallC3D(), SmallC3D()
+    torch.save({f"{prefix}{key}": value for key, value in saved.state_dict().items()}, tmp_path / "net.pth")
+    load_checkpoint(model, tmp_path / "net.pth")
+    assert torch.equal(model.fc8.weight, saved.fc8.weight)
+
+
+def test_a_part_that_is_called_module_is_no_wrapper(tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(OrderedDict(module=nn.Linear(3, 4), head=nn.Linear(4, 2)))
+
+    saved, model = net(), net()
+    torch.save(saved.state_dict(), tmp_path / "net.pth")
+    assert load_checkpoint(model, tmp_path / "net.pth").renamed == {}
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in saved.state_dict().items())
+
+
+def test_sparse_weights_become_dense(tmp_path: Path) -> None:
+    saved, model = SmallC3D(), SmallC3D()
+    state = {key: value.to_sparse() if key == "fc8.weight" else value for key, value in saved.state_dict().items()}
+    torch.save(state, tmp_path / "net.pth")
+    load_checkpoint(model, tmp_path / "net.pth")
+    assert torch.equal(model.fc8.weight, saved.fc8.weight)
+
+
+def test_safetensors_are_known_whatever_their_name(tmp_path: Path) -> None:
+    saved, model = SmallC3D(), SmallC3D()
+    save_file(saved.state_dict(), tmp_path / "net.pth")
+    load_checkpoint(model, tmp_path / "net.pth")
+    assert torch.equal(model.fc8.weight, saved.fc8.weight)
+
+
 # --- what does not fit
 
 
@@ -272,6 +306,32 @@ def test_two_keys_for_one_layer_are_an_error(tmp_path: Path) -> None:
     _refused(SmallC3D(), tmp_path / "port.pth", "the same weights twice: conv1.weight and conv1a.weight")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: float) -> None:
+    model = nn.Linear(3, 2)
+    before = model.weight.clone()
+    state = {name: weight.double() for name, weight in nn.Linear(3, 2).state_dict().items()}
+    state["bias"][1] = value
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(ValueError, match=r"net\.pth has NaN or infinite values in bias: give"):
+        load_checkpoint(model, tmp_path / "net.pth")
+    assert torch.equal(model.weight, before)
+
+
+def test_infinities_that_are_the_models_own_are_loaded(tmp_path: Path) -> None:
+    """As in masks of attention, which are buffers."""
+
+    def masked() -> nn.Module:
+        model = nn.Linear(2, 2)
+        model.register_buffer("mask", torch.full((2, 2), float("-inf")).triu(1))
+        return model
+
+    saved, model = masked(), masked()
+    torch.save(saved.state_dict(), tmp_path / "net.pth")
+    load_checkpoint(model, tmp_path / "net.pth")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in saved.state_dict().items())
+
+
 def test_a_checkpoint_of_another_model_is_an_error(tmp_path: Path) -> None:
     torch.save(c3d_mini().state_dict(), tmp_path / "mini.pth")
     _refused(SmallC3D(), tmp_path / "mini.pth", "missing: conv1a.weight", "surplus: block1.0.weight")
@@ -298,7 +358,7 @@ def test_files_without_a_state_dict_are_errors(tmp_path: Path, content: Any) -> 
 
 def test_a_checkpoint_with_objects_besides_tensors_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": SmallC3D().state_dict(), "opt": argparse.Namespace(lr=1)}, tmp_path / "port.pth")
-    _refused(SmallC3D(), tmp_path / "port.pth", "more than tensors")
+    _refused(SmallC3D(), tmp_path / "port.pth", "more than tensors (argparse.Namespace:", "settings beside the weights")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -363,6 +423,14 @@ def test_torchvision_models_come_with_their_own_transform_and_classes(name: str)
     expected = loaded.preprocessing["transform"](frames.permute(0, 3, 1, 2))
     actual = Preprocessing.from_dict(loaded.preprocessing)(frames)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
+def test_a_head_of_ones_own_size_has_no_published_names() -> None:
+    pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        assert load_model("r3d_18", num_classes=101).classes is None
+        assert len(load_model("r3d_18", num_classes=400).classes or ()) == 400
 
 
 def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from captum_dtd.video import (
     Preprocessing,
     Video,
     VideoError,
+    frame_at,
     frame_times,
     iter_clips,
     iter_frames,
@@ -81,6 +84,46 @@ def test_variable_frame_rate_keeps_the_times(tmp_path: Path) -> None:
     assert clip.indices.tolist() == [3, 4]
 
 
+def test_a_start_may_be_rounded(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mp4", numbered(50), "libx264")
+    for start, first in ((1.0, 1.0), (1.01, 1.0), (1.035, 1.0), (1.038, 1.04)):
+        assert read_video(path, start=start, max_frames=1).times == pytest.approx([first], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["vfr.mp4", "vfr.mkv"])
+def test_a_start_finds_the_frame_that_is_shown_then(tmp_path: Path, name: str) -> None:
+    """The fourth frame stands from 0.3 to 5.3 s."""
+    pts = [0, 10, 20, 30, 530, 540, 550]
+    path = encode(tmp_path / name, numbered(7), "libx264", pts=pts)
+    whole = read_video(path)
+    expected = {0: 0, 0.05: 0, 0.085: 0, 0.095: 1, 0.3: 3, 0.31: 3, 2.9: 3, 5.2: 3, 5.28: 3, 5.295: 4, 5.5: 6}
+    for start, index in expected.items():
+        video = read_video(path, start, max_frames=1)
+        assert np.array_equal(video.frames[0], whole.frames[index]), start
+        assert video.times == pytest.approx([pts[index] / 100], abs=2e-3)
+        assert frame_at(path, start) == sample_clip(whole, 1, start=start).indices[0] == index
+    for start, message in ((7.0, r"start 7 s is beyond the end"), (-1, "start"), (float("nan"), "start")):
+        with pytest.raises(VideoError, match=message):
+            frame_at(path, start)
+
+
+@pytest.mark.skipif(not hasattr(av.VideoFrame, "duration"), reason="this PyAV does not tell how long a frame is shown")
+def test_the_last_frame_of_a_gif_is_shown_as_long_as_the_file_says(tmp_path: Path) -> None:
+    from PIL import Image
+
+    first, *others = (Image.fromarray(frame) for frame in numbered(5))
+    path = tmp_path / "a.gif"
+    first.save(path, save_all=True, append_images=others, duration=[100, 100, 3000, 100, 2000])
+    video = read_video(path)
+    assert video.end == pytest.approx(5.3)
+    for start, index in ((0.5, 2), (1.9, 2), (4.5, 4), (5.2, 4)):
+        assert read_video(path, start).times[0] == video.times[index]
+        assert frame_at(path, start) == sample_clip(video, 1, start=start).indices[0] == index
+    for ask in (lambda: read_video(path, 5.5), lambda: frame_at(path, 5.5)):
+        with pytest.raises(VideoError, match=r"start 5\.5 s is beyond the end of .*, which is 5\.30 s long"):
+            ask()
+
+
 def test_transparent_pixels_lie_on_white(tmp_path: Path) -> None:
     from PIL import Image
 
@@ -115,6 +158,37 @@ def test_a_phones_rotation_is_undone(tmp_path: Path) -> None:
     assert np.abs(frame.astype(int) - np.rot90(image, turns)).mean() < 8
 
 
+@pytest.mark.parametrize(
+    ("matrix", "row", "column"),
+    [
+        ((1, 0, 0, 1), 0, 0),
+        ((-1, 0, 0, -1), 1, 1),
+        ((0, 1, -1, 0), 0, 1),
+        ((0, -1, 1, 0), 1, 0),
+        ((-1, 0, 0, 1), 0, 1),
+        ((1, 0, 0, -1), 1, 0),
+        ((0, 1, 1, 0), 0, 0),
+        ((0, -1, -1, 0), 1, 1),
+    ],
+)
+def test_frames_are_turned_and_mirrored_as_the_file_says(
+    tmp_path: Path, matrix: tuple[int, int, int, int], row: int, column: int
+) -> None:
+    """The corner at the upper left is white; matrices are those of ISO 14496-12."""
+    image = np.zeros((64, 96, 3), np.uint8)
+    image[:32, :48] = 255
+    path = encode(tmp_path / "a.mp4", np.stack([image] * 2), "libx264")
+    data = bytearray(path.read_bytes())
+    place = data.find(b"tkhd") + 44
+    a, b, c, d = (value << 16 for value in matrix)
+    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    frame = read_video(path).frames[1]
+    assert frame.shape == ((64, 96, 3) if a else (96, 64, 3))
+    corners = frame[8 :: len(frame) - 17, 8 :: frame.shape[1] - 17].mean(axis=2) > 128
+    assert np.argwhere(corners).tolist() == [[row, column]]
+
+
 def test_metadata_that_is_not_utf8(tmp_path: Path) -> None:
     path = encode(tmp_path / "a.avi", numbered(5), "mpeg4")
     data = path.read_bytes()
@@ -134,10 +208,31 @@ def test_only_what_is_asked_for_is_kept(tmp_path: Path) -> None:
     assert (probe(path).width, probe(path).height) == (64, 48)
 
 
-@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.avi", "mpeg4"), ("a.mkv", "libx264")])
-def test_a_late_start_is_found_exactly(tmp_path: Path, name: str, codec: str) -> None:
-    frames = numbered(200, 32, 32)
-    path = encode(tmp_path / name, frames, codec, fps=10)
+@pytest.mark.parametrize(
+    ("name", "codec", "fps", "options"),
+    [
+        ("a.mp4", "libx264", 10, {}),
+        ("a.avi", "mpeg4", 10, {}),
+        ("b_frames.avi", "mpeg4", 10, {"g": "30", "bf": "2"}),
+        ("b_frames.avi", "libx264", 10, {"g": "25", "bf": "3"}),
+        ("a.mkv", "libx264", 10, {}),
+        ("a.mpg", "mpeg2video", 25, {"qmin": "2", "qmax": "2", "g": "30", "bf": "2"}),
+        ("a.mpg", "mpeg1video", 25, {"qmin": "2", "qmax": "2", "g": "30", "bf": "2"}),
+    ],
+)
+def test_a_late_start_is_found_exactly(
+    tmp_path: Path, name: str, codec: str, fps: int, options: dict[str, str]
+) -> None:
+    path = encode(tmp_path / name, numbered(round(16 * fps), 32, 32), codec, fps=fps, options=options)
+    whole = read_video(path)
+    for index in (11 * fps + 3, 12 * fps + 5, 15 * fps):
+        video = read_video(path, start=whole.times[index], max_frames=4)
+        assert np.array_equal(video.times, whole.times[index : index + 4])
+        assert np.array_equal(video.frames, whole.frames[index : index + 4])
+
+
+def test_a_late_start_is_in_seconds_after_the_first_frame(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mp4", numbered(200, 32, 32), "libx264", fps=10)
     video = read_video(path, start=15.0, max_frames=4)
     assert video.times == pytest.approx([15.0, 15.1, 15.2, 15.3], abs=2e-3)
     assert np.array_equal(video.frames, read_video(path).frames[150:154])
@@ -182,7 +277,7 @@ def test_frames_that_were_dropped_in_recording_are_gaps_in_time(tmp_path: Path) 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         video = read_video(path)
-        late = read_video(path, start=0.226, max_frames=2)
+        late = read_video(path, start=0.236, max_frames=2)
         (window,) = read_windows(path, [7], 3)
     assert isinstance(window, Video)
     assert video.times == pytest.approx(np.array(pts) / 100)
@@ -192,6 +287,38 @@ def test_frames_that_were_dropped_in_recording_are_gaps_in_time(tmp_path: Path) 
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
     times = frame_times(path)
     assert len(pts) <= len(times) <= pts[-1] + 1 and times[:8] == pytest.approx(video.times[:8])
+
+
+def test_a_matroska_file_that_begins_late_is_whole(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mkv", numbered(50), "libx264", pts=[500 + 4 * index for index in range(50)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        video = read_video(path)
+    assert video.times == pytest.approx(np.arange(50) / 25, abs=2e-3)
+    assert frame_times(path) == pytest.approx(video.times)
+    assert probe(path).duration == pytest.approx(2.0, abs=0.05)
+
+
+@pytest.mark.skipif(not hasattr(av.stream, "Disposition"), reason="this PyAV does not tell what is cover art")
+def test_cover_art_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as container:
+        cover, song = container.add_stream("png", rate=25), container.add_stream("aac", rate=44100)
+        cover.width, cover.height, cover.pix_fmt = 64, 48, "rgb24"
+        cover.disposition = av.stream.Disposition.attached_pic
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(numbered(1)[0], format="rgb24")))
+        container.mux(cover.encode(None))
+        sound = av.AudioFrame(format="fltp", layout="stereo", samples=1024)
+        sound.sample_rate = 44100
+        for plane in sound.planes:
+            plane.update(bytes(plane.buffer_size))
+        container.mux(song.encode(sound))
+        container.mux(song.encode(None))
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1
+    for read in (read_video, probe, frame_times):
+        with pytest.raises(VideoError, match=r"song\.mp4 has no video stream"):
+            read(path)
 
 
 def test_an_intact_file_gives_no_warning(tmp_path: Path) -> None:
@@ -264,6 +391,14 @@ def test_sampling_is_centred_or_starts_where_told() -> None:
         sample_clip(video, 4, 0)
 
 
+def test_a_start_before_what_was_read_is_refused() -> None:
+    """Of a video that was read from 5 s on."""
+    part = Video(ramp(40).frames, 5 + np.arange(40) / 10, 10.0, "part")
+    assert sample_clip(part, 4, start=4.995).indices.tolist() == [0, 1, 2, 3]  # which times in files are rounded to
+    with pytest.raises(VideoError, match=r"from 5\.00 to 9\.00 s"):
+        sample_clip(part, 4, start=1.0)
+
+
 def test_a_short_video_is_looped_and_says_so() -> None:
     with pytest.warns(UserWarning, match=r"ramp has 3 frames .* repeated in a loop"):
         clip = sample_clip(ramp(3), frames=8)
@@ -291,6 +426,15 @@ def test_clips_follow_each_other() -> None:
     assert firsts(12, 3, 2) == [[0, 2, 4], [6, 8, 10]]
     assert firsts(3, 4) == [[0, 1, 2, 0]]
     assert list(iter_clips(iter([]), 4)) == []
+
+
+@pytest.mark.parametrize(("count", "length", "stride"), [(7, 8, 2), (5, 4, 2), (3, 4, 1), (1, 2, 3), (10, 4, 3)])
+def test_a_short_video_is_looped_alike_by_clips_that_follow_each_other(count: int, length: int, stride: int) -> None:
+    video = ramp(count)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (clip,) = iter_clips(video.frames, length, stride)
+        assert np.array_equal(clip, sample_clip(video, length, stride).frames)
 
 
 def test_a_stream_of_frames_equals_the_video(tmp_path: Path) -> None:
@@ -325,6 +469,18 @@ def test_bounds_are_black_and_white() -> None:
         torch.testing.assert_close(x.amin((1, 2, 3)), bound.float())
     assert low.tolist() == [-90, -49, -25.5]
     assert high.tolist() == [165, 78.5, 38.25]
+
+
+def test_the_order_of_channels_is_the_models() -> None:
+    settings = {"frames": 1, "size": [1, 2], "mean": [1, 2, 3], "std": [1, 2, 4], "scale": 255, "order": "BGR"}
+    prepare = Preprocessing.from_dict(settings)
+    assert Preprocessing.from_dict(prepare.to_dict()) == prepare
+    frames = np.array([[[[200, 120, 40], [255, 0, 255]]]], dtype=np.uint8)
+    assert prepare(frames)[:, 0, 0].T.tolist() == [[39, 59, 197 / 4], [254, -1, 252 / 4]]
+    low, high = prepare.bounds
+    assert low.tolist() == [-1, -1, -0.75] and high.tolist() == [254, 126.5, 63]
+    assert np.array_equal(prepare.source_crop(frames), frames)  # what is drawn stays as it is
+    assert Preprocessing.from_dict({**settings, "order": "RGB"})(frames)[0, 0, 0, 0] == 199
 
 
 def test_luma() -> None:
@@ -372,6 +528,11 @@ def test_preprocessing_survives_a_dict() -> None:
         ({"scale": 2}, "scale"),
         ({"channels": 2}, "channels"),
         ({"frames": 0}, "frames"),
+        ({"stride": 0}, "stride"),
+        ({"scale": 0}, "scale"),
+        ({"channels": 0}, "channels"),
+        ({"order": "GBR"}, "order must be RGB, or BGR"),
+        ({"order": "BGR", "channels": 1, "mean": (0.5,), "std": (0.5,)}, "order must be RGB, or BGR with 3 channels"),
         ({"crop": (0, 4)}, "sizes"),
     ],
 )
@@ -379,6 +540,8 @@ def test_settings_out_of_range(settings: dict[str, object], message: str) -> Non
     good = {"frames": 8, "crop": (4, 4), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     with pytest.raises(ValueError, match=message):
         Preprocessing(**{**good, **settings})
+    with pytest.raises(ValueError, match=message):
+        Preprocessing.from_dict({**good, **settings})
 
 
 def test_frames_of_another_layout_are_refused() -> None:
@@ -415,7 +578,7 @@ def test_overlay_is_red_for_and_blue_against_on_one_scale() -> None:
     strong, weak = np.zeros((2, 8, 10)), np.zeros((2, 8, 10))
     strong[0, 2, 2], strong[0, 5, 7] = 1.0, -1.0
     weak[0] = strong[0] / 4
-    drawn = overlay_frames(frames, {"strong": strong, "weak": weak}, 1.0, ("class 3", "frame {frame} of 2"))
+    drawn = overlay_frames(frames, {"strong": strong, "weak": weak}, 1.0, ("class 3", "red: for the class"))
     assert drawn.shape[0] == 2
     assert drawn.shape[1] % 2 == 0
     assert drawn.shape[2] % 2 == 0
@@ -431,6 +594,40 @@ def test_overlay_is_red_for_and_blue_against_on_one_scale() -> None:
     rise = left[for_it][0] - 54, right[for_it][0] - 54
     assert rise[1] == pytest.approx(rise[0] / 4, abs=4)
     assert not np.array_equal(drawn[0][line + 192 :], drawn[1][line + 192 :])  # the frame's number
+
+
+@pytest.mark.parametrize("name", ["{frame}", "{title}", r"\n $\low$"])
+def test_captions_are_drawn_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import ImageDraw
+
+    drawn: list[str] = []
+    draw_text = ImageDraw.ImageDraw.text
+
+    def noted(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, **options: object) -> None:
+        drawn.append(text)
+        draw_text(draw, place, text, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
+    overlay_frames(np.zeros((2, 64, 80, 3), np.uint8), {"total": np.zeros((2, 4, 4))}, 1.0, (name, "legend"))
+    page = ["clip", "total", name]
+    assert drawn == [*page, "legend   frame 1 of 2", *page, "legend   frame 2 of 2"]
+
+
+@pytest.mark.parametrize("name", ["counting $5 and $10 bills", r"cost$\low$", "frame {frame}", r"a\b", "half $"])
+def test_a_contact_sheet_draws_names_as_they_are(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    plain: list[str] = []
+    save = Figure.savefig
+
+    def noted(self: Any, *arguments: object, **options: object) -> None:
+        plain.extend(text.get_text() for text in self.findobj(Text) if not text.get_parse_math())
+        save(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", noted)
+    write_contact_sheet(tmp_path / "a.png", np.zeros((2, 8, 8, 3), np.uint8), {name: np.zeros((2, 8, 8))}, 1.0, name)
+    assert plain.count(name) == 2
 
 
 def test_a_large_source_keeps_its_size_and_a_huge_one_fits_players() -> None:
@@ -466,6 +663,19 @@ def test_contact_sheet_colours(tmp_path: Path) -> None:
     pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).reshape(-1, 3).astype(int)
     for colour in ((0, 160, 0), (128, 0, 0), (0, 0, 76)):  # the frame, and the ends of seismic
         assert (np.abs(pixels - colour).max(axis=1) <= 1).mean() > 0.1
+
+
+def test_a_sheet_of_fewer_columns_than_frames_shows_each_frames_own_map(tmp_path: Path) -> None:
+    from PIL import Image
+
+    relevance = np.zeros((16, 8, 8))
+    relevance[15], relevance[3] = 2, -2  # of the frames 1, 6, 11 and 16 that are shown, the last speaks for the class
+    write_contact_sheet(
+        tmp_path / "a.png", np.zeros((16, 32, 32, 3), np.uint8), {"DTD": relevance}, 2.0, "jack", columns=4
+    )
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).reshape(-1, 3).astype(int)
+    red, blue = ((np.abs(pixels - colour).max(axis=1) <= 1).mean() for colour in ((128, 0, 0), (0, 0, 76)))
+    assert red > 0.03 and blue < 0.01
 
 
 def test_real_recordings(data: Path) -> None:

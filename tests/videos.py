@@ -30,6 +30,7 @@ def encode(
     fps: int = 25,
     pts: list[int] | None = None,
     container_options: dict[str, str] | None = None,
+    options: dict[str, str] | None = None,
 ) -> Path:
     """Write frames to a file; with pts (in hundredths of a second) at a variable frame rate."""
     with av.open(str(path), "w", options=container_options or {}) as container:
@@ -42,6 +43,7 @@ def encode(
             stream.options = {"qmin": "2", "qmax": "2"}
         elif codec.startswith("libvpx"):
             stream.options = {"crf": "4", "b": "2M", "deadline": "realtime", "cpu-used": "8"}
+        stream.options = {**stream.options, **(options or {})}
         if pts is not None:
             stream.codec_context.time_base = Fraction(1, 100)
         for index, image in enumerate(frames):

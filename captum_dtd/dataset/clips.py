@@ -14,12 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 
 from captum_dtd.dataset.sources import Entry, Source, escaped
 from captum_dtd.recipe import class_index
-from captum_dtd.video import VideoError, frame_times
+from captum_dtd.video import VideoError, frame_at, frame_times
 
 __all__ = [
     "Clip",
@@ -103,21 +102,17 @@ def probe_entry(folder: Path, entry: Entry, frames: int, stride: int, clip_strid
 
     Returns:
         The first frames of all clips that fit into the video, of one clip if it is shorter, or of the one that begins
-        nearest to the entry's start.
+        with the frame shown at the entry's start.
     """
     path = folder / os.fsdecode(entry.path)
     try:
-        times, size = frame_times(path), path.stat().st_size
+        size = path.stat().st_size
+        if entry.start is not None:
+            return Probe([frame_at(path, entry.start)], None, size)
+        last = len(frame_times(path)) - ((frames - 1) * stride + 1)
     except (VideoError, OSError) as error:
         return Probe([], escaped(str(error)))
-    if entry.start is None:
-        last = len(times) - ((frames - 1) * stride + 1)
-        return Probe(list(range(0, max(last, 0) + 1, clip_stride)), None, size)
-    if entry.start > times[-1] + (times[-1] - times[0]) / max(len(times) - 1, 1):
-        return Probe(
-            [], f"start {entry.start:g} s is beyond the end of the video, whose last frame is at {times[-1]:.2f} s"
-        )
-    return Probe([int(np.abs(times - entry.start).argmin())], None, size)
+    return Probe(list(range(0, max(last, 0) + 1, clip_stride)), None, size)
 
 
 def clips_of(source: Source, probes: Sequence[Probe], classes: Sequence[str] | None, count: int) -> list[Clip]:

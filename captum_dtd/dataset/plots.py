@@ -55,7 +55,6 @@ def _shares(summary: Summary) -> Figure:
     axes = figure.subplots()
     boxes = [
         {
-            "label": _label(group),
             "mean": group.temporal_share,
             "whislo": group.quantiles.p5,
             "q1": group.quantiles.p25,
@@ -66,9 +65,11 @@ def _shares(summary: Summary) -> Figure:
         for group in groups
     ]
     if boxes:
-        axes.bxp(boxes, orientation="horizontal", showfliers=False, showmeans=True, widths=0.6)
+        axes.bxp(
+            boxes, positions=range(len(boxes)), orientation="horizontal", showfliers=False, showmeans=True, widths=0.6
+        )
     axes.axvline(summary.overall.temporal_share, color="grey", linestyle=":", zorder=0)
-    axes.tick_params("y", labelsize=_font_size(len(groups)))
+    _name_lines(axes, [_label(group) for group in groups])
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("temporal share of a clip's |relevance|; dotted: mean over all clips")
@@ -127,7 +128,7 @@ def _confusion(summary: Summary) -> Figure:
             colour = "white" if parts[row, column] > 0.5 else "black"
             axes.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=8)
     _name_lines(axes, names)
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=_font_size(len(names)))
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=_font_size(len(names)), parse_math=False)
     axes.set_xlabel("prediction")
     axes.set_ylabel("label")
     _add_colours(figure, image, [axes], "of the label's clips")
@@ -144,7 +145,7 @@ def _font_size(lines: int) -> float:
 
 
 def _name_lines(axes: Axes, names: list[str]) -> None:
-    axes.set_yticks(range(len(names)), names, fontsize=_font_size(len(names)))
+    axes.set_yticks(range(len(names)), names, fontsize=_font_size(len(names)), parse_math=False)
 
 
 def _add_colours(figure: Figure, image: AxesImage, axes: list[Axes], text: str) -> None:

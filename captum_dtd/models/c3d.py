@@ -17,7 +17,9 @@ class C3D(nn.Module):
         num_classes: number of outputs: 101 for UCF-101, 487 for Sports-1M.
         frames: length T of a clip, at least 16; fc6 has 8192 inputs for each 16 frames.
 
-    Input (N, 3, frames, 112, 112): RGB from 0 to 255 minus the training set's mean, (90, 98, 102) in the ports.
+    Input (N, 3, frames, 112, 112): colours from 0 to 255 minus the training set's mean, (90, 98, 102) in the ports. They
+    are RGB in the scripts of the method's authors; weights of ports that read frames with OpenCV want BGR (``--order BGR``,
+    :class:`captum_dtd.video.Preprocessing`).
     Output: logits (N, num_classes).
 
     Example::

@@ -70,11 +70,12 @@ class CheckpointReport:
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> CheckpointReport:
     """Copy a checkpoint's weights into a model, whatever its wrapper and naming; all of them or none.
 
-    It reads PyTorch files (always with ``weights_only=True``: no code in them is run) and ``.safetensors``. Taken off
-    are the wrappers ``{"state_dict": ...}``, ``{"model_state_dict": ...}``, ``{"model": ...}`` and the prefixes of
-    DataParallel and torch.compile. Understood are the model's own names, those of the published C3D ports (onto
-    :class:`captum_dtd.models.C3D`), and those of the 3D-ResNet ports (onto torchvision's video ResNets). A last layer
-    of another name is taken if it has the same shape. Values become the model's own dtype, on its own device.
+    It reads PyTorch files (always with ``weights_only=True``: no code in them is run) and safetensors, told by what
+    they hold. Taken off are the wrappers ``{"state_dict": ...}``, ``{"model_state_dict": ...}``, ``{"model": ...}`` and
+    the prefixes of DataParallel and torch.compile, one within the other too; sparse tensors become dense. Understood
+    are the model's own names, those of the published C3D ports (onto :class:`captum_dtd.models.C3D`), and those of the
+    3D-ResNet ports (onto torchvision's video ResNets). A last layer of another name is taken if it has the same shape.
+    Values become the model's own dtype, on its own device.
 
     Equal shapes are no proof of an equal model: the 3D-ResNet ports mostly have a 7x7x7 stem, which is refused, but
     also a max pool after it, which torchvision's r3d_18 lacks and no checkpoint shows.
@@ -89,7 +90,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> Checkpoin
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is no checkpoint of tensors (a pickled whole model, a corrupt file), or keys are missing,
-            surplus or of the wrong shape: all of them in one message. The model is as it was.
+            surplus or of the wrong shape: all of them in one message; or a weight is NaN or infinite. The model is as
+            it was.
 
     Example::
 
@@ -106,6 +108,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> Checkpoin
     names = _with_renamed_head(names, stored, own)
     state = {names[key]: value for key, value in stored.items()}
     _check(state, own, names, path)
+    _check_finite(state, own, names, path)
     # everything fits, so this cannot stop half way; what is missing now are only the counters
     model.load_state_dict({**own, **state})
     return CheckpointReport(layout, {key: name for key, name in names.items() if key != name})
@@ -113,18 +116,26 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> Checkpoin
 
 def _read(path: Path) -> Any:
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or _begins_as_safetensors(path):
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own text would suggest weights_only=False, which runs whatever code the file holds
-        raise ValueError(
-            f"{path} holds more than tensors (a whole pickled model, or no checkpoint at all) and is not loaded, since "
-            "that would run code from it: save model.state_dict() instead"
-        ) from error
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path} holds more than tensors ({found[1]}: a whole pickled model, or settings beside the weights) and is "
+                "not loaded, since that would run code from it: save model.state_dict() alone"
+            ) from error
+        raise ValueError(f"{path} is no checkpoint that PyTorch or safetensors wrote") from error
     except (RuntimeError, EOFError, OSError, SafetensorError, KeyError, ValueError) as error:
         reason = (str(error) or "it is empty").splitlines()[0]
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+
+
+def _begins_as_safetensors(path: Path) -> bool:
+    """Whatever its name: the length of a header in eight bytes, and the brace that opens it."""
+    with path.open("rb") as file:
+        return file.read(9)[5:] == b"\0\0\0{"
 
 
 def _unwrapped(stored: Any, path: Path) -> dict[str, Tensor]:
@@ -137,10 +148,9 @@ def _unwrapped(stored: Any, path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} holds no state_dict: expected names with tensors, alone or under {', '.join(_WRAPPERS)}"
         )
-    state = {str(key): value for key, value in stored.items()}
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    state = {str(key): value.to_dense() for key, value in stored.items()}
+    while wrapped := [prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in state)]:
+        state = {key.removeprefix(wrapped[0]): value for key, value in state.items()}
     return state
 
 
@@ -207,3 +217,11 @@ def _check(state: Mapping[str, Tensor], own: Mapping[str, Tensor], names: Mappin
             f"the file has {len(state[misshapen[0]])} classes: give the model num_classes={len(state[misshapen[0]])}"
         )
     raise ValueError(f"{path} does not fit the model ({'; '.join(parts)})")
+
+
+def _check_finite(state: Mapping[str, Tensor], own: Mapping[str, Tensor], names: Mapping[str, str], path: Path) -> None:
+    """Raise an error that names the first tensor with a NaN or an infinity that is none of the model's own, as in masks."""
+    for key, name in names.items():
+        spoilt = ~state[name].to(own[name].dtype).isfinite()
+        if spoilt.any() and own[name].cpu()[spoilt].isfinite().any():
+            raise ValueError(f"{path} has NaN or infinite values in {key}: give a checkpoint of finite weights")

@@ -30,7 +30,8 @@ BUNDLED = ("ucf10", "weizmann")
 _TORCHVISION = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")
 _TORCHVISION_CLIP = {"frames": 16, "stride": 2}
 
-# As in the PyTorch ports: 0..255 minus the mean colour of Sports-1M, no division
+# As in the PyTorch ports: 0..255 minus the mean colour of Sports-1M, no division. RGB as in the scripts of the method's
+# authors; ports that read frames with OpenCV feed BGR, which no checkpoint shows
 _C3D_PREPROCESSING: dict[str, Any] = {
     "frames": 16,
     "stride": 1,

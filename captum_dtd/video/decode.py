@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,28 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-__all__ = ["Video", "VideoError", "VideoInfo", "frame_times", "iter_frames", "probe", "read_video", "read_windows"]
+__all__ = [
+    "Video",
+    "VideoError",
+    "VideoInfo",
+    "frame_at",
+    "frame_times",
+    "iter_frames",
+    "probe",
+    "read_video",
+    "read_windows",
+    "shown_at",
+]
 
 Frames = NDArray[np.uint8]
 
 # Below this start a video is decoded from its beginning, which is exact in every container; above it the nearest key
 # frame is looked up first.
 _SEEK_FROM_SECONDS = 10.0
+
+# A frame counts as shown this much before its time, of the time since the one before it, and at most so many seconds:
+# 1.0 means the frame at 1.0004, as files round times.
+_EARLY, EARLY_SECONDS = 0.1, 0.01
 
 
 class VideoError(ValueError):
@@ -60,12 +75,14 @@ class Video:
         times: float64, (T,), the time of each frame in seconds after the file's first.
         fps: average frames per second of the file.
         path: where they come from.
+        last: seconds that the last of them is shown, None for a frame at ``fps``, which PyAV 14 takes for all.
     """
 
     frames: Frames
     times: NDArray[np.float64]
     fps: float
     path: str
+    last: float | None = None
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -73,7 +90,7 @@ class Video:
     @property
     def end(self) -> float:
         """Seconds at which the last of these frames has been shown."""
-        return float(self.times[-1]) + 1.0 / self.fps
+        return float(self.times[-1]) + (1.0 / self.fps if self.last is None else self.last)
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
@@ -83,47 +100,23 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
         VideoError: the file is missing, or no video that can be read.
         ImportError: PyAV is not installed.
     """
-    with _open(path) as container:
-        stream = container.streams.video[0]
-        duration: float | None = None
-        if stream.duration is not None and stream.time_base is not None:
-            duration = float(stream.duration * stream.time_base)
-        elif container.duration is not None:
-            duration = container.duration / 1e6
-        return VideoInfo(duration, _fps(stream), stream.width, stream.height)
+    container, stream = _open(path)
+    with container:
+        return VideoInfo(_duration(container, stream), _fps(stream), stream.width, stream.height)
 
 
 def iter_frames(path: str | os.PathLike[str], start: float = 0.0) -> Generator[tuple[float, Frames], None, None]:
     """Yield (seconds, frame as uint8 (H, W, 3)) one at a time, from the frame shown at ``start`` seconds on.
 
-    Frames are RGB, turned upright where the file carries a rotation (phones), and transparent pixels (GIF) are laid on
+    Frames are RGB, turned and mirrored where the file says so (phones), and transparent pixels (GIF) are laid on
     white. Where the data is damaged, the frames that can be decoded are yielded and a UserWarning says so.
 
     Raises:
         VideoError: the file is missing, is no video, has no frame that can be decoded, or ends before ``start``.
         ImportError: PyAV is not installed.
     """
-    if not (math.isfinite(start) and start >= 0):
-        raise VideoError(f"start must be a time in seconds from 0 on, not {start}, for {os.fspath(path)}")
-    seek = start > _SEEK_FROM_SECONDS
-    size: tuple[int, int] | None = None
-    last = -1.0
-    found = False
-    while not found:
-        for time, frame, fps in _decode(path, start if seek else None):
-            if seek and last < 0 and time > start + 0.5 / fps:
-                break  # the seek overshot (no index in the file): decode from the beginning instead
-            last = time + 1.0 / fps
-            if time >= start - 0.5 / fps:
-                found = True
-                image = _rgb(frame, size)
-                size = size or (frame.width, frame.height)
-                yield time, image
-        if not found and not seek:
-            if last < 0:
-                raise VideoError(f"{os.fspath(path)} has no frame that can be decoded")
-            raise VideoError(f"start {start:g} s is beyond the end of {os.fspath(path)}, which is {last:.2f} s long")
-        seek = False
+    for shown, image in _images(path, start):
+        yield shown.time, image
 
 
 def read_video(
@@ -133,7 +126,8 @@ def read_video(
 
     Args:
         path: an avi, mp4, mkv, webm, mov or gif file, or whatever else FFmpeg reads.
-        start: seconds; the first frame is the one shown then.
+        start: seconds; the first frame is the one shown then, where a time that was rounded finds its frame: 1.0 the one
+            at 1.0004.
         stop: seconds; frames from here on are not read. None reads to the end.
         max_frames: read at most so many frames.
 
@@ -153,18 +147,16 @@ def read_video(
         raise VideoError(f"max_frames must be at least 1, not {max_frames}, for {os.fspath(path)}")
     if stop is not None and not stop > start:
         raise VideoError(f"stop ({stop:g} s) must come after start ({start:g} s) for {os.fspath(path)}")
-    times: list[float] = []
-    frames: list[Frames] = []
-    stream = iter_frames(path, start)
-    for time, frame in stream:
-        if frames and stop is not None and time >= stop:
+    found: list[tuple[_Shown, Frames]] = []
+    stream = _images(path, start)
+    for shown, image in stream:
+        if found and stop is not None and shown.time >= stop:
             break
-        times.append(time)
-        frames.append(frame)
-        if len(frames) == max_frames:
+        found.append((shown, image))
+        if len(found) == max_frames:
             break
     stream.close()
-    return Video(np.stack(frames), np.array(times), probe(path).fps, os.fspath(path))
+    return _video(found, path)
 
 
 def frame_times(path: str | os.PathLike[str]) -> NDArray[np.float64]:
@@ -182,31 +174,33 @@ def frame_times(path: str | os.PathLike[str]) -> NDArray[np.float64]:
 
         len(frame_times("hammer.avi"))                         # 187
     """
-    av = require_av()
-    with _open(path) as container:
-        stream = container.streams.video[0]
-        fps, promised, is_avi = _fps(stream), stream.frames, container.format.name == "avi"
-        stamps: list[float | None] = []
-        try:
-            for packet in container.demux(stream):
-                if packet.is_discard:
-                    promised -= 1
-                elif packet.size:
-                    stamps.append(_stamp(packet, is_avi))
-        except (av.error.FFmpegError, OSError):
-            pass  # what is missing is counted by the header's promise
-        if is_avi:
-            promised -= _dropped(stamps, fps)
-        count = max(len(stamps), promised)
-        if not count:
-            raise VideoError(f"{os.fspath(path)} has no frames")
-        times = np.arange(count) / fps
-        if stamps and None not in stamps:
-            # packets are in the order of decoding
-            shown = np.sort(np.array(stamps, dtype=np.float64))
-            times[: len(shown)] = shown - shown[0]
-            times[len(shown) :] += times[len(shown) - 1] - (len(shown) - 1) / fps
-        return times
+    return _times(path)[0]
+
+
+def frame_at(path: str | os.PathLike[str], start: float) -> int:
+    """Which frame of a video is shown at ``start`` seconds, by its index; without decoding any.
+
+    Raises:
+        VideoError: as :func:`frame_times`; also a start that is no time of the video.
+        ImportError: PyAV is not installed.
+
+    Example::
+
+        frame_at("hammer.avi", 1.5)                            # 37
+    """
+    times, end = _times(path)
+    _check_start(path, start, end)
+    return shown_at(times, start)
+
+
+def shown_at(times: NDArray[np.float64], start: float) -> int:
+    """Which of the frames at these times is shown at ``start``: the last one that has begun by then.
+
+    Files round their frames' times, and so do people: a frame has begun a tenth of the time since the one before it,
+    but no more than 0.01 s, before its time. 0 where none has begun.
+    """
+    early = np.minimum(_EARLY * np.diff(times), EARLY_SECONDS)
+    return int(np.searchsorted(times[1:] - early, start, side="right"))
 
 
 def read_windows(path: str | os.PathLike[str], starts: Sequence[int], length: int) -> list[Video | VideoError]:
@@ -234,14 +228,14 @@ def read_windows(path: str | os.PathLike[str], starts: Sequence[int], length: in
         first.frames.shape                                     # (16, 240, 320, 3)
     """
     wanted = {index for start in starts for index in range(start, start + length)}
-    found: dict[int, tuple[float, Frames]] = {}
+    found: dict[int, tuple[_Shown, Frames]] = {}
     size: tuple[int, int] | None = None
-    count, rate = 0, 0.0
+    count = 0
     stream = _decode(path, None, threads=1)
-    for time, frame, fps in stream:
-        size, rate = size or (frame.width, frame.height), fps
+    for shown in stream:
+        size = size or (shown.frame.width, shown.frame.height)
         if count in wanted:
-            found[count] = (time, _rgb(frame, size))
+            found[count] = (shown, _rgb(shown.frame, size))
         count += 1
         if count > max(wanted, default=-1):
             break
@@ -250,10 +244,9 @@ def read_windows(path: str | os.PathLike[str], starts: Sequence[int], length: in
         raise VideoError(f"{os.fspath(path)} has no frame that can be decoded")
     windows: list[Video | VideoError] = []
     for start in starts:
-        shown = [found[index] for index in range(start, start + length) if index in found]
-        if shown:
-            times = np.array([time for time, _ in shown])
-            windows.append(Video(np.stack([frame for _, frame in shown]), times, rate, os.fspath(path)))
+        window = [found[index] for index in range(start, start + length) if index in found]
+        if window:
+            windows.append(_video(window, path))
         else:
             windows.append(VideoError(f"{os.fspath(path)} ends after {count} frames, before frame {start}"))
     return windows
@@ -268,7 +261,49 @@ def require_av() -> Any:
     return av
 
 
-def _open(path: str | os.PathLike[str]) -> InputContainer:
+def _times(path: str | os.PathLike[str]) -> tuple[NDArray[np.float64], float]:
+    """What :func:`frame_times` says, and when the last frame has been shown."""
+    av = require_av()
+    container, stream = _open(path)
+    with container:
+        fps, promised, is_avi = _fps(stream), stream.frames, container.format.name == "avi"
+        stamps: list[float | None] = []
+        lasts: list[float] = []
+        try:
+            for packet in container.demux(stream):
+                if packet.is_discard:
+                    promised -= 1
+                elif packet.size:
+                    stamps.append(_stamp(packet, is_avi))
+                    lasts.append(_lasts(packet, fps))
+        except (av.error.FFmpegError, OSError):
+            pass  # what is missing is counted by the header's promise
+        if is_avi:
+            promised -= _dropped(stamps, fps)
+        count = max(len(stamps), promised)
+        if not count:
+            raise VideoError(f"{os.fspath(path)} has no frames")
+        times = np.arange(count) / fps
+        last = 1.0 / fps
+        if stamps and None not in stamps:
+            # packets are in the order of decoding
+            order = np.argsort(np.array(stamps, dtype=np.float64))
+            shown = np.array(stamps, dtype=np.float64)[order]
+            times[: len(shown)] = shown - shown[0]
+            times[len(shown) :] += times[len(shown) - 1] - (len(shown) - 1) / fps
+            if count == len(shown):
+                last = lasts[order[-1]]
+        return times, float(times[-1]) + last
+
+
+def _check_start(path: str | os.PathLike[str], start: float, end: float = math.inf) -> None:
+    if not (math.isfinite(start) and start >= 0):
+        raise VideoError(f"start must be a time in seconds from 0 on, not {start}, for {os.fspath(path)}")
+    if start > end:
+        raise VideoError(f"start {start:g} s is beyond the end of {os.fspath(path)}, which is {end:.2f} s long")
+
+
+def _open(path: str | os.PathLike[str]) -> tuple[InputContainer, VideoStream]:
     name = os.fspath(path)
     try:
         status = Path(name).stat()
@@ -292,10 +327,32 @@ def _open(path: str | os.PathLike[str]) -> InputContainer:
     if container.format.name == "tty":  # FFmpeg draws text files as terminal screens
         container.close()
         raise VideoError(f"{name} is a text file, not a video")
-    if not container.streams.video:
+    streams = [stream for stream in container.streams.video if not _is_cover(stream)]
+    if not streams:
         container.close()
         raise VideoError(f"{name} has no video stream")
-    return container
+    return container, streams[0]
+
+
+def _is_cover(stream: VideoStream) -> bool:
+    """Whether it is the picture that a song or a film comes with, which is no video."""
+    disposition = getattr(stream, "disposition", None)  # not in PyAV 14.0
+    return disposition is not None and bool(disposition & type(disposition).attached_pic)
+
+
+def _origin(stream: VideoStream) -> float:
+    """Seconds that the file's clock shows at the first frame."""
+    return float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
+
+
+def _duration(container: InputContainer, stream: VideoStream) -> float | None:
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    if container.duration is None:
+        return None
+    # Matroska tells the end, on the file's clock
+    late = _origin(stream) if "matroska" in container.format.name else 0.0
+    return max(0.0, container.duration / 1e6 - late)
 
 
 def _fps(stream: VideoStream) -> float:
@@ -303,6 +360,22 @@ def _fps(stream: VideoStream) -> float:
         if rate:
             return float(rate)
     return 25.0
+
+
+def _lasts(what: av.Packet[Any] | av.VideoFrame, fps: float) -> float:
+    """How many seconds a frame, or a packet's, is shown."""
+    ticks = getattr(what, "duration", None)  # frames have none in PyAV 14
+    return float(ticks * what.time_base) if ticks and what.time_base else 1.0 / fps
+
+
+def _seeks(container: InputContainer, stream: VideoStream) -> bool:
+    """Whether the frames that follow a seek can be told by their times.
+
+    MPEG program streams have no index and few times; AVI has places instead of times, which B-frames leave.
+    """
+    return container.format.name != "mpeg" and not (
+        container.format.name == "avi" and stream.codec_context.has_b_frames
+    )
 
 
 def _stamp(packet: av.Packet[Any], is_avi: bool) -> float | None:
@@ -322,21 +395,72 @@ def _dropped(stamps: Sequence[float | None], fps: float) -> int:
     return max(0, round((stamps[-1] - stamps[0]) * fps) + 1 - len(stamps))
 
 
-def _decode(
-    path: str | os.PathLike[str], seek: float | None, threads: int = 0
-) -> Generator[tuple[float, av.VideoFrame, float], None, None]:
-    """(seconds after the first frame, frame, fps), from the key frame before ``seek`` on; 0 threads is one per core."""
+class _Shown(NamedTuple):
+    """A decoded frame, when it is shown in seconds after the file's first, for how long, and the file's frames per second."""
+
+    time: float
+    frame: av.VideoFrame
+    lasts: float
+    fps: float
+
+
+def _video(found: Sequence[tuple[_Shown, Frames]], path: str | os.PathLike[str]) -> Video:
+    last = found[-1][0]
+    times = np.array([shown.time for shown, _ in found])
+    return Video(np.stack([image for _, image in found]), times, last.fps, os.fspath(path), last.lasts)
+
+
+def _images(path: str | os.PathLike[str], start: float) -> Generator[tuple[_Shown, Frames], None, None]:
+    """What :func:`iter_frames` yields, with all that is known of each frame."""
+    size: tuple[int, int] | None = None
+    stream = _from(path, start)
+    for shown in stream:
+        image = _rgb(shown.frame, size)
+        size = size or (shown.frame.width, shown.frame.height)
+        yield shown, image
+
+
+def _from(path: str | os.PathLike[str], start: float) -> Generator[_Shown, None, None]:
+    """The frame that is shown at ``start`` and those that follow; see :func:`shown_at`."""
+    _check_start(path, start)
+    for seek in (start, None) if start > _SEEK_FROM_SECONDS else (None,):
+        before: _Shown | None = None
+        begun = False
+        for shown in _decode(path, seek):
+            if not begun and shown.time < start:
+                before = shown  # whether it is still shown then is for the next one to say
+                continue
+            if not begun and before is None and seek is not None and shown.time > start:
+                break  # the seek overshot (no index in the file): decode from the beginning instead
+            if not begun and before is not None and not shown_at(np.array([before.time, shown.time]), start):
+                yield before
+            begun = True
+            yield shown
+        if begun:
+            return
+        end = 0.0 if before is None else before.time + before.lasts
+        if before is not None and start <= end:
+            yield before
+            return
+    if before is None:
+        raise VideoError(f"{os.fspath(path)} has no frame that can be decoded")
+    _check_start(path, start, end)
+
+
+def _decode(path: str | os.PathLike[str], seek: float | None, threads: int = 0) -> Generator[_Shown, None, None]:
+    """Frames from the key frame before ``seek`` on, or all where a seek is not exact; 0 threads is one per core."""
     av = require_av()
     name = os.fspath(path)
     damaged = count = 0
     end = 0.0
-    with _open(path) as container:
-        stream = container.streams.video[0]
+    container, stream = _open(path)
+    with container:
         stream.thread_type, stream.codec_context.thread_count = "AUTO", threads
         fps, is_avi = _fps(stream), container.format.name == "avi"
-        origin = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
+        origin = _origin(stream)
         first: float | None = None
         stamps: list[float | None] = []  # of AVI's packets, in whose order frames are shown
+        seek = seek if _seeks(container, stream) else None
         if seek is not None:
             try:
                 container.seek(int((seek + origin) * 1_000_000))
@@ -369,19 +493,18 @@ def _decode(
                     first = 0.0 if shown_at is None else shown_at - origin
                 time = first + count / fps if shown_at is None else shown_at - origin
                 count += 1
-                ticks = getattr(frame, "duration", None)  # not in PyAV 14
-                lasts = float(ticks * frame.time_base) if ticks and frame.time_base else 1.0 / fps
+                lasts = _lasts(frame, fps)
                 end = max(end, time + lasts)
                 try:
-                    yield time, frame, fps
+                    yield _Shown(time, frame, lasts, fps)
                 except GeneratorExit:  # nobody wants the rest
                     if damaged:
                         _warn(f"{name} is damaged within its first {count} frames: some of them could not be decoded")
                     raise
         promised = stream.frames - (_dropped(stamps, fps) if is_avi else 0)
         # Matroska counts no frames, but tells how long it is
-        length = container.duration / 1e6 if not promised and stream.duration is None and container.duration else 0.0
-    if damaged or (seek is None and count < 0.9 * promised) or end < 0.9 * length:
+        length = _duration(container, stream) if not promised and stream.duration is None else None
+    if damaged or (seek is None and count < 0.9 * promised) or end < 0.9 * (length or 0.0):
         of = f" of {promised}" if promised else ""
         _warn(f"{name} is damaged or cut short: {count}{of} frames could be decoded")
 
@@ -399,5 +522,18 @@ def _rgb(frame: av.VideoFrame, size: tuple[int, int] | None) -> Frames:
         image: Frames = np.rint(rgba[..., :3] * alpha + 255.0 * (1.0 - alpha)).astype(np.uint8)
     else:
         image = np.asarray(frame.to_ndarray(format="rgb24", width=width, height=height), dtype=np.uint8)
-    turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+    return _upright(image, frame)
+
+
+def _upright(image: Frames, frame: av.VideoFrame) -> Frames:
+    """Turned and mirrored by quarters as the file's display matrix says: phones, cameras that face their owner."""
+    side_data: Any = frame.side_data
+    matrix = side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    # to the right goes a times the way right plus c times the way down; down goes b times right plus d times down
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    right, down = a, d
+    if abs(b) > abs(a):
+        image, right, down = image.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(image[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1])

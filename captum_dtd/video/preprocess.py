@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,13 +27,14 @@ class Preprocessing:
     Attributes:
         frames: length of a clip.
         crop: (height, width) of the model's input.
-        mean, std: one per channel, in units of ``scale``.
+        mean, std: one per channel, in the model's order of channels and in units of ``scale``.
         stride: every stride-th frame of the video.
         resize: (height, width) before the crop, or an int for the shorter side; None resizes the frame, keeping its
             proportions, so that it just covers the crop.
         scale: what white becomes before the mean is subtracted, 1 or 255.
         channels: 3 for RGB, 1 for luma (BT.601).
         antialias: low-pass filter when the frame is made smaller.
+        order: "RGB", or "BGR" for models that were trained on frames as OpenCV reads them.
 
     Raises:
         ValueError: at construction, a value is out of its range.
@@ -56,6 +57,7 @@ class Preprocessing:
     scale: float = 1.0
     channels: int = 3
     antialias: bool = True
+    order: Literal["RGB", "BGR"] = "RGB"
 
     def __post_init__(self) -> None:
         sides = (*self.crop, *(self.resize if isinstance(self.resize, tuple) else (self.resize or 1,)))
@@ -67,6 +69,8 @@ class Preprocessing:
             raise ValueError(f"scale must be 1 or 255, not {self.scale:g}")
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 (luma) or 3 (RGB), not {self.channels}")
+        if self.order not in ("RGB", "BGR") or (self.order == "BGR" and self.channels == 1):
+            raise ValueError(f"order must be RGB, or BGR with 3 channels, not {self.order} with {self.channels}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels:
                 raise ValueError(f"{name} needs one value for each of {self.channels} channels, not {list(values)}")
@@ -83,31 +87,32 @@ class Preprocessing:
         Raises:
             ValueError: a key is missing or unknown.
         """
-        given = dict(settings)
+        given = {name: value for name, value in settings.items() if value is not None}
         transform = given.pop("transform", None)
         if transform is not None:
             return cls.from_torchvision(transform, given["frames"], given.get("stride", 1))
         if "size" in given:
             given["crop"] = given.pop("size")
         known = {field.name for field in fields(cls)}
-        missing = [name for name in ("frames", "crop", "mean", "std") if given.get(name) is None]
+        missing = [name for name in ("frames", "crop", "mean", "std") if name not in given]
         if missing or not known.issuperset(given):
             raise ValueError(
                 f"preprocessing needs frames, size, mean and std (missing: {missing}) "
                 f"and knows no {sorted(given.keys() - known)}"
             )
-        channels = int(given.get("channels") or 3)
+        channels = int(given.get("channels", 3))
         resize = given.get("resize")
         return cls(
             frames=int(given["frames"]),
             crop=_pair(given["crop"]),
             mean=_per_channel(given["mean"], channels),
             std=_per_channel(given["std"], channels),
-            stride=int(given.get("stride") or 1),
+            stride=int(given.get("stride", 1)),
             resize=resize if resize is None or isinstance(resize, int) else _pair(resize),
-            scale=float(given.get("scale") or 1.0),
+            scale=float(given.get("scale", 1.0)),
             channels=channels,
             antialias=bool(given.get("antialias", True)),
+            order=given.get("order", "RGB"),
         )
 
     @classmethod
@@ -142,7 +147,7 @@ class Preprocessing:
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """(low, high), each (channels,): black and white after normalisation."""
+        """(low, high), each (channels,), in the model's order: black and white after normalisation."""
         return pixel_bounds(self.mean, self.std, self.scale)
 
     def __call__(self, frames: NDArray[np.uint8] | Tensor) -> Tensor:
@@ -163,6 +168,8 @@ class Preprocessing:
             x = interpolate(x, (height, width), mode="bilinear", align_corners=False, antialias=self.antialias)
             x = x.round().clamp(0, 255)
         x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
+        if self.order == "BGR":
+            x = x.flip(1)
         if self.channels == 1:
             x = (x * x.new_tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
         if self.scale == 1:

@@ -52,7 +52,7 @@ def overlay_frames(frames: Frames, maps: Mapping[str, Map], scale: float, captio
         frames: the part of the source the model saw, uint8 (T, H, W, 3).
         maps: title to relevance (T, h, w), of any h and w: stretched over the frames.
         scale: relevance of full colour.
-        caption: lines of text below; ``{frame}`` in them is replaced by the frame's number from 1 on.
+        caption: lines of text below, drawn as they are; the last one goes on with the frame's number, from 1 on.
 
     Returns:
         uint8 (T, height, width, 3), height and width even. A panel has the frames' size, times a whole number if that
@@ -63,7 +63,8 @@ def overlay_frames(frames: Frames, maps: Mapping[str, Map], scale: float, captio
     gap, line = 4, round(1.5 * size)
     total_width = (1 + len(maps)) * (width + gap) - gap
     title_font = _font(max(maps, key=len, default="clip"), size, width)
-    caption_font = _font(max(caption, key=len, default=""), round(0.8 * size), total_width - 4 * gap)
+    longest = max(_page(caption, len(frames), len(frames)), key=len, default="")
+    caption_font = _font(longest, round(0.8 * size), total_width - 4 * gap)
     total_height = line + height + len(caption) * round(1.25 * size) + gap
     pictures = []
     for number, frame in enumerate(frames):
@@ -78,9 +79,9 @@ def overlay_frames(frames: Frames, maps: Mapping[str, Map], scale: float, captio
             left = column * (width + gap)
             draw.text((left + width // 2, line // 2), title, fill=(240, 240, 240), font=title_font, anchor="mm")
             canvas.paste(panel, (left, line))
-        for row, text in enumerate(caption):
+        for row, text in enumerate(_page(caption, number + 1, len(frames))):
             place = (gap * 2, line + height + gap + row * round(1.25 * size))
-            draw.text(place, text.replace("{frame}", str(number + 1)), fill=(225, 225, 225), font=caption_font)
+            draw.text(place, text, fill=(225, 225, 225), font=caption_font)
         pictures.append(np.asarray(canvas))
     return np.stack(pictures)
 
@@ -108,7 +109,7 @@ def write_overlay(
     """
     titles = {"total": "total", "spatial": "spatial (looks)", "temporal": "temporal (moves)"}
     panels = {title: maps[name] for name, title in titles.items()}
-    legend = f"temporal {share:.0%}   red: for the class, blue: against   frame {{frame}} of {len(frames)}"
+    legend = f"temporal {share:.0%}   red: for the class, blue: against"
     write_video(path, overlay_frames(frames, panels, scale, (headline, legend)), min(fps, _SLOW_FPS))
 
 
@@ -157,7 +158,7 @@ def write_contact_sheet(
     rows = 1 + len(maps)
     figure = Figure(figsize=(cell * len(chosen) + 1.7, rows * height + 0.75), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)  # names of classes may hold dollar signs
     axes = figure.subplots(rows, len(chosen), squeeze=False)
     image = None
     for column, index in enumerate(chosen):
@@ -166,7 +167,7 @@ def write_contact_sheet(
         for row, values in enumerate(maps.values(), start=1):
             image = axes[row, column].imshow(values[index] / scale, cmap="seismic", vmin=-1, vmax=1, aspect="auto")
     for row, label in enumerate(("frame", *maps)):
-        axes[row, 0].set_ylabel(label, fontsize=10)
+        axes[row, 0].set_ylabel(label, fontsize=10, parse_math=False)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
@@ -174,6 +175,10 @@ def write_contact_sheet(
         bar = figure.colorbar(image, ax=axes, pad=0.01, shrink=0.6, aspect=30, ticks=[-1, 0, 1])
         bar.set_label(f"relevance / {scale:.3g}", fontsize=9)
     figure.savefig(os.fspath(path), format="png")
+
+
+def _page(caption: Sequence[str], number: int, count: int) -> list[str]:
+    return [*caption[:-1], *(f"{line}   frame {number} of {count}" for line in caption[-1:])]
 
 
 def _blend(grey: NDArray[np.float32], values: Map, scale: float) -> Frames:

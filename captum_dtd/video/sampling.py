@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from captum_dtd.video.decode import Video, VideoError
+from captum_dtd.video.decode import EARLY_SECONDS, Video, VideoError, shown_at
 
 __all__ = ["Clip", "iter_clips", "sample_clip"]
 
@@ -40,7 +40,7 @@ def sample_clip(
         video: what :func:`captum_dtd.video.read_video` returned.
         frames: length of the clip.
         stride: 1 takes every frame, 2 every other. Frames are counted, also where the frame rate varies.
-        start: seconds in the file; the clip begins with the frame nearest to it.
+        start: seconds in the file; the clip begins with the frame that is shown then.
         frame: the index of the first frame, instead of ``start``. With neither the clip is centred in the video, which
             avoids the titles and fades at its ends.
 
@@ -63,12 +63,11 @@ def sample_clip(
         raise ValueError("give either start (seconds) or frame (an index), not both")
     span = (frames - 1) * stride + 1
     if start is not None:
-        half = 0.5 / video.fps
-        if not video.times[0] - half <= start <= video.end:
+        if not video.times[0] - EARLY_SECONDS <= start <= video.end:
             raise VideoError(
                 f"start {start:g} s is outside {video.path}, which runs from {video.times[0]:.2f} to {video.end:.2f} s"
             )
-        first = int(np.abs(video.times - start).argmin())
+        first = shown_at(video.times, start)
     elif frame is not None:
         if not 0 <= frame < len(video):
             raise VideoError(f"frame {frame} is outside {video.path}, which has frames 0 to {len(video) - 1}")
@@ -96,8 +95,8 @@ def iter_clips(frames: Iterable[NDArray[np.uint8]], length: int, stride: int = 1
         stride: every ``stride``-th frame is taken; a clip covers ``length * stride`` frames.
 
     Yields:
-        uint8 (length, H, W, 3). What is left over at the end is dropped; a video shorter than one clip is looped to
-        one.
+        uint8 (length, H, W, 3). What is left over at the end is dropped; a video in which not even one clip begins and
+        ends is looped to one, as :func:`sample_clip` does.
 
     Example::
 
@@ -107,13 +106,16 @@ def iter_clips(frames: Iterable[NDArray[np.uint8]], length: int, stride: int = 1
     if length < 1 or stride < 1:
         raise ValueError(f"a clip needs length >= 1 and stride >= 1, not length={length}, stride={stride}")
     clip: list[NDArray[np.uint8]] = []
+    short: list[NDArray[np.uint8]] = []  # the whole video, as long as it may be shorter than a clip
     complete = False
     for index, frame in enumerate(frames):
+        if not complete:
+            short.append(frame)
         if index % stride == 0:
             clip.append(frame)
         if len(clip) == length:
             yield np.stack(clip)
             complete = True
-            clip = []
-    if not complete and clip:
-        yield np.stack([clip[i % len(clip)] for i in range(length)])
+            clip, short = [], []
+    if short:
+        yield np.stack([short[i * stride % len(short)] for i in range(length)])
