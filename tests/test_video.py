@@ -321,6 +321,50 @@ def test_cover_art_is_no_video(tmp_path: Path) -> None:
             read(path)
 
 
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_a_trimmed_file_has_the_frames_that_are_shown(tmp_path: Path, codec: str) -> None:
+    """As telephones trim: the edit list leaves frames out that the file still holds."""
+    path = encode(tmp_path / "a.mp4", np.random.default_rng(0).integers(0, 256, (48, 48, 64, 3), dtype=np.uint8), codec)
+    whole = bytearray(path.read_bytes())
+    place = whole.index(b"elst") + 12  # of version and flags, and the number of edits, which is 1
+    duration, begin = struct.unpack(">Ii", whole[place : place + 8])
+    with av.open(str(path)) as container:
+        unit = container.streams.video[0].time_base
+    assert unit is not None
+    for name, edit, shown in (("end", (duration // 2, begin), 24), ("begin", (duration, begin + int(0.4 / unit)), 38)):
+        whole[place : place + 8] = struct.pack(">Ii", *edit)
+        path = tmp_path / f"{name}.mp4"
+        path.write_bytes(whole)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert len(read_video(path)) == shown
+        if hasattr(av.VideoStream, "index_entries") or codec == "libx264":
+            assert len(frame_times(path)) == shown
+
+
+def test_packed_frames_are_counted_once(tmp_path: Path) -> None:
+    """DivX puts a frame and the B-frame after it into one packet, and a byte into the place that this leaves."""
+    path = encode(tmp_path / "a.avi", numbered(12), "mpeg4")
+    with av.open(str(path)) as source, av.open(str(tmp_path / "b.avi"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if not packet.size:
+                continue
+            late = packet.dts > 0
+            if packet.dts == 1:
+                filler = av.Packet(b"\x7f")
+                filler.dts = filler.pts = 1
+                filler.time_base, filler.stream = packet.time_base, stream
+                target.mux(filler)
+            packet.dts += late
+            packet.pts += late
+            packet.stream = stream
+            target.mux(packet)
+    with av.open(str(tmp_path / "b.avi")) as container:
+        assert container.streams.video[0].frames == 13
+    assert frame_times(tmp_path / "b.avi") == pytest.approx(np.arange(12) / 25)
+
+
 def test_an_intact_file_gives_no_warning(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -266,9 +266,10 @@ def _times(path: str | os.PathLike[str]) -> tuple[NDArray[np.float64], float]:
     av = require_av()
     container, stream = _open(path)
     with container:
-        fps, promised, is_avi = _fps(stream), stream.frames, container.format.name == "avi"
+        fps, promised, is_avi = _fps(stream), _promised(container, stream), container.format.name == "avi"
         stamps: list[float | None] = []
         lasts: list[float] = []
+        fillers = 0
         try:
             for packet in container.demux(stream):
                 if packet.is_discard:
@@ -276,10 +277,13 @@ def _times(path: str | os.PathLike[str]) -> tuple[NDArray[np.float64], float]:
                 elif packet.size:
                     stamps.append(_stamp(packet, is_avi))
                     lasts.append(_lasts(packet, fps))
+                    fillers += is_avi and packet.size == 1
         except (av.error.FFmpegError, OSError):
             pass  # what is missing is counted by the header's promise
         if is_avi:
-            promised -= _dropped(stamps, fps)
+            promised -= _dropped(stamps, fps) + fillers
+            # DivX writes a byte where it has no frame yet, as the next packet holds two: frames are shown a place earlier.
+            stamps = stamps[: len(stamps) - fillers]
         count = max(len(stamps), promised)
         if not count:
             raise VideoError(f"{os.fspath(path)} has no frames")
@@ -378,6 +382,15 @@ def _seeks(container: InputContainer, stream: VideoStream) -> bool:
     )
 
 
+def _promised(container: InputContainer, stream: VideoStream) -> int:
+    """How many frames a file should hold, 0 if it does not say.
+
+    A trimmed MP4 counts those too that its edit list leaves out; FFmpeg's index of it has none of them, or discards them.
+    """
+    index = getattr(stream, "index_entries", None)  # not in PyAV 14
+    return min(stream.frames, len(index)) if index and "mp4" in container.format.name else stream.frames
+
+
 def _stamp(packet: av.Packet[Any], is_avi: bool) -> float | None:
     """When a packet's frame is shown, in seconds.
 
@@ -451,7 +464,7 @@ def _decode(path: str | os.PathLike[str], seek: float | None, threads: int = 0) 
     """Frames from the key frame before ``seek`` on, or all where a seek is not exact; 0 threads is one per core."""
     av = require_av()
     name = os.fspath(path)
-    damaged = count = 0
+    damaged = count = discarded = 0
     end = 0.0
     container, stream = _open(path)
     with container:
@@ -476,6 +489,7 @@ def _decode(path: str | os.PathLike[str], seek: float | None, threads: int = 0) 
                 damaged += 1
                 break
             damaged += packet.is_corrupt
+            discarded += packet.is_discard
             if is_avi and packet.size:
                 stamps.append(_stamp(packet, is_avi))
             try:
@@ -501,7 +515,7 @@ def _decode(path: str | os.PathLike[str], seek: float | None, threads: int = 0) 
                     if damaged:
                         _warn(f"{name} is damaged within its first {count} frames: some of them could not be decoded")
                     raise
-        promised = stream.frames - (_dropped(stamps, fps) if is_avi else 0)
+        promised = _promised(container, stream) - discarded - (_dropped(stamps, fps) if is_avi else 0)
         # Matroska counts no frames, but tells how long it is
         length = _duration(container, stream) if not promised and stream.duration is None else None
     if damaged or (seek is None and count < 0.9 * promised) or end < 0.9 * (length or 0.0):
