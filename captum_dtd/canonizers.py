@@ -36,6 +36,9 @@ def canonize(graph: fx.Graph) -> tuple[str, ...]:
     for node in list(graph.nodes):
         if node.op == "call_function" and operation_name(node).startswith(("assert", "sym_constrain")):
             graph.erase_node(node)
+        elif node.target in (aten.detach.default, aten.alias.default):
+            # What cuts gradients does not cut relevance.
+            _replace(graph, node, node.args[0])
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             # A view was legal for the strides of the traced example; reshape is for any, and is a view where it can be.
             node.target = aten.reshape.default

@@ -408,8 +408,7 @@ _ELEMENTWISE = (
     | SIGN_PRESERVING_ACTIVATIONS
     | CLAMPS
     | CASTS
-    | {aten.neg.default, aten.rsub.Scalar, aten.clone.default, aten.contiguous.default, aten.alias.default}
-    | {aten.detach.default, operator.getitem}
+    | {aten.neg.default, aten.rsub.Scalar, aten.clone.default, aten.contiguous.default, operator.getitem}
 )
 
 _TREATMENTS: dict[Any, _Treatment] = {

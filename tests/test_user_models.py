@@ -124,6 +124,41 @@ def test_all_of_the_models_own_score_arrives(name: str, count: int) -> None:
         assert bool((delta.abs() <= 1e-8 * scores[:, target].abs()).all())
 
 
+def of_rectified(between: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A network with ``between`` behind its first ReLU."""
+    return lambda m, x: m.head(F.relu(m.block(between(F.relu(m.stem(x))))))
+
+
+def explained_alike(body: Callable[..., Tensor], plain: Callable[..., Tensor]) -> None:
+    """One network written in two ways has one explanation, and so have its frozen clips."""
+    written, twin, x = model(body), model(plain), clips()
+    with torch.no_grad():
+        torch.testing.assert_close(written(x), twin(x))
+    wanted = DiscriminativeDeepTaylor(twin, LOW, HIGH).attribute(x, 1)
+    for found, right in zip(DiscriminativeDeepTaylor(written, LOW, HIGH).attribute(x, 1), wanted, strict=True):
+        torch.testing.assert_close(found, right)
+
+
+WITHOUT_GRADIENTS = {
+    "detach": lambda h: h.detach() * 2.0,
+    "detach in place": lambda h: h.detach_() * 2.0,
+    "a view of a detached tensor": lambda h: h.detach().view(h.size()) * 2.0,
+    "Variable": lambda h: torch.autograd.Variable(h) * 2.0,
+}
+"""Ways to double a tensor without a gradient."""
+
+
+@pytest.mark.parametrize("way", WITHOUT_GRADIENTS)
+def test_what_cuts_gradients_does_not_cut_relevance(way: str) -> None:
+    explained_alike(of_rectified(WITHOUT_GRADIENTS[way]), of_rectified(lambda h: h * 2.0))
+
+
+def test_inputs_that_are_detached_keep_their_bounds() -> None:
+    explained_alike(
+        lambda m, x: m.head(F.relu(m.stem(torch.autograd.Variable(x)))), lambda m, x: m.head(F.relu(m.stem(x)))
+    )
+
+
 def test_a_fixed_batch_size_is_kept_to() -> None:
     m, x = model(CASES["loop over examples"]), clips(3)
     method = DeepTaylor(m, LOW, HIGH)
