@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from captum_dtd.functional import functionalize, step_over_dropout
@@ -282,7 +283,7 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
         # export binds arguments to the names of forward: those that fall to ``*args`` are one tuple.
         shapes = (*shapes[:named], shapes[named:])
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _DataIsDetached():
             warnings.simplefilter("ignore")  # of export's own doings, which no user can act on
             program = export(model, tuple(arguments), dynamic_shapes=shapes)
             step_over_dropout(program.graph_module)
@@ -322,6 +323,18 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
         if node is not None and has_free_batch(leaf)
     )
     return TracedModel(graph, inputs, tensors, constants, free, len(leaves[0]))
+
+
+class _DataIsDetached(TorchFunctionMode):
+    """``tensor.data``, which export refuses, reads as ``tensor.detach()``: the same values in the same memory."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0].detach() if function == _READ_DATA else function(*args, **(kwargs or {}))
+
+
+_READ_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 def _is_free(size: int | torch.SymInt, constraints: Mapping[Any, Any]) -> bool:
