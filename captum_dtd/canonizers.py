@@ -7,7 +7,7 @@ from the layer's and the batch norm's parameters, so it always follows the user'
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -31,8 +31,13 @@ from captum_dtd.operations import (
 aten = torch.ops.aten
 
 
-def canonize(graph: fx.Graph) -> tuple[str, ...]:
-    """Apply every canonizer, in order, and return what a user should know about (a softmax that was stepped over)."""
+def canonize(graph: fx.Graph, inputs: Collection[fx.Node]) -> tuple[str, ...]:
+    """Apply every canonizer, in order, and return what a user should know about (a softmax that was stepped over).
+
+    Args:
+        graph: changed in place.
+        inputs: its placeholders that are no tensors of the model's own.
+    """
     for node in list(graph.nodes):
         if node.op == "call_function" and operation_name(node).startswith(("assert", "sym_constrain")):
             graph.erase_node(node)
@@ -50,6 +55,7 @@ def canonize(graph: fx.Graph) -> tuple[str, ...]:
     single_outputs(graph)
     notes = step_over_softmax(graph)
     fold_batch_norm(graph)
+    fold_channelwise(graph, inputs)
     drop_identity_windows(graph)
     average_before_linear(graph)
     graph.eliminate_dead_code()
@@ -138,8 +144,7 @@ def fold_batch_norm(graph: fx.Graph) -> None:
         if node.target is not batch_norm:
             continue
         source, gamma, beta, mean, var, eps = node.args
-        foldable = isinstance(source, fx.Node) and source.target in CONVOLUTIONS | {aten.linear.default}
-        if not foldable or len(source.users) > 1:
+        if not _is_weighted_for_one(source):
             continue
         # On (N, L, C) a batch norm acts on dimension 1 and a linear layer on the last: not the same channels.
         if source.target is aten.linear.default and len(shape_of(source)) != 2:
@@ -152,6 +157,66 @@ def fold_batch_norm(graph: fx.Graph) -> None:
         layer.kwargs = source.kwargs
         _replace(graph, node, layer)
         graph.erase_node(source)
+
+
+def fold_channelwise(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
+    """Fold arithmetic with one constant number per channel into the layer before it, if it is that layer's only user.
+
+    A batch norm that is frozen is often written out so, as ``x * scale + shift``. What is done to a layer's output is done to
+    its weights and its bias.
+    """
+    varying: set[fx.Node] = set(inputs)
+    for node in list(graph.nodes):
+        if not varying.isdisjoint(node.all_input_nodes):
+            varying.add(node)
+        if node.target not in _ARITHMETIC or node.kwargs:
+            continue
+        source, numbers = node.args
+        if node.target in (aten.add.Tensor, aten.mul.Tensor) and numbers in varying:
+            source, numbers = numbers, source
+        if not _is_weighted_for_one(source) or not _is_channelwise(numbers, source) or numbers in varying:
+            continue
+        x, weight, *rest = source.args
+        bias = rest[0] if rest else None
+        if node.target in (aten.mul.Tensor, aten.div.Tensor):
+            column = [-1] + [1] * (len(shape_of(weight)) - 1)
+            by_row = _traced(_insert(graph, node, aten.reshape.default, (numbers, column), like=numbers))
+            weight = _insert(graph, node, node.target, (weight, by_row), like=weight)
+        elif bias is None:
+            bias = 0.0
+        if bias is not None:
+            row = _traced(_insert(graph, node, aten.reshape.default, (numbers, [-1]), like=numbers))
+            bias = _traced(_insert(graph, node, _ARITHMETIC[node.target], (bias, row), like=numbers))
+        layer = _insert(graph, node, source.target, (x, weight, bias, *rest[1:]), like=source)
+        layer.kwargs = source.kwargs
+        varying.add(layer)
+        _replace(graph, node, layer)
+        graph.erase_node(source)
+
+
+_ARITHMETIC: dict[Any, Any] = {
+    aten.add.Tensor: operator.add,
+    aten.sub.Tensor: operator.sub,
+    aten.mul.Tensor: operator.mul,
+    aten.div.Tensor: operator.truediv,
+}
+
+
+def _is_weighted_for_one(source: Any) -> bool:
+    """Whether a value is a convolution's or linear layer's and has one user."""
+    foldable = isinstance(source, fx.Node) and source.target in CONVOLUTIONS | {aten.linear.default}
+    return foldable and len(source.users) == 1
+
+
+def _is_channelwise(numbers: Any, layer: fx.Node) -> bool:
+    """Whether a tensor has one number for each channel of a layer's output, and its type."""
+    if not isinstance(numbers, fx.Node) or numbers.meta["val"].dtype != layer.meta["val"].dtype:
+        return False
+    channels = list(shape_of(layer))
+    channel = len(channels) - 1 if layer.target is aten.linear.default else 1
+    expected = [1] * len(channels)
+    expected[channel] = channels[channel]
+    return [1] * (len(channels) - len(shape_of(numbers))) + list(shape_of(numbers)) == expected
 
 
 def step_over_softmax(graph: fx.Graph) -> tuple[str, ...]:

@@ -161,6 +161,102 @@ def test_inputs_that_are_detached_keep_their_bounds() -> None:
     )
 
 
+class WrittenOut(nn.Module):
+    """A batch norm in evaluation mode, computed by hand."""
+
+    def __init__(self, norm: Any, way: str) -> None:
+        super().__init__()
+        self.norm = norm
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        numbers = (norm.weight, norm.bias, norm.running_mean, norm.running_var + norm.eps)
+        weight, bias, mean, var = (t.view(-1, *[1] * (x.ndim - 2)) for t in numbers)
+        if self.way == "step by step":
+            return bias + weight * ((x - mean) / var.sqrt())
+        scale = weight * var.rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+def torchvisions(norm: nn.Module) -> nn.Module:
+    ops = pytest.importorskip("torchvision.ops", reason="torchvision is not installed")
+    frozen = ops.FrozenBatchNorm2d(8)
+    frozen.load_state_dict(norm.state_dict())
+    return frozen
+
+
+def in_clips(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv3d(3, 8, 3, padding=1, bias=False), norm(nn.BatchNorm3d(8)), nn.ReLU()),
+        *(nn.Conv3d(8, 8, 3, padding=1), norm(nn.BatchNorm3d(8)), nn.ReLU()),
+        *(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 8), norm(nn.BatchNorm1d(8)), nn.ReLU(), nn.Linear(8, 5)),
+    )
+
+
+class InFrames(nn.Module):
+    """A 2D network on every frame."""
+
+    def __init__(self, norm: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm(nn.BatchNorm2d(8)), nn.ReLU())
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.layers(x.transpose(1, 2).flatten(0, 1)).mean((2, 3))
+        return self.fc(features).view(len(x), -1, 5).mean(1)
+
+
+def with_negative_scales(norm: Any) -> Any:
+    norm.weight.data.copy_(torch.linspace(-1.0, 1.0, 8))
+    norm.bias.data.copy_(torch.linspace(0.5, -0.3, 8))
+    norm.running_mean.copy_(torch.linspace(-0.3, 0.2, 8))
+    norm.running_var.copy_(torch.linspace(0.2, 0.7, 8))
+    return norm
+
+
+@pytest.mark.filterwarnings("ignore:more than half")
+@pytest.mark.parametrize(
+    ("network", "frozen"),
+    [
+        (in_clips, lambda norm: WrittenOut(norm, "scale and shift")),
+        (in_clips, lambda norm: WrittenOut(norm, "step by step")),
+        (InFrames, torchvisions),
+    ],
+)
+def test_a_frozen_batch_norm_is_a_batch_norm(network: Any, frozen: Callable[[nn.Module], nn.Module]) -> None:
+    x = clips()
+    expected, actual = (_explained_everyhow(network, norm, x) for norm in (lambda norm: norm, frozen))
+    for found, right in zip(actual, expected, strict=True):
+        assert right.abs().max() > 0
+        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+
+
+def _explained_everyhow(network: Any, norm: Callable[[nn.Module], nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        m = network(lambda own: norm(with_negative_scales(own))).double().eval()
+    absorbed = DeepTaylor(m, LOW, HIGH, composite="epsilon-gamma-box").attribute(x, 1)
+    return (*DiscriminativeDeepTaylor(m, LOW, HIGH).attribute(x, 1), absorbed)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda y, given: y * given,  # an argument of forward's
+        lambda y, given: (y * given.new_full((1, 8, 1, 1, 1), 0.5)) + y,  # a layer that is read twice
+        lambda y, given: y + torch.ones(2, 1, 1, 1, 1, dtype=y.dtype),  # a number for each example
+    ],
+)
+def test_what_is_no_constant_of_a_layers_channels_is_not_folded(between: Callable[[Tensor, Tensor], Tensor]) -> None:
+    m, x = model(lambda m, x, given: m.head(F.relu(m.block(F.relu(between(m.stem(x), given)))))), clips()
+    given = torch.full((1, 8, 1, 1, 1), 2.0, dtype=torch.float64)
+    relevance, delta = DeepTaylor(m, LOW, HIGH).attribute(x, 1, given, return_convergence_delta=True)
+    with torch.no_grad():
+        torch.testing.assert_close(relevance.sum((1, 2, 3, 4)) + delta, m(x, given)[:, 1])
+    assert relevance.abs().max() > 0
+
+
 def test_a_fixed_batch_size_is_kept_to() -> None:
     m, x = model(CASES["loop over examples"]), clips(3)
     method = DeepTaylor(m, LOW, HIGH)
