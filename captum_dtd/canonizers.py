@@ -52,6 +52,21 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node]) -> tuple[str, ...]:
         elif node.target is aten.copy.default:
             # Writing into a tensor in place: what was there before is gone, only its shape matters.
             node.target, node.args = aten.expand_as.default, (node.args[1], node.args[0])
+        elif node.target in _OTHER_NAMES:
+            node.target = _OTHER_NAMES[node.target]
+        elif node.target is aten.hstack.default:
+            node.target, node.args = aten.cat.default, (node.args[0], min(1, len(shape_of(node)) - 1))
+        elif node.target is aten.type_as.default:
+            node.target, node.args = aten.to.dtype, (node.args[0], node.meta["val"].dtype)
+        elif node.target is aten.rrelu.default:
+            _, lower, upper, training, *_ = given(node, 1, 1 / 8, 1 / 3, False)
+            if not training:
+                node.target, node.args = aten.leaky_relu.default, (node.args[0], (lower + upper) / 2)
+        elif node.target is aten.diff.default:
+            _replace(graph, node, _differences(graph, node))
+        elif _is_shifted_relu6(node):
+            gate = _insert(graph, node, aten.hardsigmoid.default, (node.args[0].args[0],), like=node)
+            node.target, node.args = aten.mul.Tensor, (gate, 6.0)
     single_outputs(graph)
     notes = step_over_softmax(graph)
     fold_batch_norm(graph)
@@ -61,6 +76,40 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node]) -> tuple[str, ...]:
     graph.eliminate_dead_code()
     graph.lint()
     return notes
+
+
+_OTHER_NAMES: dict[Any, Any] = {
+    aten.concat.default: aten.cat.default,
+    aten.concatenate.default: aten.cat.default,
+    aten.max.other: aten.maximum.default,
+    aten.min.other: aten.minimum.default,
+}
+
+
+def _differences(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """``torch.diff`` as the differences of slices that it is."""
+
+    def new(target: Any, *args: Any) -> fx.Node:
+        return _traced(_insert(graph, node, target, args, like=node))
+
+    x, count, dim, prepended, appended = given(node, 1, 1, -1, None, None)
+    parts = [part for part in (prepended, x, appended) if part is not None]
+    values: fx.Node = x if len(parts) == 1 else new(aten.cat.default, parts, dim)
+    for _ in range(count):
+        later, earlier = (new(aten.slice.Tensor, values, dim, *ends) for ends in ((1, 2**63 - 1), (0, -1)))
+        values = new(aten.sub.Tensor, later, earlier)
+    return values
+
+
+def _is_shifted_relu6(node: fx.Node) -> bool:
+    """Whether it is ``relu6(x + 3)``, which is ``6 hardsigmoid(x)``: so hardswish is written by hand."""
+    clipped = node.target is aten.relu6.default or (
+        node.target in (aten.hardtanh.default, aten.clamp.default) and tuple(node.args[1:]) == (0, 6)
+    )
+    if not clipped:
+        return False
+    shifted: Any = node.args[0]
+    return shifted.target is aten.add.Tensor and shifted.args[1] == 3 and not shifted.kwargs
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
@@ -82,6 +131,12 @@ def _traced(node: fx.Node) -> fx.Node:
     target: Any = node.target
     node.meta["val"] = target(*args)
     return node
+
+
+def given(node: fx.Node, required: int, *defaults: Any) -> tuple[Any, ...]:
+    """All of an operation's arguments: the required ones, then the others or their defaults."""
+    args: tuple[Any, ...] = node.args
+    return (*args, *defaults[max(0, len(args) - required) :])
 
 
 def _replace(graph: fx.Graph, old: fx.Node, new: Any) -> None:

@@ -161,6 +161,88 @@ def test_inputs_that_are_detached_keep_their_bounds() -> None:
     )
 
 
+WEIGHT = torch.linspace(-1.0, 1.3, 64, dtype=torch.float64).view(8, 8)
+
+
+def _by_convolution(h: Tensor) -> Tensor:
+    """Channels mixed by a constant matrix."""
+    return F.conv3d(h, WEIGHT.view(8, 8, 1, 1, 1))
+
+
+def _turned(h: Tensor) -> Tensor:
+    return h.transpose(3, 4).flip(3)
+
+
+def _unshuffled(h: Tensor) -> Tensor:
+    """Pixels in blocks of 2 x 2 become channels, of which the first eight are kept."""
+    blocks = h.transpose(1, 2).unflatten(3, (5, 2)).unflatten(5, (5, 2))
+    return blocks.permute(0, 1, 2, 4, 6, 3, 5).flatten(2, 4)[:, :, :8].transpose(1, 2)
+
+
+def _repeated(h: Tensor) -> Tensor:
+    return torch.stack([h, h], 3).flatten(2, 3)
+
+
+MINUS = torch.linspace(-0.2, 0.5, 10, dtype=torch.float64)
+
+SAME: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "concat": (lambda h: torch.concat([h, 2 * h], 2), lambda h: torch.cat([h, 2 * h], 2)),
+    "concatenate": (lambda h: torch.concatenate([h, 2 * h], axis=-1), lambda h: torch.cat([h, 2 * h], -1)),
+    "hstack": (lambda h: torch.hstack([h[:, 2:], h[:, :2]]), lambda h: torch.cat([h[:, 2:], h[:, :2]], 1)),
+    "type_as": (lambda h: h.float().type_as(WEIGHT), lambda h: h.float().double()),
+    "type_as of a signal": (lambda h: h.float().type_as(h), lambda h: h.float().double()),
+    "repeat_interleave": (lambda h: h.repeat_interleave(2, 2), _repeated),
+    "nearest-exact": (
+        lambda h: F.interpolate(h, scale_factor=2, mode="nearest-exact"),
+        lambda h: F.interpolate(h, scale_factor=2),
+    ),
+    "pixel_unshuffle": (
+        lambda h: F.pixel_unshuffle(h.transpose(1, 2), 2)[:, :, :8].transpose(1, 2),
+        _unshuffled,
+    ),
+    "rot90": (lambda h: torch.rot90(h, 1, (3, 4)), _turned),
+    "gather": (
+        lambda h: h.gather(2, torch.arange(7, 1, -1).view(1, 1, 6, 1, 1).expand(len(h), 8, 6, 10, 10)),
+        lambda h: h[:, :, 2:].flip(2),
+    ),
+    "diff": (lambda h: torch.diff(h, dim=2), lambda h: h[:, :, 1:] - h[:, :, :-1]),
+    "diff, twice, with an end": (
+        lambda h: torch.diff(h, 2, 2, append=h[:, :, :1]),
+        lambda h: (lambda d: d[:, :, 1:] - d[:, :, :-1])(torch.cat([h[:, :, 1:], h[:, :, :1]], 2) - h),
+    ),
+    "einsum": (lambda h: torch.einsum("dc,ncthw->ndthw", WEIGHT, h), _by_convolution),
+    "matmul": (lambda h: (WEIGHT @ h.flatten(2)).unflatten(2, h.shape[2:]), _by_convolution),
+    "tensordot": (lambda h: torch.tensordot(h, WEIGHT, ([1], [1])).permute(0, 4, 1, 2, 3), _by_convolution),
+    "threshold": (lambda h: F.threshold(h - 0.1, 0.0, 0.0), lambda h: F.relu(h - 0.1)),
+    "rrelu": (lambda h: F.rrelu(h - 0.5), lambda h: F.leaky_relu(h - 0.5, 11 / 48)),
+    "rrelu, given slopes": (lambda h: F.rrelu(h - 0.5, 0.1, 0.3), lambda h: F.leaky_relu(h - 0.5, 0.2)),
+    "maximum": (lambda h: torch.maximum(torch.zeros(1, dtype=h.dtype), h - 0.1), lambda h: F.relu(h - 0.1)),
+    "max of two": (lambda h: torch.max(h - MINUS, torch.zeros_like(MINUS)), lambda h: F.relu(h - MINUS)),
+    "minimum": (lambda h: torch.min(h, torch.tensor(0.2, dtype=h.dtype)), lambda h: h.clamp(max=0.2)),
+    "h-swish": (lambda h: h * F.relu6(h + 3) / 6, F.hardswish),
+    "h-swish by hardtanh": (lambda h: h * (F.hardtanh(h + 3, 0.0, 6.0) / 6), F.hardswish),
+    "h-swish by clamp": (lambda h: (h + 3).clamp(0, 6) * h * (1 / 6), F.hardswish),
+}
+"""Ways to write what can be written in plainer operations, and those."""
+
+
+@pytest.mark.filterwarnings("ignore:more than half")
+@pytest.mark.parametrize("what", SAME)
+def test_operations_are_what_plainer_ones_make_of_them(what: str) -> None:
+    written, plain = SAME[what]
+    explained_alike(of_rectified(written), of_rectified(plain))
+
+
+@pytest.mark.parametrize(
+    "what", ["concat", "concatenate", "hstack", "type_as", "diff", "threshold", "rrelu", "maximum", "h-swish"]
+)
+def test_frozen_clips_know_those_operations_times(what: str) -> None:
+    written, plain = SAME[what]
+    tables = (DiscriminativeDeepTaylor(model(of_rectified(f)), LOW, HIGH).rule_table(clips()) for f in (written, plain))
+    ours, theirs = ([row.times for row in table.rows].count("every time") for table in tables)
+    assert ours == theirs
+
+
 class WrittenOut(nn.Module):
     """A batch norm in evaluation mode, computed by hand."""
 
