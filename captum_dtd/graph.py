@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -298,6 +299,13 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
             "wrap it in a module that returns the one to explain"
         )
     graph, signature = program.graph, program.graph_signature
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), Tensor) and free_unbacked_symbols(node.meta["val"]):
+            raise UnsupportedOperationError(
+                f"{type(model).__name__}: how many elements {operation_name(node)} gives depends on values "
+                f"({source_line(node) or 'no source line'}); in place of a boolean mask index by numbers that are made "
+                "before forward, mask.nonzero().flatten()"
+            )
     # Inputs and buffers that forward changes in place come back as further outputs: nobody asked for them.
     own = [spec.kind == OutputKind.USER_OUTPUT for spec in signature.output_specs]
     returned: Any = graph.output_node().args[0]
