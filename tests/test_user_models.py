@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -686,11 +688,93 @@ def test_refusals_say_what_to_do() -> None:
         ValueError, match=r"low of shape \(2, 3, 8, 10, 10\) differs from example to example; .* \(1, C, T, H, W\)"
     ):
         DiscriminativeDeepTaylor(m, torch.full_like(x, LOW), HIGH).attribute(x, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scripted = torch.jit.trace(nn.Sequential(nn.Conv3d(3, 4, 1), nn.Flatten()).eval(), x.float())
-    with pytest.raises(TypeError, match="TorchScript"):
-        DeepTaylor(scripted, LOW, HIGH).attribute(x, 1)
+
+
+@dataclass
+class Answer:
+    """What some models return."""
+
+    logits: Tensor
+
+
+def _takes_a_list(m: Layers, x: Any) -> Tensor:
+    return m.head(F.relu(m.stem(x[0]) + m.stem(x[1])))
+
+
+REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
+    "active dropout": (
+        lambda m, x: m.fc(F.dropout(F.relu(m.stem(x)).mean((2, 3, 4)), 0.5)),
+        r"dropout is active although the model is in evaluation mode: pass training=self.training",
+    ),
+    "active dropout of channels": (lambda m, x: m.head(F.dropout3d(F.relu(m.stem(x)))), "pass training=self.training"),
+    "a dataclass": (lambda m, x: Answer(m.head(F.relu(m.stem(x)))), r"must return one tensor of scores"),
+    "a decision": (
+        lambda m, x: m.head(F.relu(m.stem(x / 255 if x.max() > 1 else x))),
+        "control flow that depends on values cannot be explained",
+    ),
+    "NumPy": (
+        lambda m, x: m.head(F.relu(m.stem(torch.from_numpy(x.numpy())))),
+        r"numpy\(\) is not supported[^(]*\(see torch.export's documentation\)$",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", [DeepTaylor, DiscriminativeDeepTaylor])
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_traced_is_refused_for_its_own_reason(
+    what: str, method: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body, message = REFUSED[what]
+    with pytest.raises(ValueError, match=message):
+        method(model(body), LOW, HIGH).attribute(clips(), 1)
+    assert not capfd.readouterr().err
+
+
+def test_what_a_model_writes_while_it_is_traced_is_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    def body(m: Layers, x: Tensor) -> Tensor:
+        print("seen", file=sys.stderr)
+        return m.head(x if x.max() > 1 else F.relu(m.stem(x)))
+
+    with pytest.raises(ValueError, match=r"torch\.export cannot trace"):
+        DeepTaylor(model(body), LOW, HIGH).attribute(clips(), 1)
+    assert set(capsys.readouterr().err.split()) == {"seen"}
+
+
+@pytest.mark.parametrize("method", [DeepTaylor, DiscriminativeDeepTaylor])
+def test_a_model_that_takes_a_list_of_inputs(method: Any) -> None:
+    inner, x = model(_takes_a_list), clips()
+    inputs = (x, x.flip(2))
+    with pytest.raises(ValueError, match=r"forward\(self, slow, fast\) calls model\(\[slow, fast\]\)"):
+        method(OfOne(inner).eval(), LOW, HIGH).attribute(inputs, 1)
+    relevance = method(model(lambda m, slow, fast: inner([slow, fast])), LOW, HIGH).attribute(inputs, 1)
+    assert len(relevance) == 2
+
+
+class OfOne(nn.Module):
+    """A model of one argument."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, inputs: Any) -> Any:
+        return self.inner(inputs)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("method", [DeepTaylor, DiscriminativeDeepTaylor])
+def test_torchscript_is_refused_wherever_it_is(method: Any) -> None:
+    x, m = clips(), model(lambda m, x: m.head(F.relu(m.stem(x))))
+    traced = torch.jit.trace(nn.Sequential(nn.Conv3d(3, 4, 1), nn.Flatten()).eval(), x.float())
+    with pytest.raises(TypeError, match=r"the model is a TorchScript module.*give the nn.Module it was made of"):
+        method(traced, LOW, HIGH).attribute(x, 1)
+    m.stem = torch.jit.script(m.stem)
+    with pytest.raises(TypeError, match=r"stem is a TorchScript module.*give the nn.Module it was made of"):
+        method(m, LOW, HIGH).attribute(x, 1)
+    m = model(lambda m, x: m.head(m.activation(m.stem(x))))
+    m.activation = torch.jit.trace(F.relu, x)
+    with pytest.raises(ValueError, match="a TorchScript function by the Python function that it was made of"):
+        method(m, LOW, HIGH).attribute(x, 1)
 
 
 def test_mostly_lost_relevance_is_said() -> None:
