@@ -527,9 +527,11 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
     def _network(self, inputs: tuple[Tensor, ...], extra: tuple[Any, ...]) -> Network:
         """The traced network for inputs of this shape, from memory where the model still has the same structure."""
         model = unwrap(self.model)
-        if isinstance(model, torch.jit.ScriptModule):
+        scripted = (name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule))
+        if (name := next(scripted, None)) is not None:
             raise TypeError(
-                "the model is a TorchScript module, which torch.export cannot trace; give the nn.Module it was made of"
+                f"{name or 'the model'} is a TorchScript module, which torch.export cannot trace; give "
+                "the nn.Module it was made of"
             )
         check_evaluation_mode(model)
         count = len(inputs[0])

@@ -7,7 +7,7 @@ from the layer's and the batch norm's parameters, so it always follows the user'
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -31,11 +31,19 @@ from captum_dtd.operations import (
 aten = torch.ops.aten
 
 
-def canonize(graph: fx.Graph) -> tuple[str, ...]:
-    """Apply every canonizer, in order, and return what a user should know about (a softmax that was stepped over)."""
+def canonize(graph: fx.Graph, inputs: Collection[fx.Node]) -> tuple[str, ...]:
+    """Apply every canonizer, in order, and return what a user should know about (a softmax that was stepped over).
+
+    Args:
+        graph: changed in place.
+        inputs: its placeholders that are no tensors of the model's own.
+    """
     for node in list(graph.nodes):
         if node.op == "call_function" and operation_name(node).startswith(("assert", "sym_constrain")):
             graph.erase_node(node)
+        elif node.target in (aten.detach.default, aten.alias.default):
+            # What cuts gradients does not cut relevance.
+            _replace(graph, node, node.args[0])
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             # A view was legal for the strides of the traced example; reshape is for any, and is a view where it can be.
             node.target = aten.reshape.default
@@ -44,14 +52,64 @@ def canonize(graph: fx.Graph) -> tuple[str, ...]:
         elif node.target is aten.copy.default:
             # Writing into a tensor in place: what was there before is gone, only its shape matters.
             node.target, node.args = aten.expand_as.default, (node.args[1], node.args[0])
+        elif node.target in _OTHER_NAMES:
+            node.target = _OTHER_NAMES[node.target]
+        elif node.target is aten.hstack.default:
+            node.target, node.args = aten.cat.default, (node.args[0], min(1, len(shape_of(node)) - 1))
+        elif node.target is aten.type_as.default:
+            node.target, node.args = aten.to.dtype, (node.args[0], node.meta["val"].dtype)
+        elif node.target is aten.rrelu.default:
+            _, lower, upper, training, *_ = given(node, 1, 1 / 8, 1 / 3, False)
+            if not training:
+                node.target, node.args = aten.leaky_relu.default, (node.args[0], (lower + upper) / 2)
+        elif node.target is aten.diff.default:
+            _replace(graph, node, _differences(graph, node))
+        elif _is_shifted_relu6(node):
+            gate = _insert(graph, node, aten.hardsigmoid.default, (node.args[0].args[0],), like=node)
+            node.target, node.args = aten.mul.Tensor, (gate, 6.0)
     single_outputs(graph)
     notes = step_over_softmax(graph)
     fold_batch_norm(graph)
+    fold_channelwise(graph, inputs)
     drop_identity_windows(graph)
     average_before_linear(graph)
     graph.eliminate_dead_code()
     graph.lint()
     return notes
+
+
+_OTHER_NAMES: dict[Any, Any] = {
+    aten.concat.default: aten.cat.default,
+    aten.concatenate.default: aten.cat.default,
+    aten.max.other: aten.maximum.default,
+    aten.min.other: aten.minimum.default,
+}
+
+
+def _differences(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """``torch.diff`` as the differences of slices that it is."""
+
+    def new(target: Any, *args: Any) -> fx.Node:
+        return _traced(_insert(graph, node, target, args, like=node))
+
+    x, count, dim, prepended, appended = given(node, 1, 1, -1, None, None)
+    parts = [part for part in (prepended, x, appended) if part is not None]
+    values: fx.Node = x if len(parts) == 1 else new(aten.cat.default, parts, dim)
+    for _ in range(count):
+        later, earlier = (new(aten.slice.Tensor, values, dim, *ends) for ends in ((1, 2**63 - 1), (0, -1)))
+        values = new(aten.sub.Tensor, later, earlier)
+    return values
+
+
+def _is_shifted_relu6(node: fx.Node) -> bool:
+    """Whether it is ``relu6(x + 3)``, which is ``6 hardsigmoid(x)``: so hardswish is written by hand."""
+    clipped = node.target is aten.relu6.default or (
+        node.target in (aten.hardtanh.default, aten.clamp.default) and tuple(node.args[1:]) == (0, 6)
+    )
+    if not clipped:
+        return False
+    shifted: Any = node.args[0]
+    return shifted.target is aten.add.Tensor and shifted.args[1] == 3 and not shifted.kwargs
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
@@ -73,6 +131,12 @@ def _traced(node: fx.Node) -> fx.Node:
     target: Any = node.target
     node.meta["val"] = target(*args)
     return node
+
+
+def given(node: fx.Node, required: int, *defaults: Any) -> tuple[Any, ...]:
+    """All of an operation's arguments: the required ones, then the others or their defaults."""
+    args: tuple[Any, ...] = node.args
+    return (*args, *defaults[max(0, len(args) - required) :])
 
 
 def _replace(graph: fx.Graph, old: fx.Node, new: Any) -> None:
@@ -135,8 +199,7 @@ def fold_batch_norm(graph: fx.Graph) -> None:
         if node.target is not batch_norm:
             continue
         source, gamma, beta, mean, var, eps = node.args
-        foldable = isinstance(source, fx.Node) and source.target in CONVOLUTIONS | {aten.linear.default}
-        if not foldable or len(source.users) > 1:
+        if not _is_weighted_for_one(source):
             continue
         # On (N, L, C) a batch norm acts on dimension 1 and a linear layer on the last: not the same channels.
         if source.target is aten.linear.default and len(shape_of(source)) != 2:
@@ -149,6 +212,66 @@ def fold_batch_norm(graph: fx.Graph) -> None:
         layer.kwargs = source.kwargs
         _replace(graph, node, layer)
         graph.erase_node(source)
+
+
+def fold_channelwise(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
+    """Fold arithmetic with one constant number per channel into the layer before it, if it is that layer's only user.
+
+    A batch norm that is frozen is often written out so, as ``x * scale + shift``. What is done to a layer's output is done to
+    its weights and its bias.
+    """
+    varying: set[fx.Node] = set(inputs)
+    for node in list(graph.nodes):
+        if not varying.isdisjoint(node.all_input_nodes):
+            varying.add(node)
+        if node.target not in _ARITHMETIC or node.kwargs:
+            continue
+        source, numbers = node.args
+        if node.target in (aten.add.Tensor, aten.mul.Tensor) and numbers in varying:
+            source, numbers = numbers, source
+        if not _is_weighted_for_one(source) or not _is_channelwise(numbers, source) or numbers in varying:
+            continue
+        x, weight, *rest = source.args
+        bias = rest[0] if rest else None
+        if node.target in (aten.mul.Tensor, aten.div.Tensor):
+            column = [-1] + [1] * (len(shape_of(weight)) - 1)
+            by_row = _traced(_insert(graph, node, aten.reshape.default, (numbers, column), like=numbers))
+            weight = _insert(graph, node, node.target, (weight, by_row), like=weight)
+        elif bias is None:
+            bias = 0.0
+        if bias is not None:
+            row = _traced(_insert(graph, node, aten.reshape.default, (numbers, [-1]), like=numbers))
+            bias = _traced(_insert(graph, node, _ARITHMETIC[node.target], (bias, row), like=numbers))
+        layer = _insert(graph, node, source.target, (x, weight, bias, *rest[1:]), like=source)
+        layer.kwargs = source.kwargs
+        varying.add(layer)
+        _replace(graph, node, layer)
+        graph.erase_node(source)
+
+
+_ARITHMETIC: dict[Any, Any] = {
+    aten.add.Tensor: operator.add,
+    aten.sub.Tensor: operator.sub,
+    aten.mul.Tensor: operator.mul,
+    aten.div.Tensor: operator.truediv,
+}
+
+
+def _is_weighted_for_one(source: Any) -> bool:
+    """Whether a value is a convolution's or linear layer's and has one user."""
+    foldable = isinstance(source, fx.Node) and source.target in CONVOLUTIONS | {aten.linear.default}
+    return foldable and len(source.users) == 1
+
+
+def _is_channelwise(numbers: Any, layer: fx.Node) -> bool:
+    """Whether a tensor has one number for each channel of a layer's output, and its type."""
+    if not isinstance(numbers, fx.Node) or numbers.meta["val"].dtype != layer.meta["val"].dtype:
+        return False
+    channels = list(shape_of(layer))
+    channel = len(channels) - 1 if layer.target is aten.linear.default else 1
+    expected = [1] * len(channels)
+    expected[channel] = channels[channel]
+    return [1] * (len(channels) - len(shape_of(numbers))) + list(shape_of(numbers)) == expected
 
 
 def step_over_softmax(graph: fx.Graph) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ mode is taken out by hand for every model.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -70,6 +70,19 @@ def step_over_dropout(module: fx.GraphModule) -> None:
             _step_over(node)
         if idle:
             part.recompile()  # whoever runs its code, not its graph, sees the same
+
+
+def active_dropout(module: fx.GraphModule) -> Iterator[fx.Node]:
+    """Dropout in a recorded program that does something, of whatever kind."""
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            yield from (n for n in part.graph.nodes if n.target in _DROPOUTS and n.args[1] and n.args[2])
+
+
+_DROPOUTS = frozenset(
+    {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default}
+    | {aten.dropout_.default, aten.feature_dropout_.default, aten.alpha_dropout_.default}
+)
 
 
 def functionalize(graph: fx.Graph) -> bool:

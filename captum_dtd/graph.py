@@ -10,17 +10,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import io
 import itertools
 import logging
 import os
 import re
+import sys
 import threading
 import warnings
 import weakref
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,9 +34,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from captum_dtd.functional import functionalize, step_over_dropout
+from captum_dtd.functional import active_dropout, functionalize, step_over_dropout
 from captum_dtd.modes import plain_modes
 
 # torch.export patches process-wide state while it runs, so two traces never overlap.
@@ -197,14 +201,18 @@ def trace(model: nn.Module, arguments: Sequence[Any], batch: int) -> TracedModel
 
 @contextmanager
 def _failed_attempts_untold() -> Iterator[None]:
-    """Where a model does not take two examples torch logs a traceback, though one more attempt is made or an error raised."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+    """Where a trace fails torch logs tracebacks and graphs, though one more attempt is made or an error raised."""
+    logs = [
+        logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")
+    ]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _structural_copy(model: nn.Module) -> nn.Module:
@@ -216,7 +224,10 @@ def _structural_copy(model: nn.Module) -> nn.Module:
     try:
         double = copy.deepcopy(model, shared)
     except Exception as error:
-        raise ValueError(f"{type(model).__name__} cannot be copied for tracing ({error}); see copy.deepcopy") from error
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied for tracing ({error}); replace what it holds of that kind by what "
+            "copy.deepcopy takes, a TorchScript function by the Python function that it was made of"
+        ) from error
     for module in double.modules():
         module._forward_hooks = OrderedDict()
         module._backward_hooks = OrderedDict()
@@ -282,21 +293,31 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
         # export binds arguments to the names of forward: those that fall to ``*args`` are one tuple.
         shapes = (*shapes[:named], shapes[named:])
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _partial_graph_unprinted(), _DataIsDetached():
             warnings.simplefilter("ignore")  # of export's own doings, which no user can act on
             program = export(model, tuple(arguments), dynamic_shapes=shapes)
             step_over_dropout(program.graph_module)
+            active = next(active_dropout(program.graph_module), None)
             if not functionalize(program.graph):
                 program = program.run_decompositions({})
     except Exception as error:
         raise _untraceable(model, arguments, error) from error
 
-    if not program.call_spec.out_spec.is_leaf():
-        raise ValueError(
-            f"{type(model).__name__} must return one tensor of scores, (N,) or (N, classes, ...), not a tuple, list or dict; "
-            "wrap it in a module that returns the one to explain"
+    if active is not None:
+        raise UnsupportedOperationError(
+            f"{type(model).__name__}: dropout is active although the model is in evaluation mode: pass training=self.training "
+            f"({source_line(active) or 'no source line'})"
         )
+    if not program.call_spec.out_spec.is_leaf():
+        raise _not_one_tensor(model)
     graph, signature = program.graph, program.graph_signature
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), Tensor) and free_unbacked_symbols(node.meta["val"]):
+            raise UnsupportedOperationError(
+                f"{type(model).__name__}: how many elements {operation_name(node)} gives depends on values "
+                f"({source_line(node) or 'no source line'}); in place of a boolean mask index by numbers that are made "
+                "before forward, mask.nonzero().flatten()"
+            )
     # Inputs and buffers that forward changes in place come back as further outputs: nobody asked for them.
     own = [spec.kind == OutputKind.USER_OUTPUT for spec in signature.output_specs]
     returned: Any = graph.output_node().args[0]
@@ -324,6 +345,33 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
     return TracedModel(graph, inputs, tensors, constants, free, len(leaves[0]))
 
 
+@contextmanager
+def _partial_graph_unprinted() -> Iterator[None]:
+    """Where export fails it prints the graph so far to stderr; what else was written there meanwhile is passed on."""
+    written, graph = io.StringIO(), ""
+    try:
+        with redirect_stderr(written):
+            yield
+    except Exception as error:
+        if hasattr(error, "partial_fx_graph"):
+            graph = f"{error.partial_fx_graph}\n"
+        raise
+    finally:
+        print(written.getvalue().replace(graph, ""), end="", file=sys.stderr)
+
+
+class _DataIsDetached(TorchFunctionMode):
+    """``tensor.data``, which export refuses, reads as ``tensor.detach()``: the same values in the same memory."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0].detach() if function == _READ_DATA else function(*args, **(kwargs or {}))
+
+
+_READ_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 def _is_free(size: int | torch.SymInt, constraints: Mapping[Any, Any]) -> bool:
     """Whether a traced size may be any number, and not the traced one or a limited range only."""
     if not isinstance(size, torch.SymInt) or size.node.expr.is_number:
@@ -339,18 +387,44 @@ def _has_tensor(model: nn.Module, name: str) -> bool:
         return False
 
 
+def _not_one_tensor(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} must return one tensor of scores, (N,) or (N, classes, ...), not a tuple, list, dict or "
+        "another object; wrap it in a module that returns the one to explain"
+    )
+
+
 def _untraceable(model: nn.Module, arguments: list[Any], error: Exception) -> ValueError:
-    shapes = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else repr(a) for a in arguments)
+    name = type(model).__name__
+    if len(arguments) > 1 and not _binds(model, arguments) and _binds(model, [arguments]):
+        return InputMismatchError(
+            f"{name} takes one argument and {len(arguments)} were given; if that is a list of inputs, explain a module whose "
+            "forward(self, slow, fast) calls model([slow, fast])"
+        )
     try:
-        model(*arguments)
+        output = model(*arguments)
     except Exception as own_error:
         reason = str(own_error).strip().splitlines()[0] if str(own_error).strip() else type(own_error).__name__
-        return InputMismatchError(f"{type(model).__name__} does not run on such inputs: {reason}")
+        return InputMismatchError(f"{name} does not run on such inputs: {reason}")
+    if not isinstance(output, Tensor):
+        return _not_one_tensor(model)
+    shapes = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else repr(a) for a in arguments)
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ValueError(
-        f"torch.export cannot trace {type(model).__name__} on inputs of shape {shapes}: {reason} "
-        "(control flow that depends on values cannot be explained; see torch.export's documentation)"
+    advice = (
+        "control flow that depends on values cannot be explained; decide before forward"
+        if "data-dependent" in reason
+        else "see torch.export's documentation"
     )
+    return ValueError(f"torch.export cannot trace {name} on inputs of shape {shapes}: {reason} ({advice})")
+
+
+def _binds(model: nn.Module, arguments: list[Any]) -> bool:
+    """Whether forward takes so many arguments."""
+    try:
+        inspect.signature(model.forward).bind(*arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def module_path(node: fx.Node) -> str:

@@ -522,9 +522,15 @@ SIGN_PRESERVING_ACTIVATIONS = frozenset(
 )
 CLAMPS = frozenset({aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default})
 CASTS = frozenset({aten._to_copy.default, aten.to.dtype})
+NEAREST = frozenset(
+    {aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec}
+    | {aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec, aten._upsample_nearest_exact3d.vec}
+)
 GATES = frozenset({aten.sigmoid.default, aten.hardsigmoid.default, *SOFTMAX})
 
-covers(*NON_NEGATIVE_ACTIVATIONS, *SIGN_PRESERVING_ACTIVATIONS, *CLAMPS, aten.prelu.default)(_only_first(Elementwise()))
+covers(*NON_NEGATIVE_ACTIVATIONS, *SIGN_PRESERVING_ACTIVATIONS, *CLAMPS, aten.prelu.default, aten.threshold.default)(
+    _only_first(Elementwise())
+)
 covers(*CASTS, batch_norm, aten.neg.default, aten.rsub.Scalar, aten.div.Tensor)(_only_first(Elementwise(affine=True)))
 
 
@@ -538,7 +544,8 @@ covers(*CASTS, batch_norm, aten.neg.default, aten.rsub.Scalar, aten.div.Tensor)(
     *(aten.view_as.default, aten.pixel_shuffle.default, aten.channel_shuffle.default),
     *(aten.slice_scatter.default, aten.select_scatter.default, aten.fill.Scalar, aten.fill.Tensor),
     *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
-    *(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec),
+    *(aten.gather.default, aten.repeat_interleave.self_int, aten.pixel_unshuffle.default, aten.rot90.default),
+    *NEAREST,
 )
 def _rearrangement(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     return Rearrangement()
@@ -549,6 +556,11 @@ def _addition(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     if len(signals) == 1:
         return Elementwise(affine=True)
     return Sum(1 if node.target is aten.add.Tensor else -1)
+
+
+@covers(aten.maximum.default, aten.minimum.default)
+def _limit(node: fx.Node, signals: Sequence[int]) -> Layer | None:
+    return Elementwise() if len(signals) == 1 else None
 
 
 @covers(aten.mul.Tensor)
@@ -565,12 +577,18 @@ def _multiplication(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     return None
 
 
-@covers(aten.matmul.default, aten.mm.default, aten.addmm.default)
-def _matrix_product(node: fx.Node, signals: Sequence[int]) -> Layer | None:
-    first = 1 if node.target is aten.addmm.default else 0
-    if tuple(signals) != (first,):
+@covers(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.einsum.default, aten.tensordot.default)
+def _product(node: fx.Node, signals: Sequence[int]) -> Layer | None:
+    factors = [i for i, leaf in enumerate(pytree.tree_leaves(node.args)) if isinstance(leaf, fx.Node)]
+    constant = set(factors).difference(signals)
+    if len(factors) != 2 or len(constant) != 1:
         return None
-    return Weighted(weight=first + 1, bias_position=0 if first else None, channel_dim=-1)
+    return Weighted(weight=constant.pop())
+
+
+@covers(aten.addmm.default)
+def _product_and_bias(node: fx.Node, signals: Sequence[int]) -> Layer | None:
+    return Weighted(weight=2, bias_position=0, channel_dim=-1) if tuple(signals) == (1,) else None
 
 
 _FILLS = {
@@ -587,7 +605,8 @@ _PARTS = (
     | {aten.expand_as.default, aten.repeat.default, aten.slice.Tensor, aten.select.int}
     | {aten.narrow.default, aten.index_select.default, aten.flip.default, aten.unbind.int, aten.chunk.default}
     | {aten.split.Tensor, aten.split_with_sizes.default, operator.getitem}
-    | {aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec}
+    | {aten.gather.default, aten.repeat_interleave.self_int}
+    | NEAREST
 )
 """Operations whose every value is one of their first argument's."""
 

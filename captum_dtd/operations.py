@@ -23,7 +23,7 @@ REDUCTIONS = frozenset({aten.mean.dim, aten.sum.dim_IntList})
 SHAPE_ONLY = frozenset(
     {aten.reshape.default, aten.clone.default, aten.contiguous.default}
     | {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.flatten.using_ints}
-    | {aten.permute.default, aten.transpose.int, aten.dropout.default, aten.alias.default, aten.detach.default}
+    | {aten.permute.default, aten.transpose.int, aten.dropout.default}
 )
 """Operations that only rename or reorder values, so that a softmax before them is still the end of the network."""
 

@@ -123,7 +123,7 @@ class Network:
         precision: Precision | None = None,
     ) -> None:
         self.precision = precision
-        self.notes = canonize(traced.graph)
+        self.notes = canonize(traced.graph, [node for node in traced.inputs if node is not None])
         self.any_batch = traced.any_batch
         self._traced = traced
         self._model_name = type(model).__name__

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, fx
 
-from captum_dtd.canonizers import shape_of
+from captum_dtd.canonizers import given, shape_of
 from captum_dtd.layers import CASTS, CLAMPS, NON_NEGATIVE_ACTIVATIONS, SIGN_PRESERVING_ACTIVATIONS
 from captum_dtd.operations import (
     ADAPTIVE_AVERAGES,
@@ -154,12 +154,6 @@ def numbered(keys: Iterable[Hashable]) -> tuple[int, ...]:
     """Equal keys get equal numbers, in the order of their first appearance."""
     numbers: dict[Hashable, int] = {}
     return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
-
-
-def _given(node: fx.Node, required: int, *defaults: Any) -> tuple[Any, ...]:
-    """All of an operation's arguments: the required ones, then the others or their defaults."""
-    args: tuple[Any, ...] = node.args
-    return (*args, *defaults[max(0, len(args) - required) :])
 
 
 # ---------------------------------------------------------------------------------------------------- each time by itself
@@ -296,7 +290,7 @@ def _squeeze(node: fx.Node, times_of: TimesOf) -> InTime | None:
     times = _only_source(node, times_of)
     if times is None:
         return None
-    source, dims = _given(node, 2)
+    source, dims = given(node, 2)
     before = shape_of(source)
     asked = {int(dim) % len(before) for dim in dims}
     if times.dim in asked and times.length == 1:
@@ -316,7 +310,7 @@ def _slice(node: fx.Node, times_of: TimesOf) -> InTime | None:
     times = _only_source(node, times_of)
     if times is None:
         return None
-    x, dim, start, end, step = _given(node, 1, 0, None, None, 1)
+    x, dim, start, end, step = given(node, 1, 0, None, None, 1)
     if dim % len(shape_of(node)) != times.dim:
         return _pointwise(times)
     if not all(isinstance(number, (int, type(None))) for number in (start, end, step)):
@@ -329,8 +323,8 @@ def _pad(node: fx.Node, times_of: TimesOf) -> InTime | None:
     times = _only_source(node, times_of)
     if times is None:
         return None
-    x, given, *options = _given(node, 2)
-    sides = list(given)
+    x, padding, *options = given(node, 2)
+    sides = list(padding)
     at = 2 * (len(shape_of(node)) - 1 - times.dim)
     if at >= len(sides) or (sides[at] == 0 and sides[at + 1] == 0):
         return _pointwise(times)
@@ -365,7 +359,7 @@ def _pool(node: fx.Node, times_of: TimesOf) -> InTime | None:
     if times is None or len(shape_of(node)) != 5 or times.dim != 2:
         return None
     is_max = node.target is aten.max_pool3d.default
-    x, kernel, stride, padding, *rest = _given(node, 2, [], 0, *((1, False) if is_max else (False, True, None)))
+    x, kernel, stride, padding, *rest = given(node, 2, [], 0, *((1, False) if is_max else (False, True, None)))
     size, steps, padding = _triple(kernel), _triple(stride or kernel), _triple(padding)
     dilation = _triple(rest[0]) if is_max else [1, 1, 1]
     if (size[0], steps[0], padding[0]) == (1, 1, 0):
@@ -386,7 +380,7 @@ def _convolution(node: fx.Node, times_of: TimesOf) -> InTime | None:
     if times is None or len(shape_of(node)) != 5 or times.dim != 2:
         return None
     unpadded = "valid" if node.target is aten.conv3d.padding else 0
-    x, weight, bias, stride, padding, dilation, groups = _given(node, 2, None, 1, unpadded, 1, 1)
+    x, weight, bias, stride, padding, dilation, groups = given(node, 2, None, 1, unpadded, 1, 1)
     taps = int(shape_of(weight)[2])
     steps, apart = _triple(stride), _triple(dilation)
     before = (
@@ -408,14 +402,15 @@ _ELEMENTWISE = (
     | SIGN_PRESERVING_ACTIVATIONS
     | CLAMPS
     | CASTS
-    | {aten.neg.default, aten.rsub.Scalar, aten.clone.default, aten.contiguous.default, aten.alias.default}
-    | {aten.detach.default, operator.getitem}
+    | {aten.neg.default, aten.rsub.Scalar, aten.clone.default, aten.contiguous.default, operator.getitem}
+    | {aten.threshold.default}
 )
 
 _TREATMENTS: dict[Any, _Treatment] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     **dict.fromkeys((batch_norm, aten.prelu.default), _by_channel),
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor), _broadcast),
+    **dict.fromkeys((aten.maximum.default, aten.minimum.default), _broadcast),
     **dict.fromkeys(SOFTMAX, _softmax),
     **dict.fromkeys((*REDUCTIONS, maximum_over), _reduction),
     **dict.fromkeys((*ADAPTIVE_AVERAGES, *ADAPTIVE_MAXIMA), _adaptive),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -122,6 +124,232 @@ def test_all_of_the_models_own_score_arrives(name: str, count: int) -> None:
         relevance, delta = method.attribute(x, target, return_convergence_delta=True)
         torch.testing.assert_close(relevance.sum((1, 2, 3, 4)), scores[:, target], rtol=1e-8, atol=1e-12)
         assert bool((delta.abs() <= 1e-8 * scores[:, target].abs()).all())
+
+
+def of_rectified(between: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A network with ``between`` behind its first ReLU."""
+    return lambda m, x: m.head(F.relu(m.block(between(F.relu(m.stem(x))))))
+
+
+def explained_alike(body: Callable[..., Tensor], plain: Callable[..., Tensor]) -> None:
+    """One network written in two ways has one explanation, and so have its frozen clips."""
+    written, twin, x = model(body), model(plain), clips()
+    with torch.no_grad():
+        torch.testing.assert_close(written(x), twin(x))
+    wanted = DiscriminativeDeepTaylor(twin, LOW, HIGH).attribute(x, 1)
+    for found, right in zip(DiscriminativeDeepTaylor(written, LOW, HIGH).attribute(x, 1), wanted, strict=True):
+        torch.testing.assert_close(found, right)
+
+
+WITHOUT_GRADIENTS = {
+    "detach": lambda h: h.detach() * 2.0,
+    "detach in place": lambda h: h.detach_() * 2.0,
+    "a view of a detached tensor": lambda h: h.detach().view(h.size()) * 2.0,
+    "Variable": lambda h: torch.autograd.Variable(h) * 2.0,
+    "data": lambda h: h.data * 2.0,
+    "written over through its data": lambda h: (h.data.mul_(2.0), h)[1],
+}
+"""Ways to double a tensor without a gradient."""
+
+
+@pytest.mark.parametrize("way", WITHOUT_GRADIENTS)
+def test_what_cuts_gradients_does_not_cut_relevance(way: str) -> None:
+    explained_alike(of_rectified(WITHOUT_GRADIENTS[way]), of_rectified(lambda h: h * 2.0))
+
+
+def test_inputs_that_are_detached_keep_their_bounds() -> None:
+    explained_alike(
+        lambda m, x: m.head(F.relu(m.stem(torch.autograd.Variable(x).data))), lambda m, x: m.head(F.relu(m.stem(x)))
+    )
+
+
+WEIGHT = torch.linspace(-1.0, 1.3, 64, dtype=torch.float64).view(8, 8)
+
+
+def _by_convolution(h: Tensor) -> Tensor:
+    """Channels mixed by a constant matrix."""
+    return F.conv3d(h, WEIGHT.view(8, 8, 1, 1, 1))
+
+
+def _turned(h: Tensor) -> Tensor:
+    return h.transpose(3, 4).flip(3)
+
+
+def _unshuffled(h: Tensor) -> Tensor:
+    """Pixels in blocks of 2 x 2 become channels, of which the first eight are kept."""
+    blocks = h.transpose(1, 2).unflatten(3, (5, 2)).unflatten(5, (5, 2))
+    return blocks.permute(0, 1, 2, 4, 6, 3, 5).flatten(2, 4)[:, :, :8].transpose(1, 2)
+
+
+def _repeated(h: Tensor) -> Tensor:
+    return torch.stack([h, h], 3).flatten(2, 3)
+
+
+MINUS = torch.linspace(-0.2, 0.5, 10, dtype=torch.float64)
+
+SAME: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "concat": (lambda h: torch.concat([h, 2 * h], 2), lambda h: torch.cat([h, 2 * h], 2)),
+    "concatenate": (lambda h: torch.concatenate([h, 2 * h], axis=-1), lambda h: torch.cat([h, 2 * h], -1)),
+    "hstack": (lambda h: torch.hstack([h[:, 2:], h[:, :2]]), lambda h: torch.cat([h[:, 2:], h[:, :2]], 1)),
+    "type_as": (lambda h: h.float().type_as(WEIGHT), lambda h: h.float().double()),
+    "type_as of a signal": (lambda h: h.float().type_as(h), lambda h: h.float().double()),
+    "repeat_interleave": (lambda h: h.repeat_interleave(2, 2), _repeated),
+    "nearest-exact": (
+        lambda h: F.interpolate(h, scale_factor=2, mode="nearest-exact"),
+        lambda h: F.interpolate(h, scale_factor=2),
+    ),
+    "pixel_unshuffle": (
+        lambda h: F.pixel_unshuffle(h.transpose(1, 2), 2)[:, :, :8].transpose(1, 2),
+        _unshuffled,
+    ),
+    "rot90": (lambda h: torch.rot90(h, 1, (3, 4)), _turned),
+    "gather": (
+        lambda h: h.gather(2, torch.arange(7, 1, -1).view(1, 1, 6, 1, 1).expand(len(h), 8, 6, 10, 10)),
+        lambda h: h[:, :, 2:].flip(2),
+    ),
+    "diff": (lambda h: torch.diff(h, dim=2), lambda h: h[:, :, 1:] - h[:, :, :-1]),
+    "diff, twice, with an end": (
+        lambda h: torch.diff(h, 2, 2, append=h[:, :, :1]),
+        lambda h: (lambda d: d[:, :, 1:] - d[:, :, :-1])(torch.cat([h[:, :, 1:], h[:, :, :1]], 2) - h),
+    ),
+    "einsum": (lambda h: torch.einsum("dc,ncthw->ndthw", WEIGHT, h), _by_convolution),
+    "matmul": (lambda h: (WEIGHT @ h.flatten(2)).unflatten(2, h.shape[2:]), _by_convolution),
+    "tensordot": (lambda h: torch.tensordot(h, WEIGHT, ([1], [1])).permute(0, 4, 1, 2, 3), _by_convolution),
+    "threshold": (lambda h: F.threshold(h - 0.1, 0.0, 0.0), lambda h: F.relu(h - 0.1)),
+    "rrelu": (lambda h: F.rrelu(h - 0.5), lambda h: F.leaky_relu(h - 0.5, 11 / 48)),
+    "rrelu, given slopes": (lambda h: F.rrelu(h - 0.5, 0.1, 0.3), lambda h: F.leaky_relu(h - 0.5, 0.2)),
+    "maximum": (lambda h: torch.maximum(torch.zeros(1, dtype=h.dtype), h - 0.1), lambda h: F.relu(h - 0.1)),
+    "max of two": (lambda h: torch.max(h - MINUS, torch.zeros_like(MINUS)), lambda h: F.relu(h - MINUS)),
+    "minimum": (lambda h: torch.min(h, torch.tensor(0.2, dtype=h.dtype)), lambda h: h.clamp(max=0.2)),
+    "h-swish": (lambda h: h * F.relu6(h + 3) / 6, F.hardswish),
+    "h-swish by hardtanh": (lambda h: h * (F.hardtanh(h + 3, 0.0, 6.0) / 6), F.hardswish),
+    "h-swish by clamp": (lambda h: (h + 3).clamp(0, 6) * h * (1 / 6), F.hardswish),
+}
+"""Ways to write what can be written in plainer operations, and those."""
+
+
+@pytest.mark.filterwarnings("ignore:more than half")
+@pytest.mark.parametrize("what", SAME)
+def test_operations_are_what_plainer_ones_make_of_them(what: str) -> None:
+    written, plain = SAME[what]
+    explained_alike(of_rectified(written), of_rectified(plain))
+
+
+@pytest.mark.parametrize(
+    "what", ["concat", "concatenate", "hstack", "type_as", "diff", "threshold", "rrelu", "maximum", "h-swish"]
+)
+def test_frozen_clips_know_those_operations_times(what: str) -> None:
+    written, plain = SAME[what]
+    tables = (DiscriminativeDeepTaylor(model(of_rectified(f)), LOW, HIGH).rule_table(clips()) for f in (written, plain))
+    ours, theirs = ([row.times for row in table.rows].count("every time") for table in tables)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("method", [DeepTaylor, DiscriminativeDeepTaylor])
+def test_a_boolean_mask_is_refused_in_a_sentence(method: Any) -> None:
+    mask = torch.arange(8) != 3
+    by_mask, by_numbers = (of_rectified(lambda h, at=at: h[:, :, at]) for at in (mask, mask.nonzero().flatten()))
+    with pytest.raises(
+        UnsupportedOperationError, match=r"index gives depends on values \(test_user_models.py:.*nonzero"
+    ):
+        method(model(by_mask), LOW, HIGH).attribute(clips(), 1)
+    explained_alike(by_numbers, of_rectified(lambda h: torch.cat([h[:, :, :3], h[:, :, 4:]], 2)))
+
+
+class WrittenOut(nn.Module):
+    """A batch norm in evaluation mode, computed by hand."""
+
+    def __init__(self, norm: Any, way: str) -> None:
+        super().__init__()
+        self.norm = norm
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        numbers = (norm.weight, norm.bias, norm.running_mean, norm.running_var + norm.eps)
+        weight, bias, mean, var = (t.view(-1, *[1] * (x.ndim - 2)) for t in numbers)
+        if self.way == "step by step":
+            return bias + weight * ((x - mean) / var.sqrt())
+        scale = weight * var.rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+def torchvisions(norm: nn.Module) -> nn.Module:
+    ops = pytest.importorskip("torchvision.ops", reason="torchvision is not installed")
+    frozen = ops.FrozenBatchNorm2d(8)
+    frozen.load_state_dict(norm.state_dict())
+    return frozen
+
+
+def in_clips(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv3d(3, 8, 3, padding=1, bias=False), norm(nn.BatchNorm3d(8)), nn.ReLU()),
+        *(nn.Conv3d(8, 8, 3, padding=1), norm(nn.BatchNorm3d(8)), nn.ReLU()),
+        *(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 8), norm(nn.BatchNorm1d(8)), nn.ReLU(), nn.Linear(8, 5)),
+    )
+
+
+class InFrames(nn.Module):
+    """A 2D network on every frame."""
+
+    def __init__(self, norm: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norm(nn.BatchNorm2d(8)), nn.ReLU())
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.layers(x.transpose(1, 2).flatten(0, 1)).mean((2, 3))
+        return self.fc(features).view(len(x), -1, 5).mean(1)
+
+
+def with_negative_scales(norm: Any) -> Any:
+    norm.weight.data.copy_(torch.linspace(-1.0, 1.0, 8))
+    norm.bias.data.copy_(torch.linspace(0.5, -0.3, 8))
+    norm.running_mean.copy_(torch.linspace(-0.3, 0.2, 8))
+    norm.running_var.copy_(torch.linspace(0.2, 0.7, 8))
+    return norm
+
+
+@pytest.mark.filterwarnings("ignore:more than half")
+@pytest.mark.parametrize(
+    ("network", "frozen"),
+    [
+        (in_clips, lambda norm: WrittenOut(norm, "scale and shift")),
+        (in_clips, lambda norm: WrittenOut(norm, "step by step")),
+        (InFrames, torchvisions),
+    ],
+)
+def test_a_frozen_batch_norm_is_a_batch_norm(network: Any, frozen: Callable[[nn.Module], nn.Module]) -> None:
+    x = clips()
+    expected, actual = (_explained_everyhow(network, norm, x) for norm in (lambda norm: norm, frozen))
+    for found, right in zip(actual, expected, strict=True):
+        assert right.abs().max() > 0
+        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+
+
+def _explained_everyhow(network: Any, norm: Callable[[nn.Module], nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        m = network(lambda own: norm(with_negative_scales(own))).double().eval()
+    absorbed = DeepTaylor(m, LOW, HIGH, composite="epsilon-gamma-box").attribute(x, 1)
+    return (*DiscriminativeDeepTaylor(m, LOW, HIGH).attribute(x, 1), absorbed)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda y, given: y * given,  # an argument of forward's
+        lambda y, given: (y * given.new_full((1, 8, 1, 1, 1), 0.5)) + y,  # a layer that is read twice
+        lambda y, given: y + torch.ones(2, 1, 1, 1, 1, dtype=y.dtype),  # a number for each example
+    ],
+)
+def test_what_is_no_constant_of_a_layers_channels_is_not_folded(between: Callable[[Tensor, Tensor], Tensor]) -> None:
+    m, x = model(lambda m, x, given: m.head(F.relu(m.block(F.relu(between(m.stem(x), given)))))), clips()
+    given = torch.full((1, 8, 1, 1, 1), 2.0, dtype=torch.float64)
+    relevance, delta = DeepTaylor(m, LOW, HIGH).attribute(x, 1, given, return_convergence_delta=True)
+    with torch.no_grad():
+        torch.testing.assert_close(relevance.sum((1, 2, 3, 4)) + delta, m(x, given)[:, 1])
+    assert relevance.abs().max() > 0
 
 
 def test_a_fixed_batch_size_is_kept_to() -> None:
@@ -460,11 +688,93 @@ def test_refusals_say_what_to_do() -> None:
         ValueError, match=r"low of shape \(2, 3, 8, 10, 10\) differs from example to example; .* \(1, C, T, H, W\)"
     ):
         DiscriminativeDeepTaylor(m, torch.full_like(x, LOW), HIGH).attribute(x, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scripted = torch.jit.trace(nn.Sequential(nn.Conv3d(3, 4, 1), nn.Flatten()).eval(), x.float())
-    with pytest.raises(TypeError, match="TorchScript"):
-        DeepTaylor(scripted, LOW, HIGH).attribute(x, 1)
+
+
+@dataclass
+class Answer:
+    """What some models return."""
+
+    logits: Tensor
+
+
+def _takes_a_list(m: Layers, x: Any) -> Tensor:
+    return m.head(F.relu(m.stem(x[0]) + m.stem(x[1])))
+
+
+REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
+    "active dropout": (
+        lambda m, x: m.fc(F.dropout(F.relu(m.stem(x)).mean((2, 3, 4)), 0.5)),
+        r"dropout is active although the model is in evaluation mode: pass training=self.training",
+    ),
+    "active dropout of channels": (lambda m, x: m.head(F.dropout3d(F.relu(m.stem(x)))), "pass training=self.training"),
+    "a dataclass": (lambda m, x: Answer(m.head(F.relu(m.stem(x)))), r"must return one tensor of scores"),
+    "a decision": (
+        lambda m, x: m.head(F.relu(m.stem(x / 255 if x.max() > 1 else x))),
+        "control flow that depends on values cannot be explained",
+    ),
+    "NumPy": (
+        lambda m, x: m.head(F.relu(m.stem(torch.from_numpy(x.numpy())))),
+        r"numpy\(\) is not supported[^(]*\(see torch.export's documentation\)$",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", [DeepTaylor, DiscriminativeDeepTaylor])
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_traced_is_refused_for_its_own_reason(
+    what: str, method: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body, message = REFUSED[what]
+    with pytest.raises(ValueError, match=message):
+        method(model(body), LOW, HIGH).attribute(clips(), 1)
+    assert not capfd.readouterr().err
+
+
+def test_what_a_model_writes_while_it_is_traced_is_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    def body(m: Layers, x: Tensor) -> Tensor:
+        print("seen", file=sys.stderr)
+        return m.head(x if x.max() > 1 else F.relu(m.stem(x)))
+
+    with pytest.raises(ValueError, match=r"torch\.export cannot trace"):
+        DeepTaylor(model(body), LOW, HIGH).attribute(clips(), 1)
+    assert set(capsys.readouterr().err.split()) == {"seen"}
+
+
+@pytest.mark.parametrize("method", [DeepTaylor, DiscriminativeDeepTaylor])
+def test_a_model_that_takes_a_list_of_inputs(method: Any) -> None:
+    inner, x = model(_takes_a_list), clips()
+    inputs = (x, x.flip(2))
+    with pytest.raises(ValueError, match=r"forward\(self, slow, fast\) calls model\(\[slow, fast\]\)"):
+        method(OfOne(inner).eval(), LOW, HIGH).attribute(inputs, 1)
+    relevance = method(model(lambda m, slow, fast: inner([slow, fast])), LOW, HIGH).attribute(inputs, 1)
+    assert len(relevance) == 2
+
+
+class OfOne(nn.Module):
+    """A model of one argument."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, inputs: Any) -> Any:
+        return self.inner(inputs)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("method", [DeepTaylor, DiscriminativeDeepTaylor])
+def test_torchscript_is_refused_wherever_it_is(method: Any) -> None:
+    x, m = clips(), model(lambda m, x: m.head(F.relu(m.stem(x))))
+    traced = torch.jit.trace(nn.Sequential(nn.Conv3d(3, 4, 1), nn.Flatten()).eval(), x.float())
+    with pytest.raises(TypeError, match=r"the model is a TorchScript module.*give the nn.Module it was made of"):
+        method(traced, LOW, HIGH).attribute(x, 1)
+    m.stem = torch.jit.script(m.stem)
+    with pytest.raises(TypeError, match=r"stem is a TorchScript module.*give the nn.Module it was made of"):
+        method(m, LOW, HIGH).attribute(x, 1)
+    m = model(lambda m, x: m.head(m.activation(m.stem(x))))
+    m.activation = torch.jit.trace(F.relu, x)
+    with pytest.raises(ValueError, match="a TorchScript function by the Python function that it was made of"):
+        method(m, LOW, HIGH).attribute(x, 1)
 
 
 def test_mostly_lost_relevance_is_said() -> None:
