@@ -191,7 +191,7 @@ def computed(net: nn.Module, x: Tensor) -> Tensor:
     return output  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", [*SIMPLE, *NOT_SIMPLE])
+@pytest.mark.parametrize("name", [name for name in SIMPLE | NOT_SIMPLE if name != "dropout at random"])
 def test_a_graph_computes_what_the_model_computes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     body = (SIMPLE | NOT_SIMPLE)[name]
     net, x = Net(body).eval(), torch.rand(2, 3, 4, 6, 6)

@@ -106,13 +106,14 @@ def probe_entry(folder: Path, entry: Entry, frames: int, stride: int, clip_strid
     """
     path = folder / os.fsdecode(entry.path)
     try:
-        size = path.stat().st_size
         if entry.start is not None:
-            return Probe([frame_at(path, entry.start)], None, size)
-        last = len(frame_times(path)) - ((frames - 1) * stride + 1)
+            starts = [frame_at(path, entry.start)]
+        else:
+            last = len(frame_times(path)) - ((frames - 1) * stride + 1)
+            starts = list(range(0, max(last, 0) + 1, clip_stride))
+        return Probe(starts, None, path.stat().st_size)
     except (VideoError, OSError) as error:
         return Probe([], escaped(str(error)))
-    return Probe(list(range(0, max(last, 0) + 1, clip_stride)), None, size)
 
 
 def clips_of(source: Source, probes: Sequence[Probe], classes: Sequence[str] | None, count: int) -> list[Clip]:
