@@ -95,15 +95,15 @@ LAYERS: dict[str, Any] = {
 
 
 class Branches(nn.Module):
-    """For every rule a branch: pixel convolution, LeakyReLU (what follows sees both signs), layer, linear head.
+    """For every rule a branch: pixel convolution, activation, layer, linear head.
 
     Output k is that of branch k, so a target chooses the rule.
     """
 
-    def __init__(self, layer: Callable[[], nn.Module]) -> None:
+    def __init__(self, layer: Callable[[], nn.Module], activation: nn.Module) -> None:
         super().__init__()
         self.pixels = nn.ModuleList(nn.Conv3d(3, 4, 1) for _ in RULES)
-        self.activation = nn.LeakyReLU(0.5)
+        self.activation = activation
         self.layers = nn.ModuleList(layer() for _ in RULES)
         features = self.layers[0](torch.zeros(1, 4, 3, 4, 5)).numel()
         self.heads = nn.ModuleList(nn.Linear(features, 1) for _ in RULES)
@@ -124,9 +124,12 @@ class Branches(nn.Module):
         return w.dense(self.heads[k], w.move(lambda v: v.flatten(1), x))
 
 
-def check_every_rule(layer: Callable[[], nn.Module], where: str) -> None:
+SIGNED = nn.LeakyReLU(0.5)
+
+
+def check_every_rule(layer: Callable[[], nn.Module], where: str, activation: nn.Module = SIGNED) -> None:
     """Every rule at once on the modules `where` (layers or pixels), one branch each."""
-    model = Branches(layer).double().eval()
+    model = Branches(layer, activation).double().eval()
     x = between(LOW, HIGH, (1, 3, 3, 4, 5), 1)
     composite = {f"{where}.{k}": rule for k, (rule, _) in enumerate(RULES.values())}
     found = {
@@ -151,6 +154,13 @@ def check_every_rule(layer: Callable[[], nn.Module], where: str) -> None:
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_rule_on_every_layer(layer: str) -> None:
     check_every_rule(LAYERS[layer], "layers")
+
+
+@pytest.mark.usefixtures("one_trace")
+@pytest.mark.parametrize("layer", ["conv", "linear", "average pool", "subtract"])
+def test_every_rule_on_rectified_features(layer: str) -> None:
+    """Of what cannot be negative a rule's terms with negative inputs are left out; all else that is the rule's must stay."""
+    check_every_rule(LAYERS[layer], "layers", nn.ReLU())
 
 
 @pytest.mark.usefixtures("one_trace")
