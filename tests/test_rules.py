@@ -9,6 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from models import between, zoo
 from oracle import Node, Walk, assert_agrees, explain
 from torch import Tensor, nn
@@ -167,6 +168,80 @@ def test_every_rule_on_rectified_features(layer: str) -> None:
 def test_every_rule_on_pixels() -> None:
     """An override reaches the pixel layer too."""
     check_every_rule(lambda: nn.Conv3d(4, 3, 2), "pixels")
+
+
+STEPS = torch.linspace(-0.5, 0.75, 5, dtype=torch.float64)
+
+BELOW_ZERO: dict[str, tuple[str, str, Callable[..., Tensor]]] = {
+    "less a number": ("each", "a", lambda a: a - 0.5),
+    "plus a negative number": ("each", "a", lambda a: a + -0.5),
+    "a number less it": ("each", "a", lambda a: 0.25 - a),
+    "negated": ("each", "a", lambda a: -a),
+    "times a negative number": ("each", "a", lambda a: a * -2),
+    "by a negative number": ("each", "a", lambda a: a / -2),
+    "times numbers of both signs": ("each", "a", lambda a: a * STEPS),
+    "less numbers of both signs": ("each", "a", lambda a: a - STEPS),
+    "at most numbers of both signs": ("each", "a", lambda a: torch.minimum(a, STEPS)),
+    "a negative number below a threshold": ("each", "a", lambda a: F.threshold(a, 0.25, -1.0)),
+    "batch norm": ("each", "a", lambda a: F.batch_norm(a, STEPS[3:], STEPS[3:])),
+    "at least a negative number": ("each", "s", lambda s: s.clamp(min=-0.25)),
+    "at most a number": ("each", "s", lambda s: torch.clamp_max(s, 0.5)),
+    "between two numbers": ("each", "s", F.hardtanh),
+    "leaky": ("each", "s", lambda s: F.leaky_relu(s, 0.5)),
+    "difference": ("add", "ab", lambda a, b: a - b),
+    "difference from twice": ("add", "ab", lambda a, b: torch.sub(a, b, alpha=2)),
+    "sum with a negative factor": ("add", "ab", lambda a, b: torch.add(a, b, alpha=-2)),
+    "sum, the first rectified": ("add", "as", lambda a, s: a + s),
+    "sum, the second rectified": ("add", "sa", lambda s, a: s + a),
+    "gated": ("gate", "as", lambda a, s: a * torch.tanh(s)),
+    "joined": ("move", "as", lambda a, s: torch.cat([a, s], 4)),
+    "joined with negative numbers": ("move", "a", lambda a: torch.cat([a, a.new_full(a.shape, -0.5)], 4)),
+    "padded with a negative number": ("move", "a", lambda a: F.pad(a, (0, 1, 1, 0), value=-0.5)),
+}
+"""How rectified features a and b, and s with both signs, become features that may be negative."""
+
+
+class BelowZero(nn.Module):
+    """Output k explains what became of the features in way k, by the same convolution and the same head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.s = (nn.Conv3d(3, 2, 1) for _ in range(3))
+        self.conv = nn.Conv3d(2, 4, (1, 2, 2))
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = {"a": F.relu(self.a(x)), "b": F.relu(self.b(x)), "s": self.s(x)}
+        ways = (fn(*(features[name] for name in names)) for _, names, fn in BELOW_ZERO.values())
+        return torch.cat([self.head(F.relu(self.conv(way)).mean((2, 3, 4))) for way in ways], 1)
+
+    def steps(self, w: Walk, x: Node, k: int) -> Node:
+        kind, names, fn = list(BELOW_ZERO.values())[k]
+        features = {"a": w.each(F.relu, w.pixel(self.a, x)), "b": w.each(F.relu, w.pixel(self.b, x))}
+        features["s"] = w.pixel(self.s, x)
+        first, *others = (features[name] for name in names)
+        way = (
+            w.each(lambda v: fn(v, others[0].value), first) if kind == "gate" else getattr(w, kind)(fn, first, *others)
+        )
+        x = w.each(F.relu, w.conv(self.conv, way))
+        return w.dense(self.head, w.add(lambda v: v.mean((2, 3, 4)), x))
+
+
+@pytest.mark.usefixtures("one_trace")
+def test_what_may_be_negative_again_is_shared_as_such() -> None:
+    """Negative inputs with negative weights excite as well, also behind a ReLU that something was done to since."""
+    model = BelowZero().double().eval()
+    x, count = between(LOW, HIGH, (1, 3, 3, 4, 5), 1), len(BELOW_ZERO)
+    disagree = []
+    for backend in ("auto", "reference"):
+        method = DeepTaylor(model, LOW, HIGH, backend=backend, seed="one")
+        found = method.attribute(x.expand(count, -1, -1, -1, -1), torch.arange(count))
+        for k, way in enumerate(BELOW_ZERO):
+            try:
+                assert_agrees(found[k : k + 1], explain(model, x, LOW, HIGH, 0, args=(k,), seed="one"))
+            except AssertionError as error:
+                disagree.append(f"{way}, backend {backend}: {error}")
+    assert not disagree, "\n".join(disagree)
 
 
 @pytest.mark.parametrize("name", ["plain", "residual", "images", "slow-fast", "pools", "norms", "gated"])
