@@ -348,6 +348,90 @@ def test_relevance_of_times_that_nobody_asked_for_is_dropped(how: str) -> None:
             assert_same(method.attribute(x, [1, 2], internal_batch_size=size), expected)
 
 
+TOLD_APART: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "places": lambda x, place: x + place[:, :1],
+    "places of channels": lambda x, place: x + place,
+    "places without a dimension for clips": lambda x, place: x + place[0],
+    "places alone": lambda x, place: x - place[0, 0],
+    "scales": lambda x, place: x * place.abs(),
+    "one place for all times": lambda x, place: x + place[:, :, :1],
+    "split": lambda x, place: torch.cat(x.split([3, 5], 2)[::-1], 2),
+    "split evenly": lambda x, place: torch.cat(x.split(3, 2)[::-1], 2),
+    "a part of a split": lambda x, place: x.split([1, 5, 2], 2)[1],
+    "chunks, summed": lambda x, place: sum(x.chunk(2, 2)),  # type: ignore[return-value]
+    "replicated": lambda x, place: F.pad(x, (0, 0, 0, 0, 2, 1), mode="replicate"),
+    "reflected": lambda x, place: F.pad(x, (0, 0, 0, 0, 2, 1), mode="reflect"),
+    "replicated in space": lambda x, place: F.pad(x, (1, 0, 0, 2, 0, 0), mode="replicate"),
+    "averages, the last of less": lambda x, place: F.avg_pool3d(x, (3, 1, 1), (2, 1, 1), ceil_mode=True),
+    "averages, the last of less padding": lambda x, place: F.avg_pool3d(x, (3, 1, 1), (2, 1, 1), (1, 0, 0), True),
+    "averages without padding": lambda x, place: F.avg_pool3d(x, (3, 1, 1), 1, (1, 0, 0), False, False),
+    "averages with padding": lambda x, place: F.avg_pool3d(x, (3, 1, 1), 1, (1, 0, 0)),
+    "averages of as many times as wanted": lambda x, place: F.adaptive_avg_pool3d(x, (3, None, None)),
+    "maxima of as many times as wanted": lambda x, place: F.adaptive_max_pool3d(x, (3, None, None)),
+    "maxima of channels": lambda x, place: F.max_pool3d(x.transpose(1, 2), (3, 1, 1), 1, (1, 0, 0)).transpose(1, 2),
+    "one time": lambda x, place: x.select(2, 1).unsqueeze(2),
+    "averages by a given number": lambda x, place: F.avg_pool3d(x, (3, 1, 1), 2, (1, 0, 0), True, False, 2),
+}
+"""What may treat equal times unequally, by where in the clip they are; and what resembles it and does not."""
+
+
+class ToldApart(nn.Module):
+    """Something of the kind on pixels, or on features that one convolution along time makes and another reads."""
+
+    def __init__(self, how: str, on_pixels: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.on_pixels = how, on_pixels
+        self.place = nn.Parameter(torch.randn(1, 2 if on_pixels else 4, 8, 1, 1))
+        self.first, self.second = nn.Conv3d(2, 4, 3, padding=1), nn.Conv3d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = TOLD_APART[self.how](x, self.place) if self.on_pixels else x
+        x = F.relu(self.first(x))
+        x = x if self.on_pixels else TOLD_APART[self.how](x, self.place)
+        return self.head(F.relu(self.second(x)).mean((2, 3, 4)))
+
+
+@pytest.mark.usefixtures("one_trace")
+@pytest.mark.parametrize(
+    ("how", "on_pixels"),
+    [(how, False) for how in TOLD_APART] + [(how, True) for how in ("places of channels", "split", "replicated")],
+)
+def test_equal_times_that_are_told_apart_by_where_they_are(how: str, on_pixels: bool) -> None:
+    """Against the definition: each frame is repeated and its clip explained as any, every layer by its formulas."""
+    model, x, target = ToldApart(how, on_pixels).double().eval(), pixels(2, 2, 8, 5, 5), [1, 2]
+    plain = DeepTaylor(model, LOW, HIGH, seed="one", backend="reference")
+    frozen = [x[:, :, t : t + 1].expand(x.shape).contiguous() for t in range(8)]
+    whole = torch.stack([plain.attribute(clip, target).sum(1) for clip in frozen], 1)  # (N, frame, time, H, W)
+    scaled = whole / whole.abs().amax((2, 3, 4), keepdim=True)
+    expected = {
+        ("own", "none"): whole.diagonal(dim1=1, dim2=2).movedim(-1, 1),
+        ("first", "none"): whole[:, :, 0],
+        ("mean", "none"): whole.mean(2),
+        ("own", "max"): scaled.diagonal(dim1=1, dim2=2).movedim(-1, 1),
+    }
+    method = DiscriminativeDeepTaylor(model, LOW, HIGH, seed="one")
+    for (method.readout, method.normalize), spatial in expected.items():  # type: ignore[assignment]
+        close(method.attribute(x, target).spatial, spatial)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("one place for all times", "3 -> 5 of 8"),
+        ("replicated in space", "3 -> 5 of 8"),
+        ("averages with padding", "5 -> 7 of 8"),
+        ("averages by a given number", "4 -> 5 of 5"),
+    ],
+)
+def test_times_that_nothing_tells_apart_are_not_computed_twice(how: str, expected: str) -> None:
+    """Of a convolution behind it. Counted by hand, as above."""
+    method = DiscriminativeDeepTaylor(ToldApart(how, False).double().eval(), LOW, HIGH)
+    times = [row.times for row in method.rule_table(pixels(1, 2, 8, 5, 5)).rows if row.operation == "conv3d"]
+    assert times == ["1 -> 3 of 8", expected]
+
+
 def test_random_networks_are_what_they_are_for() -> None:
     """They reach every kind of operation, and most of them collapse."""
     plans = [Random(seed).plan for seed in SEEDS]
