@@ -39,6 +39,8 @@ struct Divide {
   Element element;  // of the shares
   Sum stabilizer;
 
+  void approach(const Spot& spot) const { cpu::approach(relevance, element_of<Sum>(), spot); }
+
   void operator()(const Spot& spot, const Sums<Sum>& sums) const {
     const Block<const Sum> given = loaded(loops, relevance, element_of<Sum>(), spot, sums.room);
     const Block<Sum> to = block_of(shares, element, spot, sums.room);
@@ -57,11 +59,12 @@ struct Share {
   const int64_t* stored;
   bool stream;
 
+  void approach(const Spot& spot) const { cpu::approach(source.x, source.element, read_by(spot)); }
+
   void operator()(const Spot& spot, const Sums<Sum>& sums) const {
     const int64_t pitch = spot.columns(), size = spot.rows() * pitch;
     Sum *room = sums.room, *bound = room + size, *shared = bound + size;
-    Spot of_input = spot;
-    if (stored != nullptr) of_input.t = stored[spot.t];
+    const Spot of_input = read_by(spot);
     const int last = parts(source.lift) - 1;
     Block<Sum> to = block_of(out, element_of<Sum>(), spot, shared);
     if (stream && last > 0) to = {shared, pitch};  // parts are added up before they are written
@@ -76,6 +79,12 @@ struct Share {
     }
     if (to.data == shared) store(loops, shared, pitch, out, element_of<Sum>(), spot, stream);
   }
+
+ private:
+  Spot read_by(Spot spot) const {
+    if (stored != nullptr) spot.t = stored[spot.t];
+    return spot;
+  }
 };
 
 // The plain convolution's output.
@@ -85,6 +94,8 @@ struct Keep {
   View out;
   Element element;
   bool relu, stream;
+
+  void approach(const Spot&) const {}
 
   void operator()(const Spot& spot, const Sums<Sum>& sums) const {
     if (!relu) return store(loops, sums.data, sums.pitch, out, element, spot, stream);
@@ -198,7 +209,8 @@ Filter filter(const Loops<Sum>& loops, const Conv3d& conv, Element element, cons
   filter.c_out = conv.c_out / conv.groups;
   filter.c_in = conv.c_in / conv.groups;
   filter.volume = conv.kernel[0] * conv.kernel[1] * conv.kernel[2];
-  filter.hash = hash_bytes(loops, weight, conv.c_out * filter.c_in * filter.volume * element_bytes(element), parallel_for);
+  filter.count = conv.c_out * filter.c_in * filter.volume;
+  filter.hash = hash_bytes(loops, weight, filter.count * element_bytes(element), parallel_for);
   return filter;
 }
 
@@ -252,7 +264,7 @@ void run_directly(const Task& task, const std::vector<Sweep>& sweeps, const Engi
                   const Epilogue& epilogue, ParallelFor parallel_for) {
   const MicroKernel<Operand, Sum>& tile = *engine.tile;
   const int pair = std::is_same_v<Operand, bfloat16> ? 2 : 1;
-  const Tiling tiling{false, tile.channels, tile.depth_multiple, pair, sizeof(Operand)};
+  const Tiling tiling{false, tile.channels, tile.depth_multiple, pair, sizeof(Operand), tile.near_bytes};
   const auto run_tiles = [&](const std::vector<Sweep>& tiled) {
     const Plans plans = make_plans(tiled, task.input_parts, task.output_parts, task.products, tiling);
     run_plans<Operand, Sum>(task, plans, tile, *engine.loops, start, epilogue, parallel_for);
@@ -316,7 +328,7 @@ class Definition {
  private:
   Plans plans(Cut cut) const {
     const MicroKernel<float, float>& tile = *engine_.tile;
-    const Tiling tiling{false, tile.channels, tile.depth_multiple, 1, sizeof(float), cut};
+    const Tiling tiling{false, tile.channels, tile.depth_multiple, 1, sizeof(float), tile.near_bytes, cut};
     return make_plans({sweep_}, task_.input_parts, task_.output_parts, task_.products, tiling);
   }
 
@@ -451,6 +463,26 @@ bool reads_rounded_shares(const Conv3dRelevance& problem, const std::vector<InTi
          std::none_of(times.begin(), times.end(), adds_up);
 }
 
+// A linear layer's weights where an arithmetic takes nothing of them but their nearest bfloat16s: these come from memory in half
+// the time. Else null.
+template <typename Operand, typename Sum, typename Problem>
+std::shared_ptr<const Buffer> rounded_for(std::initializer_list<const std::vector<Product>*> passes, const Problem& problem,
+                                          const Loops<Sum>& loops, ParallelFor parallel_for) {
+  if constexpr (std::is_same_v<Operand, bfloat16>) {
+    const auto is_rounded = [](const Product& product) { return product.weight == Digit::High; };
+    const auto are_rounded = [&](const auto* pass) { return std::all_of(pass->begin(), pass->end(), is_rounded); };
+    if (problem.element == Element::Float32 && std::all_of(passes.begin(), passes.end(), are_rounded))
+      return rounded_weights(filter(loops, problem.conv, problem.element, problem.weight, parallel_for), loops, parallel_for);
+  }
+  return nullptr;
+}
+
+template <typename Problem>
+LinearWeights weights_of(const Problem& problem, const std::shared_ptr<const Buffer>& rounded) {
+  return rounded ? LinearWeights{rounded->as<char>(), Element::BFloat16}
+                 : LinearWeights{static_cast<const char*>(problem.weight), problem.element};
+}
+
 template <typename Operand, typename Sum>
 void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engine, const Arithmetic& arithmetic,
                ParallelFor parallel_for) {
@@ -461,7 +493,8 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
   const bool has_tables = problem.reads.data != nullptr;
   if (!has_tables && is_linear(problem.conv)) {
     const Source x{problem.x, problem.element, problem.lift, problem.low, problem.high};
-    return LinearLayer<Sum>(problem.conv, problem.element, problem.weight, bias.data(), loops, parallel_for)
+    const auto rounded = rounded_for<Operand>({&arithmetic.forward, &arithmetic.adjoint}, problem, loops, parallel_for);
+    return LinearLayer<Sum>(problem.conv, problem.element, weights_of(problem, rounded), bias.data(), loops, parallel_for)
         .relevance(x, problem.relevance, static_cast<Sum>(problem.stabilizer), problem.divided, problem.out);
   }
 
@@ -517,9 +550,11 @@ void forward(const Conv3dForward& problem, const Engine<Operand, Sum>& engine, c
   const Loops<Sum>& loops = *engine.loops;
   const std::vector<Sum> bias = bias_of(loops, problem.conv, problem.element, problem.bias);
   const bool has_table = problem.reads.data != nullptr;
-  if (!has_table && is_linear(problem.conv))
-    return LinearLayer<Sum>(problem.conv, problem.element, problem.weight, bias.data(), loops, parallel_for)
+  if (!has_table && is_linear(problem.conv)) {
+    const auto rounded = rounded_for<Operand>({&arithmetic.forward}, problem, loops, parallel_for);
+    return LinearLayer<Sum>(problem.conv, problem.element, weights_of(problem, rounded), bias.data(), loops, parallel_for)
         .forward(problem.x, problem.out, problem.relu);
+  }
 
   const Filter weights = filter(loops, problem.conv, problem.element, problem.weight, parallel_for);
   Conv3d conv = problem.conv;

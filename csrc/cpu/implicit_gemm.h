@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -38,7 +39,8 @@ struct Sums {
 constexpr int kEpilogueBlocks = 3;
 
 // What a sweep makes of slabs that are packed. `start` has what each output channel's sum begins with, or is null.
-// Epilogue: void(const Spot&, const Sums<Sum>&), the spot being what is written.
+// Epilogue: void(const Spot&, const Sums<Sum>&), the spot being what is written, and approach(const Spot&), called a while
+// before.
 template <typename Kernel, typename Operand, typename Sum, typename Epilogue>
 class SweepRunner {
  public:
@@ -52,6 +54,12 @@ class SweepRunner {
   void reserve(Scratch& mine) const {
     mine.sums.reserve(static_cast<size_t>(sums_per_block()) * sizeof(Sum));
     mine.blocks.reserve(static_cast<size_t>(kEpilogueBlocks * spot_positions() * plan_.tiling.channels) * sizeof(Sum));
+  }
+
+  // Before blocks, on each thread.
+  void begin() const {
+    if constexpr (!kPlanar)
+      if (kernel_.begin != nullptr) kernel_.begin();
   }
 
   // A block of channels.
@@ -90,17 +98,30 @@ class SweepRunner {
     int64_t t_begin, t_end, h_begin, h_end;
 
     bool empty() const { return t_begin >= t_end || h_begin >= h_end; }
-    bool has(int64_t t, int64_t h) const { return t >= t_begin && t < t_end && h >= h_begin && h < h_end; }
+    int64_t rows() const { return empty() ? 0 : (t_end - t_begin) * (h_end - h_begin); }
+    bool begin_with(const Taps& first) const { return t_begin == first.t_begin && h_begin == first.h_begin; }
+    Taps within(const Taps& some) const {
+      return {std::max(t_begin, some.t_begin), std::min(t_end, some.t_end), std::max(h_begin, some.h_begin),
+              std::min(h_end, some.h_end)};
+    }
   };
 
-  // Those of positions that share their t and, where they are one row, their h.
-  Taps taps_within(const Region& here, int64_t from, int64_t positions) const {
-    const Position p = position(here, from);
+  // Those of neighbouring positions, both ends included; narrowed where all lie in one plane.
+  Taps taps_within(const Region& here, int64_t first, int64_t last) const {
+    const Position from = position(here, first), to = position(here, last);
     Taps taps{0, plan_.taps[0], 0, plan_.taps[1]};
     if (plan_.tap_volume() == 0) return {0, 0, 0, 0};
-    if (plan_.sweep.in_time == nullptr && positions <= here.count[1] * here.count[2])
-      keep_reaching(plan_.sweep, 0, here.first[0] + p.at[0], taps.t_begin, taps.t_end);
-    if (positions <= here.count[2]) keep_reaching(plan_.sweep, 1, here.first[1] + p.at[1], taps.h_begin, taps.h_end);
+    if (from.n != to.n || from.at[0] != to.at[0]) return taps;
+    if (plan_.sweep.in_time == nullptr) keep_reaching(plan_.sweep, 0, here.first[0] + from.at[0], taps.t_begin, taps.t_end);
+    Taps of_last = taps;
+    keep_reaching(plan_.sweep, 1, here.first[1] + from.at[1], taps.h_begin, taps.h_end);
+    keep_reaching(plan_.sweep, 1, here.first[1] + to.at[1], of_last.h_begin, of_last.h_end);
+    // Rows that reach nothing say nothing of those between them.
+    const bool all_reach = taps.h_begin < taps.h_end && of_last.h_begin < of_last.h_end;
+    if (from.at[1] != to.at[1]) {
+      taps.h_begin = all_reach ? std::min(taps.h_begin, of_last.h_begin) : 0;
+      taps.h_end = all_reach ? std::max(taps.h_end, of_last.h_end) : plan_.taps[1];
+    }
     return taps;
   }
 
@@ -126,93 +147,86 @@ class SweepRunner {
 
   // ------------------------------------------------------------------------------------------- channels in lanes
 
-  // What one call of the kernel takes: positions of a row, and of as many rows, whose first ones are `pitch` positions apart.
-  struct Bundle {
+  // Positions that are equally far apart in the slab: a row, or several `pitch` positions apart, with what lies between them.
+  struct Line {
     int64_t row, rows, pitch;
 
-    int64_t positions() const { return (rows - 1) * pitch + row; }
+    int64_t length() const { return (rows - 1) * pitch + row; }
   };
 
-  // One call of the kernel for some of a block's positions.
+  // One call of the kernel: for a piece of a line.
   struct Call {
-    Bundle shape;
-    int64_t first, row;  // its first position, and how many it is to that of its next row
-    int64_t slab_at;     // in elements
-    int64_t sums_at;     // in positions, where sums outlast their call
+    int64_t start;         // the line's first position, of those of a block
+    int64_t first, count;  // of the line's, the gaps counted too
+    int64_t slab_at;       // in elements
+    int64_t sums_at;       // in positions, where sums outlast their call
     Taps taps;
   };
 
-  // Bundles and pieces of nearly equal size.
-  std::vector<Call> calls_of(const Region& here) const {
-    const int64_t row = line_length(here), rows = here.positions() / row;
-    const Bundle most = bundle(here, row);
-    const int64_t together = most.rows > 1 ? here.count[1] : 1;  // rows that bundles are made of
-    const int64_t bundles = (together + most.rows - 1) / most.rows;
-    const int64_t pieces = (row + kernel_.max_positions - 1) / kernel_.max_positions;
-    std::vector<Call> found;
-    for (int64_t i = 0; i < rows / together * bundles; ++i) {
-      const int64_t start = i / bundles * together;
-      const int64_t begin = start + together * (i % bundles) / bundles, end = start + together * (i % bundles + 1) / bundles;
-      const int64_t slab_at = slab_position(here, begin * row) * plan_.position_pitch;
-      const Taps taps = taps_within(here, begin * row, (end - begin) * row);
+  struct Calls {
+    Line line;
+    std::vector<Call> each;
+
+    // Those of all sums that outlast their calls.
+    int64_t positions() const { return each.back().sums_at + each.back().count; }
+  };
+
+  // Pieces of one size, and of what is left.
+  Calls calls_of(const Region& here) const {
+    Calls calls{line(here), {}};
+    const auto& [row, rows, pitch] = calls.line;
+    const int64_t length = calls.line.length(), pieces = pieces_of(length), most = (length + pieces - 1) / pieces;
+    for (int64_t start = 0, sums_at = 0; start < here.positions(); start += rows * row, sums_at += length) {
+      const int64_t slab_at = slab_position(here, start) * plan_.position_pitch;
       for (int64_t piece = 0; piece < pieces; ++piece) {
-        const int64_t first = row * piece / pieces, last = row * (piece + 1) / pieces;
-        found.push_back({{last - first, end - begin, most.pitch},
-                         begin * row + first,
-                         row,
-                         slab_at + first * plan_.stride[2] * plan_.position_pitch,
-                         begin * most.pitch + first,
-                         taps});
+        const int64_t first = piece * most, last = std::min(first + most, length) - 1;
+        const auto position_of = [&](int64_t i) { return start + i / pitch * row + std::min(i % pitch, row - 1); };
+        calls.each.push_back({start, first, last + 1 - first, slab_at + first * plan_.stride[2] * plan_.position_pitch,
+                              sums_at + first, taps_within(here, position_of(first), position_of(last))});
       }
     }
-    return found;
+    return calls;
   }
 
-  // Those of all sums that outlast their calls.
-  static int64_t positions_of(const std::vector<Call>& calls) { return calls.back().sums_at + calls.back().shape.positions(); }
+  int64_t pieces_of(int64_t positions) const { return (positions + kernel_.max_positions - 1) / kernel_.max_positions; }
 
-  // Chunk by chunk, so that a chunk's weights stay in the cache for all positions.
+  // The rows of a plane are one line where gaps between them cost a kernel less than ends of rows.
+  Line line(const Region& here) const {
+    const int64_t row = line_length(here), rows = here.count[1], apart = plan_.stride[1] * plan_.extent[2];
+    const Line plane{row, rows, apart / plan_.stride[2]};
+    const bool can_span = kernel_.spans_gaps && row == here.count[2] && apart % plan_.stride[2] == 0;
+    return can_span && pieces_of(plane.length()) < rows * pieces_of(row) ? plane : Line{row, 1, row};
+  }
+
+  // Chunk by chunk, and perhaps some taps after the others, so that their weights stay in a cache for all positions.
   void run_block(const Region& here, int64_t block, const Scratch& mine) const {
     const int64_t channels = plan_.tiling.channels;
-    const std::vector<Call> calls = calls_of(here);
-    const bool by_taps = weights_are_far(calls);
+    const Calls calls = calls_of(here);
+    const bool are_far = weights_are_far(calls);
+    const std::vector<Taps> groups = groups_of({0, plan_.taps[0], 0, plan_.taps[1]}, are_far ? 1 : near_taps());
+    const bool in_groups = are_far || kernel_.near_bytes > 0, outlast = plan_.chunks > 1 || groups.size() > 1;
     const Operand* weights = block_weights(here, block);
     for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
       const Operand* slab = mine.slab.as<Operand>() + chunk * plan_.chunk_elements;
-      // With one chunk the sums of a call are done at once and need not outlast it.
-      const auto sums_of = [&](const Call& call) {
-        return mine.sums.as<Sum>() + (plan_.chunks > 1 ? call.sums_at * channels : 0);
-      };
-      const auto multiply = [&](const Call& call, int64_t tap, int64_t tap_count, bool accumulate, Ahead<Operand> ahead) {
-        kernel_.run(static_cast<int>(call.shape.positions()), slab + call.slab_at, plan_.stride[2] * plan_.position_pitch,
-                    plan_.offsets.data() + tap, tap_count, plan_.kernel_depth, weights + tap * plan_.kernel_depth * channels,
-                    sums_of(call), accumulate, ahead);
-      };
-      if (by_taps) {
-        for (int64_t t = 0; t < plan_.taps[0]; ++t)
-          for (int64_t h = 0; h < plan_.taps[1]; ++h) {
-            const int64_t tap = (t * plan_.taps[1] + h) * plan_.kernel_taps, steps = plan_.kernel_taps * plan_.kernel_depth;
-            const auto reached = std::count_if(calls.begin(), calls.end(), [&](const Call& call) { return call.taps.has(t, h); });
-            const Operand* const next = weights + (tap + plan_.kernel_taps) * plan_.kernel_depth * channels;
-            Approach<Operand> approach(next, steps * channels, reached * steps, channels);
-            for (const Call& call : calls) {
-              const bool is_first = t == call.taps.t_begin && h == call.taps.h_begin;
-              if (call.taps.has(t, h))
-                multiply(call, tap, plan_.kernel_taps,
-                         !is_first || begin_sums(here, block, chunk, sums_of(call), call.shape.positions(), call.taps),
-                         approach.over(steps));
-            }
-          }
-      }
-      for (const Call& call : calls) {
-        if (!by_taps || call.taps.empty()) {
-          bool accumulate = begin_sums(here, block, chunk, sums_of(call), call.shape.positions(), call.taps);
-          each_stretch(call.taps, [&](int64_t tap, int64_t tap_count) {
-            multiply(call, tap, tap_count, accumulate, ahead(weights + tap * plan_.kernel_depth * channels));
+      for (const Taps& group : groups) {
+        const auto taps_in = [&](const Call& call) { return call.taps.within(group); };
+        Approach<Operand> approach = approach_behind(group, weights, rows_of(calls.each.data(), calls.each.size(), taps_in));
+        for (const Call& call : calls.each) {
+          Sum* const sums = mine.sums.as<Sum>() + (outlast ? call.sums_at * channels : 0);
+          const Taps taps = taps_in(call);
+          const bool ends = chunk + 1 == plan_.chunks && &group == &groups.back();
+          if (ends) approach_end(here, block, calls.line, call);
+          const bool begins = call.taps.empty() ? &group == &groups.front() : !taps.empty() && taps.begin_with(call.taps);
+          bool accumulate = !begins || begin_sums(here, block, chunk, sums, call.count, call.taps);
+          each_stretch(taps, [&](int64_t tap, int64_t tap_count) {
+            const Operand* const own = weights + tap * plan_.kernel_depth * channels;
+            kernel_.run(static_cast<int>(call.count), slab + call.slab_at, plan_.stride[2] * plan_.position_pitch,
+                        plan_.offsets.data() + tap, tap_count, plan_.kernel_depth, own, sums, accumulate,
+                        in_groups ? approach.over(tap_count * steps_of_tap()) : ahead(own));
             accumulate = true;
           });
+          if (ends) finish(here, block, calls.line, call, sums, mine);
         }
-        if (chunk + 1 == plan_.chunks) finish(here, block, call, sums_of(call), mine);
       }
       weights += plan_.tap_volume() * plan_.chunk * channels;
     }
@@ -224,66 +238,131 @@ class SweepRunner {
     return {weights + kSteps * plan_.tiling.channels, plan_.tiling.channels};
   }
 
-  // Whether a chunk's weights had better come from afar only once, tap by tap for all positions: where these are few, and their
-  // sums stay near. What is summed in which order is the same.
-  bool weights_are_far(const std::vector<Call>& calls) const {
-    constexpr int64_t kNearBytes = 16 << 10;
-    const int64_t sums_bytes = positions_of(calls) * plan_.tiling.channels * static_cast<int64_t>(sizeof(Sum));
-    return std::is_same_v<Operand, Sum> && plan_.chunks > 1 && calls.size() > 1 && sums_bytes <= kNearBytes;
+  int64_t steps_of_tap() const { return (plan_.kernel_depth + kernel_.step - 1) / kernel_.step; }
+
+  // As many weights as a group's, of those behind them, while `calls` multiply it.
+  Approach<Operand> approach_behind(const Taps& group, const Operand* weights, int64_t rows_multiplied) const {
+    const int64_t channels = plan_.tiling.channels, row = plan_.kernel_taps * plan_.kernel_depth * channels;
+    const int64_t behind = (group.t_end - 1) * plan_.taps[1] + group.h_end;
+    return Approach<Operand>(weights + behind * row, group.rows() * row, rows_multiplied * plan_.kernel_taps * steps_of_tap(),
+                             kernel_.step * channels);
   }
 
-  // The same where a table says what is read along T: all times of a call in turn, so that products that several of them share
-  // are taken once.
+  // Rows of taps that calls multiply, all together.
+  template <typename TapsOf>
+  static int64_t rows_of(const Call* calls, int64_t count, TapsOf taps_of) {
+    int64_t rows = 0;
+    for (const Call* call = calls; call != calls + count; ++call) rows += taps_of(*call).rows();
+    return rows;
+  }
+
+  // Whether a chunk's weights had better come from afar only once, tap by tap for all positions: where these are few, and their
+  // sums stay near. What is summed in which order is the same.
+  bool weights_are_far(const Calls& calls) const {
+    constexpr int64_t kNearBytes = 16 << 10;
+    const int64_t sums_bytes = calls.positions() * plan_.tiling.channels * static_cast<int64_t>(sizeof(Sum));
+    return std::is_same_v<Operand, Sum> && plan_.chunks > 1 && calls.each.size() > 1 && sums_bytes <= kNearBytes;
+  }
+
+  // Rows of taps along W whose weights stay as near as the kernel wants them; all where it does not care.
+  int64_t near_taps() const {
+    const int64_t row_bytes =
+        plan_.kernel_taps * plan_.kernel_depth * plan_.tiling.channels * static_cast<int64_t>(sizeof(Operand));
+    return kernel_.near_bytes == 0 || row_bytes == 0 ? std::numeric_limits<int64_t>::max()
+                                                     : std::max<int64_t>(kernel_.near_bytes / row_bytes, 1);
+  }
+
+  // Taps in so many rows at a time: whole planes of them, or rows of one.
+  static std::vector<Taps> groups_of(const Taps& taps, int64_t rows) {
+    const int64_t height = taps.h_end - taps.h_begin, depth = taps.t_end - taps.t_begin;
+    if (taps.empty() || rows / height >= depth) return {taps};
+    const int64_t planes = std::max<int64_t>(rows / height, 1), most = std::min(rows, height);
+    std::vector<Taps> groups;
+    for (int64_t t = taps.t_begin; t < taps.t_end; t += planes)
+      for (int64_t h = taps.h_begin; h < taps.h_end; h += most)
+        groups.push_back({t, std::min(t + planes, taps.t_end), h, std::min(h + most, taps.h_end)});
+    return groups;
+  }
+
+  // The same where a table says what is read along T: products that several times share are taken once. A call's times follow
+  // each other, or, where weights shall be near, all calls for some taps.
   void run_block_in_time(const Region& here, int64_t block, const Scratch& mine) const {
-    Region plane = here;  // one time after the other
-    plane.count[0] = 1;
     const int64_t channels = plan_.tiling.channels;
-    const std::vector<Call> calls = calls_of(plane);
+    const Calls calls = calls_of(at_time(here, 0));
+    const bool in_groups = plan_.chunks > 1 || plan_.taps[0] * plan_.taps[1] > near_taps();
+    const int64_t together = in_groups && kernel_.near_bytes > 0 ? static_cast<int64_t>(calls.each.size()) : 1;
+    const bool outlast = plan_.chunks > 1 || together > 1;
+    const int64_t time_pitch = outlast ? calls.positions() : kernel_.max_positions;
     const Operand* weights = block_weights(here, block);
-    Sum* const part = mine.sums.as<Sum>() + sums_per_block() - kernel_.max_positions * channels;
     for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
       const Operand* slab = mine.slab.as<Operand>() + chunk * plan_.chunk_elements;
-      for (const Call& call : calls) {
-        const bool outlast = plan_.chunks > 1;
-        const int64_t time_pitch = outlast ? positions_of(calls) : call.shape.positions();
-        Sum* const sums = mine.sums.as<Sum>() + (outlast ? call.sums_at * channels : 0);
-        add_times(here, block, chunk, call, slab, weights, sums, time_pitch, part);
+      for (const Call* call = calls.each.data(); call != calls.each.data() + calls.each.size(); call += together) {
+        Sum* const sums = mine.sums.as<Sum>() + (together == 1 && outlast ? call->sums_at * channels : 0);
+        add_times(here, block, chunk, call, together, slab, weights, sums, time_pitch);
         if (chunk + 1 < plan_.chunks) continue;
-        for (int64_t time = 0; time < here.count[0]; ++time) {
-          plane.first[0] = here.first[0] + time;
-          finish(plane, block, call, sums + time * time_pitch * channels, mine);
+        const int64_t ends = here.count[0] * together;
+        for (int64_t i = 0; i < ends; ++i) {
+          const Call& ending = call[i % together];
+          if (i + 1 < ends) approach_end(at_time(here, (i + 1) / together), block, calls.line, call[(i + 1) % together]);
+          finish(at_time(here, i / together), block, calls.line, ending,
+                 sums + (i / together * time_pitch + (together > 1 ? ending.sums_at : 0)) * channels, mine);
         }
       }
       weights += plan_.tap_volume() * plan_.chunk * channels;
     }
   }
 
-  // Adds one chunk's products at a call's positions to the sums of all times, which are `time_pitch` positions apart.
-  void add_times(const Region& here, int64_t block, int64_t chunk, const Call& call, const Operand* slab, const Operand* weights,
-                 Sum* sums, int64_t time_pitch, Sum* part) const {
-    const int64_t channels = plan_.tiling.channels, positions = call.shape.positions();
+  static Region at_time(Region here, int64_t time) {
+    here.first[0] += time;
+    here.count[0] = 1;
+    return here;
+  }
+
+  // Adds one chunk's products for some calls to the sums of all times, which are `time_pitch` positions apart; behind them is
+  // room for what several times share.
+  void add_times(const Region& here, int64_t block, int64_t chunk, const Call* calls, int64_t count, const Operand* slab,
+                 const Operand* weights, Sum* sums, int64_t time_pitch) const {
+    const int64_t channels = plan_.tiling.channels, row = plan_.kernel_taps * plan_.kernel_depth * channels;
+    const auto sums_of = [&](const Call& call, int64_t time) {
+      return sums + (time * time_pitch + (count > 1 ? call.sums_at : 0)) * channels;
+    };
     each_sum_in_time(here, [&](const TimeSum& sum, const std::vector<int64_t>& offsets, const auto& outputs) {
-      const Taps own = taps_of(sum, call.taps);
-      const auto run = [&](Sum* to, bool accumulate) {
-        each_stretch(own, [&](int64_t tap, int64_t tap_count) {
-          const int64_t at = sum.first_tap * plan_.taps[1] * plan_.kernel_taps + tap;
-          kernel_.run(static_cast<int>(positions), slab + call.slab_at, plan_.stride[2] * plan_.position_pitch,
-                      offsets.data() + tap, tap_count, plan_.kernel_depth, weights + at * plan_.kernel_depth * channels, to,
-                      accumulate, ahead(weights + at * plan_.kernel_depth * channels));
-          accumulate = true;
-        });
+      const auto to = [&](const Call& call, const TimeSum::Output& output) { return sums_of(call, output.time - here.first[0]); };
+      const auto begin = [&](const Call& call, const TimeSum::Output& output) {
+        return !output.begins || begin_sums(here, block, chunk, to(call, output), call.count, taps_of(sum, call.taps));
       };
-      const bool is_shared = outputs.size() > 1 && !own.empty();
-      if (is_shared) run(part, false);
-      for (const TimeSum::Output& output : outputs) {
-        Sum* const to = sums + (output.time - here.first[0]) * time_pitch * channels;
-        const bool accumulate = !output.begins || begin_sums(here, block, chunk, to, positions, own);
-        if (!is_shared)
-          run(to, accumulate);
-        else if (accumulate)
-          loops_.add(positions * channels, part, to);
-        else
-          std::copy_n(part, positions * channels, to);
+      const bool is_shared = outputs.size() > 1;
+      const std::vector<Taps> groups = groups_of(taps_of(sum, {0, 0, 0, plan_.taps[1]}), near_taps());
+      const Operand* const first_weights = weights + sum.first_tap * plan_.taps[1] * row;
+      for (const Taps& group : groups) {
+        const auto taps_in = [&](const Call& call) { return taps_of(sum, call.taps).within(group); };
+        Approach<Operand> approach = approach_behind(group, first_weights, rows_of(calls, count, taps_in));
+        for (const Call* call = calls; call != calls + count; ++call) {
+          const Taps own = taps_of(sum, call->taps), taps = taps_in(*call);
+          if (taps.empty()) continue;
+          Sum* const into = is_shared ? sums_of(*call, here.count[0]) : to(*call, outputs[0]);
+          bool accumulate = !taps.begin_with(own) || (!is_shared && begin(*call, outputs[0]));
+          each_stretch(taps, [&](int64_t tap, int64_t tap_count) {
+            const Operand* const own_weights = first_weights + tap * plan_.kernel_depth * channels;
+            kernel_.run(static_cast<int>(call->count), slab + call->slab_at, plan_.stride[2] * plan_.position_pitch,
+                        offsets.data() + tap, tap_count, plan_.kernel_depth, own_weights, into, accumulate,
+                        count > 1 ? approach.over(tap_count * steps_of_tap()) : ahead(own_weights));
+            accumulate = true;
+          });
+        }
+      }
+      for (const Call* call = calls; call != calls + count; ++call) {
+        const bool is_empty = taps_of(sum, call->taps).empty();
+        if (!is_empty && !is_shared) continue;
+        const Sum* const part = sums_of(*call, here.count[0]);
+        for (const TimeSum::Output& output : outputs) {
+          const bool accumulate = begin(*call, output);
+          if (is_empty) continue;
+          if (accumulate)
+            loops_.add(call->count * channels, part, to(*call, output));
+          else
+            std::copy_n(part, call->count * channels, to(*call, output));
+        }
       }
     });
   }
@@ -299,23 +378,6 @@ class SweepRunner {
         if (output.time >= here.first[0] && output.time < here.first[0] + here.count[0]) outputs.push_back(output);
       if (!outputs.empty()) body(sum, plan_.offsets_in_time[i], outputs);
     }
-  }
-
-  // As many rows as keep the kernel busy, with what lies between them: the least time for each position that counts.
-  Bundle bundle(const Region& here, int64_t row) const {
-    const int64_t apart = plan_.stride[1] * plan_.extent[2];
-    Bundle best{row, 1, row};
-    if (row != here.count[2] || apart % plan_.stride[2] != 0) return best;
-    const auto time = [&](const Bundle& bundle) {
-      return static_cast<double>(std::max<int64_t>(bundle.positions(), kernel_.busy_positions)) /
-             static_cast<double>(bundle.rows * row);
-    };
-    for (int64_t rows = 2; rows <= here.count[1]; ++rows) {
-      const Bundle more{row, rows, apart / plan_.stride[2]};
-      if (more.positions() > kernel_.max_positions) break;
-      if (time(more) < time(best)) best = more;
-    }
-    return best;
   }
 
   // Whether the sums of a tile have a beginning that is to be added to.
@@ -347,21 +409,30 @@ class SweepRunner {
            p.at[2] * plan_.stride[2];
   }
 
-  void finish(const Region& here, int64_t block, const Call& call, const Sum* sums, const Scratch& mine) const {
-    for (int64_t r = 0; r < call.shape.rows; ++r)
-      finish(here, block, call.first + r * call.row, call.shape.row, sums + r * call.shape.pitch * plan_.tiling.channels, mine);
+  // Calls body(spot, which of the call's positions comes first) for each stretch of rows that a call computes.
+  template <typename Body>
+  void each_spot(const Region& here, int64_t block, const Line& line, const Call& call, Body body) const {
+    const int64_t end = call.first + call.count;
+    for (int64_t row = call.first / line.pitch; row * line.pitch < end; ++row) {
+      const int64_t at = row * line.pitch, last = std::min(end, at + line.row);
+      for (int64_t first = std::max(call.first, at); first < last;) {
+        const Position p = position(here, call.start + row * line.row + first - at);
+        const int64_t count = std::min(here.count[2] - p.at[2], last - first);
+        body(spot(here, block, p, count), first - call.first);
+        first += count;
+      }
+    }
   }
 
-  // The epilogue of a tile, row by row.
-  void finish(const Region& here, int64_t block, int64_t first, int64_t count, const Sum* sums, const Scratch& mine) const {
+  void finish(const Region& here, int64_t block, const Line& line, const Call& call, const Sum* sums, const Scratch& mine) const {
     const int64_t channels = plan_.tiling.channels;
-    for (int64_t done = 0; done < count;) {
-      const Position p = position(here, first + done);
-      const int64_t row = std::min(here.count[2] - p.at[2], count - done);
-      epilogue_(spot(here, block, p, row),
-                Sums<Sum>{sums + done * channels, channels, plan_.block_channels, mine.blocks.as<Sum>()});
-      done += row;
-    }
+    each_spot(here, block, line, call, [&](const Spot& spot, int64_t first) {
+      epilogue_(spot, Sums<Sum>{sums + first * channels, channels, plan_.block_channels, mine.blocks.as<Sum>()});
+    });
+  }
+
+  void approach_end(const Region& here, int64_t block, const Line& line, const Call& call) const {
+    each_spot(here, block, line, call, [&](const Spot& spot, int64_t) { epilogue_.approach(spot); });
   }
 
   // ------------------------------------------------------------------------------------------ positions in lanes
@@ -383,7 +454,7 @@ class SweepRunner {
         const Operand* slab = mine.slab.as<Operand>() + chunk * plan_.chunk_elements;
         for (int64_t i = 0; i < lines; ++i) {
           const int64_t n = i / here.count[0], t = i % here.count[0];
-          const Taps taps = taps_within(here, i * plane, plane);
+          const Taps taps = taps_within(here, i * plane, (i + 1) * plane - 1);
           const auto add = [&](int64_t time, const Taps& own, const std::vector<int64_t>& offsets, int64_t first_weight) {
             const Operand* a = slab + (n * plan_.extent[0] + time) * plan_.extent[1] * plan_.extent[2];
             for (int64_t piece = 0; piece < pieces; ++piece) {
@@ -450,14 +521,15 @@ class SweepRunner {
   }
 
   int64_t sums_per_block() const {
-    const int64_t planes = plan_.block_n * plan_.block[0], channels = plan_.tiling.channels;
+    const int64_t channels = plan_.tiling.channels;
     if constexpr (kPlanar) {
-      return channels * planes * planar_line(plan_.block[1], plan_.block[2]);
+      return channels * plan_.block_n * plan_.block[0] * planar_line(plan_.block[1], plan_.block[2]);
     } else {
       const int64_t row =
           std::max(plan_.block[2], plan_.stride[1] * plan_.extent[2] / plan_.stride[2]);  // with what is between rows
-      const int64_t times = plan_.sweep.in_time != nullptr ? plan_.block[0] : 0;  // of a call each, and one for what they share
-      return channels * (std::max<int64_t>(planes * plan_.block[1] * row, times * kernel_.max_positions) + kernel_.max_positions);
+      // With a table, what several times share has room of its own.
+      const int64_t times = plan_.sweep.in_time != nullptr ? plan_.block[0] + 1 : plan_.block[0];
+      return channels * times * std::max<int64_t>(plan_.block_n * plan_.block[1] * row, kernel_.max_positions);
     }
   }
 
@@ -485,6 +557,7 @@ class SlabRunner {
     Scratch& mine = scratch();
     mine.slab.reserve(static_cast<size_t>(slab_.chunks * slab_.chunk_elements + Runner::kOverrun) * sizeof(Operand));
     for (const Runner& sweep : sweeps_) sweep.reserve(mine);
+    sweeps_[0].begin();
     SlabPacker<Operand, Sum> packer(slab_, loops_, source_, mine.slab.template as<Operand>());
     for (int64_t item = begin; item < end; ++item) {
       const int64_t slab = item / of_slab(), of_this = item % of_slab();

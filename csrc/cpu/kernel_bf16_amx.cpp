@@ -8,8 +8,6 @@
 // Numbers of tiles are part of the instructions: the intrinsics take literals only.
 #include <immintrin.h>
 
-#include <cstring>
-
 #include "features.h"
 #include "microkernel.h"
 
@@ -38,18 +36,23 @@ struct Halves {
   int first, second;
 };
 
-// Halves are as equal as can be: the time of a product grows with the rows of a, but a short one waits for its latency.
+// Halves are as equal as can be: a short product waits for the one before it.
 Halves halves_of(int positions) {
   const int first = positions <= kRows ? positions : (positions + 1) / 2;
   return {first, positions - first};
 }
 
-// The intrinsics tell the compiler of eight bytes of a configuration only; this makes it keep the others in memory.
-void synchronize(TileConfig& config) { asm volatile("" : : "r"(&config) : "memory"); }
+// What this thread has loaded; whatever else runs on it may load something else (a matrix library, say).
+thread_local Halves loaded{0, 0};
+thread_local int loaded_depth = 0;
 
-// Loading a configuration takes ten times as long as looking at the one in force. Whatever else runs on this thread may
-// have changed that (a matrix library, say), so only the processor itself is asked.
+void begin() { loaded_depth = 0; }
+
+// Loading a configuration takes as long as several products.
 void configure(Halves halves, int depth) {
+  if (halves.first == loaded.first && halves.second == loaded.second && depth == loaded_depth) return;
+  loaded = halves;
+  loaded_depth = depth;
   TileConfig wanted;
   const auto set = [&wanted](int tile, int rows, int row_bytes) {
     wanted.rows[tile] = static_cast<uint8_t>(rows);
@@ -64,20 +67,15 @@ void configure(Halves halves, int depth) {
   }
   set(4, halves.first, pairs * pair_bytes);
   set(5, halves.second, pairs * pair_bytes);
-
-  TileConfig current;
-  synchronize(current);
-  _tile_storeconfig(&current);
-  synchronize(current);
-  if (std::memcmp(&current, &wanted, sizeof wanted) == 0) return;
-  synchronize(wanted);
+  // The intrinsic tells the compiler of eight bytes of a configuration only; this makes it keep the others in memory.
+  asm volatile("" : : "r"(&wanted) : "memory");
   _tile_loadconfig(&wanted);
 }
 
 // Adds the products over `steps` tiles of b and a, as deep as configured: `step_depth`.
 template <bool two_halves>
 void multiply(int first, const bfloat16* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t steps,
-              int64_t step_depth, const bfloat16* b, int64_t tap_stride, float* sum, bool accumulate) {
+              int64_t step_depth, const bfloat16* b, int64_t tap_stride, float* sum, bool accumulate, Ahead<bfloat16>& ahead) {
   constexpr int64_t sum_bytes = kChannels * sizeof(float);          // from one position to the next
   constexpr int64_t pair_bytes = 2 * kChannels * sizeof(bfloat16);  // from one pair of the depth to the next
   const int64_t position_bytes = position_stride * sizeof(bfloat16);
@@ -102,6 +100,8 @@ void multiply(int first, const bfloat16* a, int64_t position_stride, const int64
     const bfloat16* second_row = row + first * position_stride;
     const bfloat16* block = b + tap * tap_stride;
     for (int64_t step = 0; step < steps; ++step) {
+      for (int64_t line = 0; line < ahead.each_step; line += kTileDepth) __builtin_prefetch(ahead.from + line, 0, 2);
+      ahead.from += ahead.each_step;
       _tile_loadd(6, block, pair_bytes);
       _tile_loadd(4, row, position_bytes);
       _tile_dpbf16ps(0, 4, 6);
@@ -128,7 +128,7 @@ void multiply(int first, const bfloat16* a, int64_t position_stride, const int64
 // Steps as few as the depth allows; equal ones where they can be, for they share a configuration. Else they are full, and
 // what they leave is a step of its own after all others.
 void run(int positions, const bfloat16* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth,
-         const bfloat16* b, float* sum, bool accumulate, Ahead<bfloat16>) {
+         const bfloat16* b, float* sum, bool accumulate, Ahead<bfloat16> ahead) {
   const Halves halves = halves_of(positions);
   const auto multiply_halves = halves.second > 0 ? multiply<true> : multiply<false>;
   const int64_t fewest = (depth + kTileDepth - 1) / kTileDepth;
@@ -136,18 +136,18 @@ void run(int positions, const bfloat16* a, int64_t position_stride, const int64_
   const int64_t steps = depth / step_depth, rest = depth % step_depth;
   const int64_t tap_stride = depth * kChannels;
   configure(halves, static_cast<int>(step_depth));
-  multiply_halves(halves.first, a, position_stride, offsets, taps, steps, step_depth, b, tap_stride, sum, accumulate);
+  multiply_halves(halves.first, a, position_stride, offsets, taps, steps, step_depth, b, tap_stride, sum, accumulate, ahead);
   if (rest > 0) {
     configure(halves, static_cast<int>(rest));
     multiply_halves(halves.first, a + depth - rest, position_stride, offsets, taps, 1, rest, b + (depth - rest) * kChannels,
-                    tap_stride, sum, true);
+                    tap_stride, sum, true, ahead);
   }
 }
 
-// A product waits 52 cycles for the one before it, and takes one for each row of a tile: two tiles of 13 rows keep it busy.
-constexpr int kBusyPositions = 26;
+// Loading four tiles and multiplying them takes 64 cycles, of however few rows: see how `kPositions` are filled in plans.
+constexpr int64_t kNearBytes = 36 << 10;  // of the first-level cache, 48 KB
 
-constexpr MicroKernel<bfloat16, float> kKernel = {"amx", kPositions, kChannels, 2, run, kBusyPositions};
+constexpr MicroKernel<bfloat16, float> kKernel = {"amx", kPositions, kChannels, 2, run, kTileDepth, begin, true, kNearBytes};
 
 }  // namespace
 

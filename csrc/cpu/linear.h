@@ -1,6 +1,6 @@
 // A 1x1x1 convolution of few positions: a linear layer with a small batch.
 //
-// Its weights are far more than its numbers, so their way from memory is all that counts: they are read once, as they are. A
+// Its weights are far more than its numbers, so their way from memory is all that counts: they are read once, in their order. A
 // row of the filter gives an output its denominator, and while it is still in the cache, takes the output's share back. This is
 // done in the accumulator's own arithmetic, which costs nothing here.
 #pragma once
@@ -16,8 +16,9 @@
 
 namespace captum_dtd::cpu {
 
+constexpr int64_t kFewPositions = 8;  // more take longer than the weights do
+
 inline bool is_linear(const Conv3d& conv) {
-  constexpr int64_t kFewPositions = 8;  // more take longer than the weights do
   int64_t positions = conv.n;
   for (int a = 0; a < 3; ++a) {
     if (conv.kernel[a] != 1 || conv.stride[a] != 1 || conv.padding[a] != 0 || conv.out[a] != conv.in[a]) return false;
@@ -26,14 +27,20 @@ inline bool is_linear(const Conv3d& conv) {
   return positions <= kFewPositions;
 }
 
+// As rows of inputs, one for each output channel.
+struct LinearWeights {
+  const char* data;
+  Element element;
+};
+
 template <typename Sum>
 class LinearLayer {
  public:
-  LinearLayer(const Conv3d& conv, Element element, const void* weight, const Sum* bias, const Loops<Sum>& loops,
+  LinearLayer(const Conv3d& conv, Element element, const LinearWeights& weights, const Sum* bias, const Loops<Sum>& loops,
               ParallelFor parallel_for)
       : conv_(conv),
         element_(element),
-        weight_(static_cast<const char*>(weight)),
+        weights_(weights),
         bias_(bias),
         loops_(loops),
         parallel_for_(parallel_for),
@@ -44,15 +51,17 @@ class LinearLayer {
   void forward(const View& x, const View& out, bool relu) const {
     const std::vector<Sum> u = gather({x, element_, Lift::None, {}, {}}, 0);
     each_stretch([&](int64_t group, int64_t first, int64_t rows, int64_t) {
-      for (int64_t row = first; row < first + rows; row += kRows)
+      Sum z[kFewPositions * kRows];
+      for (int64_t row = first; row < first + rows; row += kRows) {
+        const int64_t count = std::min(kRows, first + rows - row), channel = group * c_out_ + row;
+        for (int64_t p = 0; p < positions_; ++p) std::copy_n(bias_ + channel, count, z + p * kRows);
+        loops_.dot(weights_.element, weights(channel), count, c_in_, Sign::Both, positions_, &u[input(0, group)], conv_.c_in, z,
+                   kRows);
         for (int64_t p = 0; p < positions_; ++p) {
-          const Spot to = spot(p, group * c_out_ + row, std::min(kRows, first + rows - row));
-          Sum z[kRows];
-          std::copy_n(bias_ + to.channel, to.channels, z);
-          loops_.dot(element_, weights(to.channel), to.channels, c_in_, Sign::Both, &u[input(p, group)], z);
-          if (relu) loops_.lift(Lift::Signed, 0, 1, to.channels, z, nullptr, z, to.channels);
-          store(loops_, z, to.channels, out, element_, to, false);
+          if (relu) loops_.lift(Lift::Signed, 0, 1, count, z + p * kRows, nullptr, z + p * kRows, count);
+          store(loops_, z + p * kRows, count, out, element_, spot(p, channel, count), false);
         }
+      }
     });
   }
 
@@ -64,21 +73,22 @@ class LinearLayer {
       pulled.emplace_back(static_cast<size_t>(kStretches * positions_ * conv_.c_in), Sum(0));
     }
     each_stretch([&](int64_t group, int64_t first, int64_t rows, int64_t stretch) {
+      Sum z[kFewPositions * kRows], s[kFewPositions * kRows];
       for (int64_t row = first; row < first + rows; row += kRows) {
         const int64_t count = std::min(kRows, first + rows - row), channel = group * c_out_ + row;
         for (int64_t p = 0; p < positions_; ++p) {
-          Sum z[kRows], s[kRows];
-          load(loops_, relevance, element_of<Sum>(), spot(p, channel, count), s, count);
-          if (!divided) {
-            std::copy_n(bias_ + channel, count, z);
-            for (int part = 0; part < parts; ++part)
-              loops_.dot(element_, weights(channel), count, c_in_, sign(part), &u[part][input(p, group)], z);
-            loops_.divide(1, count, z, count, stabilizer, s, count, s, count);
-          }
-          for (int part = 0; part < parts; ++part)
-            loops_.spread(element_, weights(channel), count, c_in_, sign(part), s,
-                          &pulled[part][stretch * positions_ * conv_.c_in + input(p, group)]);
+          load(loops_, relevance, element_of<Sum>(), spot(p, channel, count), s + p * kRows, count);
+          std::copy_n(bias_ + channel, count, z + p * kRows);
         }
+        if (!divided) {
+          for (int part = 0; part < parts; ++part)
+            loops_.dot(weights_.element, weights(channel), count, c_in_, sign(part), positions_, &u[part][input(0, group)],
+                       conv_.c_in, z, kRows);
+          loops_.divide(positions_, count, z, kRows, stabilizer, s, kRows, s, kRows);
+        }
+        for (int part = 0; part < parts; ++part)
+          loops_.spread(weights_.element, weights(channel), count, c_in_, sign(part), positions_, s, kRows,
+                        &pulled[part][stretch * positions_ * conv_.c_in + input(0, group)], conv_.c_in);
       }
     });
     parallel(parallel_for_, positions_, [&](int64_t begin, int64_t end) {
@@ -92,7 +102,7 @@ class LinearLayer {
 
   static Sign sign(int part) { return part == 0 ? Sign::Positive : Sign::Negative; }
 
-  const void* weights(int64_t channel) const { return weight_ + channel * c_in_ * element_bytes(element_); }
+  const void* weights(int64_t channel) const { return weights_.data + channel * c_in_ * element_bytes(weights_.element); }
 
   int64_t input(int64_t p, int64_t group) const { return p * conv_.c_in + group * c_in_; }
 
@@ -138,7 +148,7 @@ class LinearLayer {
 
   const Conv3d& conv_;
   Element element_;
-  const char* weight_;
+  LinearWeights weights_;
   const Sum* bias_;
   const Loops<Sum>& loops_;
   ParallelFor parallel_for_;

@@ -57,9 +57,12 @@ struct Loops {
   // sums += more, of so many numbers next to each other.
   void (*add)(int64_t count, const Sum* more, Sum* sums);
 
-  // Straight from `rows` neighbouring rows of a filter in memory:  z[row] += weights[row] . u,  and  to += s[row] * weights[row].
-  void (*dot)(Element type, const void* weights, int64_t rows, int64_t columns, Sign sign, const Sum* u, Sum* z);
-  void (*spread)(Element type, const void* weights, int64_t rows, int64_t columns, Sign sign, const Sum* s, Sum* to);
+  // Straight from `rows` neighbouring rows of a filter in memory, for so many vectors i, which are their pitches apart:
+  //   z[i][row] += weights[row] . u[i]        to[i] += sum over rows of  s[i][row] * weights[row]
+  void (*dot)(Element type, const void* weights, int64_t rows, int64_t columns, Sign sign, int64_t vectors, const Sum* u,
+              int64_t u_pitch, Sum* z, int64_t z_pitch);
+  void (*spread)(Element type, const void* weights, int64_t rows, int64_t columns, Sign sign, int64_t vectors, const Sum* s,
+                 int64_t s_pitch, Sum* to, int64_t to_pitch);
 };
 
 const Loops<float>* float_loops_avx512();

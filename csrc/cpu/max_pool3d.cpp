@@ -26,10 +26,13 @@ constexpr int64_t kTileBytes = 1 << 17;
 constexpr int64_t kOverlappingTileBytes = 1 << 19;
 
 // Where windows overlap much along T, or by tables, a tile has all of its times, or this many, so that their sums need not be
-// taken again for a neighbour: of these lanes, and of rows that fill so many bytes with all that is worked out on the way.
+// taken again for a neighbour: of these lanes, and of rows that fill so many bytes with all that is worked out on the way. Rows
+// that no neighbour needs too had better be whole, of all lanes, if those of a window fill no more than this: memory is then
+// read and written in its order.
 constexpr int64_t kDeepTimes = 16;
 constexpr int64_t kDeepLanes = 32;
 constexpr int64_t kDeepTileBytes = 1 << 20;
+constexpr int64_t kDeepRowBytes = 1 << 21;
 
 struct Range {
   int64_t begin, end;
@@ -254,23 +257,23 @@ class Pooling {
     const bool overlap = t_[0].overlap || h_.overlap;
     deep_ = pool.kernel[0] > 1 && (by_table() || (pool.kernel[0] - 1) * pool.dilation[0] >= 2 * pool.stride[0]) &&
             !problem.winner_takes_all;
-    lanes_ = side_by_side ? (deep_ ? std::min(pool.c, kDeepLanes) : pool.c) : std::min(pool.c, kLanes);
+    if (deep_) tile_t_ = by_table() ? pool.out[0] : std::min(pool.out[0], kDeepTimes);
+    const bool has_few_lanes = deep_ && (h_.overlap || deep_row_bytes(pool.c) * pool.stride[1] > kDeepRowBytes);
+    lanes_ = side_by_side ? (has_few_lanes ? std::min(pool.c, kDeepLanes) : pool.c) : std::min(pool.c, kLanes);
     blocks_ = (pool.c + lanes_ - 1) / lanes_;
     const int64_t bytes = pool.n * pool.c * t_[0].positions * h_.positions * w_.positions * static_cast<int64_t>(sizeof(Sum));
     stream_ = bytes >= kStreamedBytes && Rows<Sum>(problem.out, kElement<Sum>, w_.positions, run_.memory).dense(lanes_);
-    // As many windows as fill a tile, first along H and then along T.
-    const int64_t row_bytes = w_.positions * lanes_ * sizeof(Sum) * pool.stride[0];
-    const bool is_small = bytes / pool.n / blocks_ <= 2 * kTileBytes;  // not worth cutting
-    const int64_t tile_bytes = overlap ? kOverlappingTileBytes : is_small ? 2 * kTileBytes : kTileBytes;
-    const int64_t rows = std::max<int64_t>(1, tile_bytes / row_bytes);
-    tile_h_ = std::clamp<int64_t>(rows / pool.stride[1], 1, h_.windows);
-    tile_t_ = by_table() ? pool.out[0] : std::clamp<int64_t>(rows / h_.positions, 1, pool.out[0]);
     if (deep_) {
-      if (!by_table()) tile_t_ = std::min(pool.out[0], kDeepTimes);
-      // x, the result and relevance, and of windows their sums, their shares and the totals of these.
-      const int64_t times = 2 * problem.times + 2 * pool.in[0] + 2 * pool.out[0];
-      const int64_t in_tile = std::max<int64_t>(1, times * tile_t_ / pool.out[0]) * w_.positions * lanes_ * sizeof(Sum);
-      tile_h_ = std::clamp<int64_t>(kDeepTileBytes / in_tile / pool.stride[1] - pool.kernel[1] + 1, 1, h_.windows);
+      tile_h_ = kDeepTileBytes / deep_row_bytes(lanes_) / pool.stride[1] - pool.kernel[1] + 1;
+      tile_h_ = std::clamp<int64_t>(tile_h_, 1, h_.windows);
+    } else {
+      // As many windows as fill a tile, first along H and then along T.
+      const int64_t row_bytes = w_.positions * lanes_ * sizeof(Sum) * pool.stride[0];
+      const bool is_small = bytes / pool.n / blocks_ <= 2 * kTileBytes;  // not worth cutting
+      const int64_t tile_bytes = overlap ? kOverlappingTileBytes : is_small ? 2 * kTileBytes : kTileBytes;
+      const int64_t rows = std::max<int64_t>(1, tile_bytes / row_bytes);
+      tile_h_ = std::clamp<int64_t>(rows / pool.stride[1], 1, h_.windows);
+      tile_t_ = by_table() ? pool.out[0] : std::clamp<int64_t>(rows / h_.positions, 1, pool.out[0]);
     }
     tiles_h_ = (h_.windows + tile_h_ - 1) / tile_h_;
     tiles_t_ = (pool.out[0] + tile_t_ - 1) / tile_t_;
@@ -288,6 +291,13 @@ class Pooling {
   using Tap = typename PoolLoops<Sum>::Tap;
 
   bool by_table() const { return problem_.reads.data != nullptr; }
+
+  // Of a deep tile: x, the result and relevance, and of windows their sums, their shares and the totals of these.
+  int64_t deep_row_bytes(int64_t lanes) const {
+    const MaxPool3d& pool = problem_.pool;
+    const int64_t times = 2 * problem_.times + 2 * pool.in[0] + 2 * pool.out[0];
+    return std::max<int64_t>(1, times * tile_t_ / pool.out[0]) * w_.positions * lanes * sizeof(Sum);
+  }
 
   const Axis& time(int64_t n) const { return t_.size() > 1 ? t_[n] : t_[0]; }
 

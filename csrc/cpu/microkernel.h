@@ -10,22 +10,22 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-// Weights that are multiplied later and meanwhile come to the second-level cache, so many elements at each step of depth. They
-// are only read if they exist: the address may lie beyond the last.
+// Weights that are multiplied later and meanwhile come to the second-level cache, so many elements at each step of the kernel.
+// They are only read if they exist: the address may lie beyond the last.
 template <typename Operand>
 struct Ahead {
   const Operand* from;
   int64_t each_step;
 };
 
-// Goes through weights that are needed next, at an even pace over the steps of depth until then.
+// Goes through weights that are needed next, at an even pace over the steps until then.
 template <typename Operand>
 class Approach {
  public:
   Approach(const Operand* weights, int64_t count, int64_t steps, int64_t most_each_step)
       : from_(weights), end_(weights + count), each_step_(pace(count, steps, most_each_step)) {}
 
-  // What comes nearer over the next steps.
+  // What comes nearer over the next so many steps.
   Ahead<Operand> over(int64_t steps) {
     const Ahead<Operand> ahead{from_, from_ < end_ ? each_step_ : 0};
     from_ += steps * ahead.each_step;
@@ -59,7 +59,10 @@ struct MicroKernel {
   int depth_multiple;  // the slab's channel count is padded with zeros to a multiple of this
   void (*run)(int positions, const Operand* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth,
               const Operand* b, Sum* sum, bool accumulate, Ahead<Operand> ahead);
-  int busy_positions = 1;  // a call with fewer takes as long, as each product then waits for the one before it
+  int step = 1;               // of depth, at which weights come nearer
+  void (*begin)() = nullptr;  // what a thread does before its calls, if anything
+  bool spans_gaps = false;    // a call takes as long however few its positions: those between rows may as well be among them
+  int64_t near_bytes = 0;     // weights that had better stay in the first-level cache from call to call; 0: however many
 };
 
 // Each instruction set is compiled in a file of its own, with its own flags. Null where this machine cannot run it.

@@ -80,10 +80,14 @@ class Planner {
     const int64_t shifts = windows ? sweep.taps[2] : 1;
 
     const int64_t depth = shifts * channels;
-    const int64_t column =
-        std::max<int64_t>(windows ? plan_.tap_volume() : most_taps, 1) * tiling.channels * tiling.operand_bytes;
+    const int64_t lane_bytes = tiling.channels * tiling.operand_bytes;
+    const int64_t column = std::max<int64_t>(windows ? plan_.tap_volume() : most_taps, 1) * lane_bytes;
     const int64_t longest = tiling.planar ? kPlanes : kChunkBytes / tiling.operand_bytes;
     int64_t most = std::max<int64_t>(std::min(kWeightBytes / column, longest), 16);
+    if (tiling.near_bytes > 0) {
+      const int64_t plane = std::max<int64_t>(plan_.taps[1] * plan_.taps[2], 1) * lane_bytes;
+      most = std::min(most, std::max(tiling.near_bytes / plane, kDepthStep));
+    }
     if (most > kDepthStep) most -= most % kDepthStep;
     plan_.chunks = ceil_div(depth, most);
     plan_.chunk = round_up(ceil_div(depth, plan_.chunks), tiling.depth_multiple);

@@ -38,6 +38,7 @@ struct Tiling {
   int depth_multiple;  // of a chunk
   int pair;            // neighbours in depth that packed weights keep together
   int operand_bytes;
+  int64_t near_bytes = 0;  // as of the MicroKernel
   Cut cut = Cut::Fitting;
 };
 

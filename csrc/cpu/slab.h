@@ -69,6 +69,16 @@ void store(const Loops<Sum>& loops, const Sum* from, int64_t pitch, const View& 
   loops.store(element, from, pitch, spot.rows(), spot.columns(), to.data, to.row_stride, to.column_stride, stream);
 }
 
+// Lets a spot come nearer that is read soon: a block's rows are too short for the processor to see what follows.
+inline void approach(const View& view, Element element, const Spot& spot) {
+  constexpr int64_t kLine = 64;
+  const Place from = place(view, element, spot);
+  if (from.column_stride != 1) return;
+  const int64_t pitch = from.row_stride * element_bytes(element), bytes = spot.columns() * element_bytes(element);
+  for (int64_t row = 0; row < spot.rows(); ++row)
+    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from.data + row * pitch + at, 0, 2);
+}
+
 // Columns next to each other, rows `pitch` apart.
 template <typename Sum>
 struct Block {

@@ -474,33 +474,35 @@ void share(int64_t count, const Sum* x, const Sum* other, Sum alpha, Sum stabili
 // Words of 32 bits in streams, one for each lane of a few vectors: every step is one to one in the word and in what came before,
 // so no change of a word is lost; rotations bring high bits to where multiplication spreads them.
 void digest(const void* data, int64_t bytes, uint64_t (&to)[2]) {
-  constexpr int kStreams = 8, kWords = kVectorBytes / sizeof(uint32_t);
-  constexpr uint32_t kOdd = 0x9e3779b1, kStep = 0x85ebca77;
+  constexpr int kPlaces = 4, kNeighbours = 2, kStreams = kPlaces * kNeighbours, kWords = kVectorBytes / sizeof(uint32_t);
+  constexpr uint32_t kOdd = 0x9e3779b1, kSum = 0x85ebca77;
   typedef typename VectorOf<uint32_t, kWords>::Register Words;
   const auto* from = static_cast<const unsigned char*>(data);
   Words sums[kStreams];
   for (int i = 0; i < kStreams; ++i)
-    for (int lane = 0; lane < kWords; ++lane) sums[i][lane] = kStep * static_cast<uint32_t>(i * kWords + lane + 1);
-  const auto mix = [&](const unsigned char* block) {
+    for (int lane = 0; lane < kWords; ++lane) sums[i][lane] = kSum * static_cast<uint32_t>(i * kWords + lane + 1);
+  const auto mix = [&](const unsigned char* first, int64_t pitch) {
 #pragma GCC unroll 8
     for (int i = 0; i < kStreams; ++i) {
       Words word;
-      std::memcpy(&word, block + i * kVectorBytes, sizeof(word));
+      std::memcpy(&word, first + i / kNeighbours * pitch + i % kNeighbours * kVectorBytes, sizeof(word));
       word ^= sums[i];
-      sums[i] = (word << 13 | word >> 19) * kOdd + kStep;
+      sums[i] = (word << 13 | word >> 19) * kOdd + kSum;
     }
   };
-  constexpr int64_t kBlock = kStreams * kVectorBytes, kAhead = 4096;
-  int64_t done = 0;
-  for (; done + kBlock <= bytes; done += kBlock) {
+  // Memory is read at several places at once, from which more comes in a second than from one.
+  constexpr int64_t kBlock = kStreams * kVectorBytes, kStep = kNeighbours * kVectorBytes, kAhead = 1024;
+  const int64_t place = bytes / kBlock * kStep;
+  for (int64_t at = 0; at < place; at += kStep) {
 #pragma GCC unroll 8
-    for (int64_t line = 0; line < kBlock; line += 64) __builtin_prefetch(from + done + kAhead + line);
-    mix(from + done);
+    for (int i = 0; i < kPlaces; ++i)
+      for (int64_t line = 0; line < kStep; line += kLineBytes) __builtin_prefetch(from + i * place + at + kAhead + line);
+    mix(from + at, place);
   }
-  if (done < bytes) {
+  if (const int64_t done = place * kPlaces; done < bytes) {
     unsigned char rest[kBlock] = {};
     std::memcpy(rest, from + done, static_cast<size_t>(bytes - done));
-    mix(rest);
+    mix(rest, kStep);
   }
   to[0] = to[1] = static_cast<uint64_t>(bytes);
   for (int i = 0; i < kStreams; ++i)
@@ -527,72 +529,99 @@ inline Value part_of(Value weight) {
   return weight;
 }
 
-constexpr int kRowsAtOnce = 4;
+// So many rows times so many vectors of numbers are summed at once: weights are taken from the cache once for all of them.
+constexpr int kRowsAtOnce = 4, kVectorsAtOnce = kVectorBytes == 64 ? 4 : 2;
 
-template <Sign kSign, int kRows, typename Source, typename Sum>
-void dot_rows(const Source* weights, int64_t columns, const Sum* u, Sum* z) {
+template <Sign kSign, int kRows, int kVectors, typename Source, typename Sum>
+void dot_rows(const Source* weights, int64_t columns, const Sum* u, int64_t u_pitch, Sum* z, int64_t z_pitch) {
   constexpr int kStep = kLanes<Sum>;
-  Register<Sum> sums[kRows]{};
+  Register<Sum> sums[kVectors][kRows]{};
   int64_t column = 0;
   for (; column + kStep <= columns; column += kStep) {
-    const Register<Sum> input = load_vector(u + column);
+    Register<Sum> parts[kRows];
 #pragma GCC unroll 4
-    for (int row = 0; row < kRows; ++row)
-      sums[row] += input * part_of<kSign>(load_widened<Sum>(weights + row * columns + column));
+    for (int row = 0; row < kRows; ++row) parts[row] = part_of<kSign>(load_widened<Sum>(weights + row * columns + column));
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      const Register<Sum> input = load_vector(u + i * u_pitch + column);
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; ++row) sums[i][row] += input * parts[row];
+    }
   }
-  for (int row = 0; row < kRows; ++row) {
-    Sum total = 0;
-    for (int lane = 0; lane < kStep; ++lane) total += sums[row][lane];
-    for (int64_t rest = column; rest < columns; ++rest)
-      total += u[rest] * part_of<kSign>(Sum(widen(weights[row * columns + rest])));
-    z[row] += total;
-  }
+  for (int i = 0; i < kVectors; ++i)
+    for (int row = 0; row < kRows; ++row) {
+      Sum total = 0;
+      for (int lane = 0; lane < kStep; ++lane) total += sums[i][row][lane];
+      for (int64_t rest = column; rest < columns; ++rest)
+        total += u[i * u_pitch + rest] * part_of<kSign>(Sum(widen(weights[row * columns + rest])));
+      z[i * z_pitch + row] += total;
+    }
 }
 
-template <Sign kSign, int kRows, typename Source, typename Sum>
-void spread_rows(const Source* weights, int64_t columns, const Sum* s, Sum* to) {
+template <Sign kSign, int kRows, int kVectors, typename Source, typename Sum>
+void spread_rows(const Source* weights, int64_t columns, const Sum* s, int64_t s_pitch, Sum* to, int64_t to_pitch) {
   constexpr int kStep = kLanes<Sum>;
   int64_t column = 0;
   for (; column + kStep <= columns; column += kStep) {
-    Register<Sum> sum = load_vector(to + column);
+    Register<Sum> parts[kRows];
 #pragma GCC unroll 4
-    for (int row = 0; row < kRows; ++row) sum += s[row] * part_of<kSign>(load_widened<Sum>(weights + row * columns + column));
-    store_vector(sum, to + column);
+    for (int row = 0; row < kRows; ++row) {
+      parts[row] = part_of<kSign>(load_widened<Sum>(weights + row * columns + column));
+      __builtin_prefetch(weights + (kRows + row) * columns + column, 0, 2);  // the rows that are needed next
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      Register<Sum> sum = load_vector(to + i * to_pitch + column);
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; ++row) sum += s[i * s_pitch + row] * parts[row];
+      store_vector(sum, to + i * to_pitch + column);
+    }
   }
   for (; column < columns; ++column)
-    for (int row = 0; row < kRows; ++row) to[column] += s[row] * part_of<kSign>(Sum(widen(weights[row * columns + column])));
+    for (int i = 0; i < kVectors; ++i)
+      for (int row = 0; row < kRows; ++row)
+        to[i * to_pitch + column] += s[i * s_pitch + row] * part_of<kSign>(Sum(widen(weights[row * columns + column])));
 }
 
-// Calls body<kSign, kRows>(first row) until all rows are done.
-template <Sign kSign, typename Body>
-inline void each_rows(int64_t rows, Body body) {
-  int64_t row = 0;
-  for (; row + kRowsAtOnce <= rows; row += kRowsAtOnce)
-    body(std::integral_constant<Sign, kSign>{}, std::integral_constant<int, kRowsAtOnce>{}, row);
-  for (; row < rows; ++row) body(std::integral_constant<Sign, kSign>{}, std::integral_constant<int, 1>{}, row);
+// Calls body(how many, first) until all are done, `kMost` at once or one by one.
+template <int kMost, typename Body>
+inline void each_few(int64_t count, Body body) {
+  int64_t i = 0;
+  for (; i + kMost <= count; i += kMost) body(std::integral_constant<int, kMost>{}, i);
+  for (; i < count; ++i) body(std::integral_constant<int, 1>{}, i);
 }
 
+// Calls body(sign, how many rows, how many vectors, first row, first vector) until all are done.
 template <typename Body>
-inline void with_sign(Sign sign, int64_t rows, Body body) {
-  if (sign == Sign::Both) each_rows<Sign::Both>(rows, body);
-  if (sign == Sign::Positive) each_rows<Sign::Positive>(rows, body);
-  if (sign == Sign::Negative) each_rows<Sign::Negative>(rows, body);
+inline void each_few_of_both(Sign sign, int64_t rows, int64_t vectors, Body body) {
+  const auto with_sign = [&](auto of_sign) {
+    each_few<kRowsAtOnce>(rows, [&](auto row_count, int64_t row) {
+      each_few<kVectorsAtOnce>(vectors, [&](auto count, int64_t i) { body(of_sign, row_count, count, row, i); });
+    });
+  };
+  if (sign == Sign::Both) with_sign(std::integral_constant<Sign, Sign::Both>{});
+  if (sign == Sign::Positive) with_sign(std::integral_constant<Sign, Sign::Positive>{});
+  if (sign == Sign::Negative) with_sign(std::integral_constant<Sign, Sign::Negative>{});
 }
 
 template <typename Sum>
-void dot(Element type, const void* weights, int64_t rows, int64_t columns, Sign sign, const Sum* u, Sum* z) {
+void dot(Element type, const void* weights, int64_t rows, int64_t columns, Sign sign, int64_t vectors, const Sum* u,
+         int64_t u_pitch, Sum* z, int64_t z_pitch) {
   typed<Sum>(type, weights, [&](auto* data) {
-    with_sign(sign, rows, [&](auto of_sign, auto count, int64_t row) {
-      dot_rows<of_sign(), count()>(data + row * columns, columns, u, z + row);
+    each_few_of_both(sign, rows, vectors, [&](auto of_sign, auto row_count, auto count, int64_t row, int64_t i) {
+      dot_rows<of_sign(), row_count(), count()>(data + row * columns, columns, u + i * u_pitch, u_pitch, z + i * z_pitch + row,
+                                                z_pitch);
     });
   });
 }
 
 template <typename Sum>
-void spread(Element type, const void* weights, int64_t rows, int64_t columns, Sign sign, const Sum* s, Sum* to) {
+void spread(Element type, const void* weights, int64_t rows, int64_t columns, Sign sign, int64_t vectors, const Sum* s,
+            int64_t s_pitch, Sum* to, int64_t to_pitch) {
   typed<Sum>(type, weights, [&](auto* data) {
-    with_sign(sign, rows, [&](auto of_sign, auto count, int64_t row) {
-      spread_rows<of_sign(), count()>(data + row * columns, columns, s + row, to);
+    each_few_of_both(sign, rows, vectors, [&](auto of_sign, auto row_count, auto count, int64_t row, int64_t i) {
+      spread_rows<of_sign(), row_count(), count()>(data + row * columns, columns, s + i * s_pitch + row, s_pitch,
+                                                   to + i * to_pitch, to_pitch);
     });
   });
 }

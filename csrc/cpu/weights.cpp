@@ -102,6 +102,8 @@ Cache& cache() {
 
 // ----------------------------------------------------------------------------------------------------- packing
 
+constexpr int64_t kInItsOrder = -1;  // where other descriptions have how many channels are packed together
+
 Description description(const Filter& filter, const Use& use, const Plan& plan) {
   Description how{plan.tiling.channels, plan.tiling.pair, plan.tiling.operand_bytes, plan.output_parts, plan.block_channels,
                   plan.chunk,           plan.chunks};
@@ -237,5 +239,28 @@ template std::shared_ptr<const Buffer> packed_weights<double>(const Filter&, con
                                                               ParallelFor);
 template std::shared_ptr<const Buffer> packed_weights<bfloat16>(const Filter&, const Use&, const Plan&, const Loops<float>&,
                                                                 ParallelFor);
+
+template <typename Sum>
+std::shared_ptr<const Buffer> rounded_weights(const Filter& filter, const Loops<Sum>& loops, ParallelFor parallel_for) {
+  const int64_t columns = filter.c_in * filter.volume, rows = filter.count / columns;
+  const Description how{kInItsOrder,
+                        static_cast<int64_t>(filter.hash.low),
+                        static_cast<int64_t>(filter.hash.high),
+                        static_cast<int64_t>(filter.element),
+                        rows,
+                        columns};
+  return kept(how, static_cast<size_t>(filter.count) * sizeof(bfloat16), [&](const Buffer& buffer) {
+    parallel(parallel_for, rows, [&](int64_t begin, int64_t end) {
+      std::vector<Sum> row(static_cast<size_t>(columns));
+      for (int64_t i = begin; i < end; ++i) {
+        const char* from = static_cast<const char*>(filter.data) + i * columns * element_bytes(filter.element);
+        loops.load(filter.element, from, 0, 1, 1, columns, row.data(), columns);
+        loops.round(Digit::High, 1, columns, row.data(), columns, buffer.as<bfloat16>() + i * columns, columns);
+      }
+    });
+  });
+}
+
+template std::shared_ptr<const Buffer> rounded_weights<float>(const Filter&, const Loops<float>&, ParallelFor);
 
 }  // namespace captum_dtd::cpu

@@ -35,6 +35,7 @@ struct Filter {
   Hash hash;
   int64_t c_out, c_in;  // of one group
   int64_t volume;       // taps of one channel
+  int64_t count;        // of all weights
 };
 
 // Which weights a sweep sums over. A forward sweep has the filter's output channels in its lanes and its input channels in
@@ -69,5 +70,9 @@ std::shared_ptr<const Buffer> kept(const Description& how, size_t bytes, const s
 template <typename Operand, typename Sum>
 std::shared_ptr<const Buffer> packed_weights(const Filter& filter, const Use& use, const Plan& plan, const Loops<Sum>& loops,
                                              ParallelFor parallel_for);
+
+// The nearest bfloat16s of a filter, in its own order.
+template <typename Sum>
+std::shared_ptr<const Buffer> rounded_weights(const Filter& filter, const Loops<Sum>& loops, ParallelFor parallel_for);
 
 }  // namespace captum_dtd::cpu

@@ -32,6 +32,11 @@ bool describe(int* max_positions, int* channels, int* depth_multiple) {
   return true;
 }
 
+// Before the first call, and after whatever else may have run on this thread.
+void begin() {
+  if (const auto* kernel = captum_dtd::cpu::KERNEL(); kernel->begin != nullptr) kernel->begin();
+}
+
 // Null, or what went wrong.
 const char* run(int positions, const bfloat16* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth,
                 const bfloat16* b, float* sum, bool accumulate) {
@@ -46,7 +51,7 @@ const char* run(int positions, const bfloat16* a, int64_t position_stride, const
 }
 
 #ifdef EMULATE_AMX
-// What another library on the same thread may do between two calls.
+// What another library on the same thread may do.
 void release_tiles() { _tile_release(); }
 #endif
 
