@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +35,7 @@ PRECISIONS = get_args(Precision)
 
 ABOUT = {
     "what": "The fastest kernel by device, feature level, operation, precision and kind of shape; written by make tune.",
-    "how": "Single clips (on a GPU 16), channels last, least geometric mean over a kind's layers; within 10 % the more precise.",
+    "how": "Single clips (on a GPU 16), channels last, least geometric mean over a kind's layers; within 10 % the more precise; weights known not to change.",
     "feature levels": "The best of amx_bf16, avx512_fp16, avx512_bf16, avx512, avx2, generic; sm_<major><minor> of a GPU.",
     "kinds": {
         "pixels": "at most 4 input channels in a group",
@@ -64,6 +65,19 @@ def allowed(names: Iterable[str], precision: Precision) -> list[str]:
     """Kernels that round no more than a precision allows."""
     finer = PRECISIONS[: PRECISIONS.index(precision) + 1]
     return [name for name in names if name == "reference" or ARITHMETICS[name.partition("/")[2]] in finer]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One layer.
+
+    Attributes:
+        by: runs it by a kernel.
+        weights: nothing changes these while it is timed, as in an ``attribute()``.
+    """
+
+    by: Callable[[str], object]
+    weights: Callable[[], Sequence[Tensor]] = tuple
 
 
 @dataclass(frozen=True)
@@ -102,21 +116,20 @@ def clock_of_gpu(device: torch.device, protocol: Protocol) -> Clock:
     )
 
 
-def compared(
-    runs: Sequence[Callable[[str], object]], names: list[str], precisions: Sequence[Precision], clock: Clock
-) -> list[Times]:
+def compared(runs: Sequence[Run], names: list[str], precisions: Sequence[Precision], clock: Clock) -> list[Times]:
     """Seconds of every kernel on every layer of a kind, the smallest first, as long as some precision may yet choose it."""
     found = []
     for run in runs:
-        run(names[0])  # draws the tensors
-        seconds = clock.look({name: partial(run, name) for name in names})
-        hopeful: set[str] = set()
-        for precision in precisions:
-            usable = allowed(seconds, precision)
-            best = min((seconds[name] for name in usable), default=math.inf)
-            hopeful.update(name for name in usable if seconds[name] <= max(_HOPELESS * best, _QUICK))
-        names = [name for name in names if name in hopeful]
-        found.append(clock.race({name: partial(run, name) for name in names}))
+        run.by(names[0])  # draws the tensors
+        with native.unchanging(run.weights()):
+            seconds = clock.look({name: partial(run.by, name) for name in names})
+            hopeful: set[str] = set()
+            for precision in precisions:
+                usable = allowed(seconds, precision)
+                best = min((seconds[name] for name in usable), default=math.inf)
+                hopeful.update(name for name in usable if seconds[name] <= max(_HOPELESS * best, _QUICK))
+            names = [name for name in names if name in hopeful]
+            found.append(clock.race({name: partial(run.by, name) for name in names}))
     return found
 
 
@@ -142,7 +155,7 @@ def by_kind(layers: Iterable[Convolution]) -> dict[str, list[Convolution]]:
 
 def tuned(clock: Clock, batch: Batch, small: bool) -> Entries:
     """Time everything on a device; what is fastest."""
-    entries: Entries = {}
+    found: defaultdict[tuple[str, Precision, str], list[Times]] = defaultdict(list)
     device = batch.device.type
     operations = {
         "z_plus_conv3d": (workloads.z_plus, workloads.CONVOLUTIONS + workloads.LINEAR_LAYERS),
@@ -158,14 +171,18 @@ def tuned(clock: Clock, batch: Batch, small: bool) -> Entries:
                 usable = names if kind in TRANSFORMED else [name for name in names if not name.endswith("/winograd")]
                 chosen = [workloads.reduced(layer) for layer in members] if small else members
                 runs = [_convolution(operation, layer, dtype, op == "z_beta_conv3d", batch) for layer in chosen]
-                _enter(entries, op, precisions, kind, compared(runs, usable, precisions, clock))
+                _add(found, op, precisions, kind, compared(runs, usable, precisions, clock))
         for op, without_weights in (
             ("max_pool3d", [_pooling(workloads.pooled, pool, dtype, batch) for pool in reversed(pools)]),
             ("max_pool3d_relevance", [_pooling(workloads.max_pool, pool, dtype, batch) for pool in reversed(pools)]),
             ("z_plus_add", [_addition(each, dtype, batch) for each in reversed(sums)]),
         ):
             names = kernels.available(op, device, dtype)
-            _enter(entries, op, precisions, "any", compared(without_weights, names, precisions, clock))
+            _add(found, op, precisions, "any", compared(without_weights, names, precisions, clock))
+    entries: Entries = {}
+    for (op, precision, kind), times in found.items():
+        if best := fastest(times, precision):
+            entries.setdefault(op, {}).setdefault(precision, {})[kind] = best
     return entries
 
 
@@ -174,10 +191,8 @@ def precisions_by_type(device: str) -> dict[torch.dtype, list[Precision]]:
 
     A GPU explains networks of float32 in every precision; on a CPU "bfloat16" is about networks of bfloat16, too.
     """
-    if device == "cuda":
-        return {torch.float32: list(PRECISIONS)}
-    types = (torch.float32, torch.bfloat16)
-    return {dtype: [each for each in PRECISIONS if workloads.dtype_of(each) == dtype] for dtype in types}
+    of_float32 = {torch.float32: list(PRECISIONS)}
+    return of_float32 if device == "cuda" else {**of_float32, torch.bfloat16: ["bfloat16"]}
 
 
 def _convolution(
@@ -186,8 +201,8 @@ def _convolution(
     dtype: torch.dtype,
     pixels: bool,
     batch: Batch,
-) -> Callable[[str], Tensor]:
-    """The layer as a function of the kernel; its tensors are drawn when it first runs, and gone once it is dropped."""
+) -> Run:
+    """The layer; its tensors are drawn when it first runs, and gone once it is dropped."""
     drawn: list[workloads.Tensors] = []
 
     def run(kernel: str) -> Tensor:
@@ -195,26 +210,31 @@ def _convolution(
             drawn.append(workloads.draw(layer, dtype, pixels, batch=batch))
         return operation(layer, drawn[0], kernel)
 
-    return run
+    return Run(run, lambda: [tensors.weight for tensors in drawn])
 
 
 def _pooling(
     operation: Callable[[Pooling, Tensor, Tensor, str], Tensor], layer: Pooling, dtype: torch.dtype, batch: Batch
-) -> Callable[[str], Tensor]:
-    return partial(operation, layer, *workloads.draw_pooling(layer, dtype, batch=batch))
+) -> Run:
+    return Run(partial(operation, layer, *workloads.draw_pooling(layer, dtype, batch=batch)))
 
 
-def _addition(layer: Addition, dtype: torch.dtype, batch: Batch) -> Callable[[str], object]:
-    return partial(workloads.summands, *workloads.draw_addition(layer, dtype, batch=batch))
+def _addition(layer: Addition, dtype: torch.dtype, batch: Batch) -> Run:
+    return Run(partial(workloads.summands, *workloads.draw_addition(layer, dtype, batch=batch)))
 
 
-def _enter(entries: Entries, op: str, precisions: Sequence[Precision], kind: str, times: Sequence[Times]) -> None:
+def _add(
+    found: defaultdict[tuple[str, Precision, str], list[Times]],
+    op: str,
+    precisions: Sequence[Precision],
+    kind: str,
+    times: Sequence[Times],
+) -> None:
     seconds = {name: sum(each[name] for each in times) for name in times[0] if all(name in each for each in times)}
     seen = ", ".join(f"{name} {1e3 * seconds[name]:.1f} ms" for name in sorted(seconds, key=lambda name: seconds[name]))
     print(f"{op:21} {kind:9} {seen}", flush=True)
     for precision in precisions:
-        if chosen := fastest(times, precision):
-            entries.setdefault(op, {}).setdefault(precision, {})[kind] = chosen
+        found[op, precision, kind] += times
 
 
 def merged(table: dict[str, Any], device: str, level: str, entries: Entries, about: dict[str, Any]) -> dict[str, Any]:

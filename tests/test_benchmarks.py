@@ -427,7 +427,7 @@ def test_a_kernel_stays_in_the_race_while_a_precision_may_choose_it() -> None:
         return {name: seconds[name] for name in runs if name in seconds}
 
     clock, names = tune.Clock(times, times), [*seconds, "generic/fails"]
-    (found,) = tune.compared([lambda name: torch.empty(0)], names, ["ieee", "bfloat16"], clock)
+    (found,) = tune.compared([tune.Run(lambda name: torch.empty(0))], names, ["ieee", "bfloat16"], clock)
     assert set(found) == {"avx512/ieee", "avx512/bf16"}
 
 
