@@ -35,7 +35,8 @@ PRECISIONS = get_args(Precision)
 
 ABOUT = {
     "what": "The fastest kernel by device, feature level, operation, precision and kind of shape; written by make tune.",
-    "how": "Single clips (on a GPU 16), channels last, least geometric mean over a kind's layers; within 10 % the more precise; weights known not to change.",
+    "how": "Single clips (on a GPU 16), channels last, weights known not to change; least geometric mean over a kind's layers, "
+    "within 10 % the more precise.",
     "feature levels": "The best of amx_bf16, avx512_fp16, avx512_bf16, avx512, avx2, generic; sm_<major><minor> of a GPU.",
     "kinds": {
         "pixels": "at most 4 input channels in a group",
