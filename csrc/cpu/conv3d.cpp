@@ -413,6 +413,17 @@ const int64_t* row_of(const TimeTable& table, const Conv3d& conv, int64_t n) {
   return table.data + (table.of_each_example ? n * conv.out[0] * conv.kernel[0] : 0);
 }
 
+// How many examples from n on have the same rows of tables.
+int64_t alike(const Conv3d& conv, const TimeTable& reads, const TimeTable& gives, int64_t n) {
+  const auto is_like_it = [&](const TimeTable& table, int64_t other) {
+    const int64_t* const row = row_of(table, conv, n);
+    return row == nullptr || std::equal(row, row + conv.out[0] * conv.kernel[0], row_of(table, conv, other));
+  };
+  int64_t end = n + 1;
+  while (end < conv.n && is_like_it(reads, end) && is_like_it(gives, end)) ++end;
+  return end - n;
+}
+
 InTime in_time(const Conv3d& conv, const TimeTable& reads, const TimeTable& gives, int64_t n) {
   InTime found;
   const int64_t* const read = row_of(reads, conv, n);
@@ -508,15 +519,14 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
   const Element kept = !problem.divided && reads_rounded_shares(problem, times, arithmetic, engine) ? Element::BFloat16 : sum;
   const int64_t example_bytes = std::max<int64_t>(positions * c_out * element_bytes(kept), 1);
   const bool stream = is_big(problem.conv.n * problem.conv.c_in, problem.conv.in, sum);
-  const int64_t together = of_each ? 1
-                           : problem.divided
+  const int64_t together = problem.divided
                                ? problem.conv.n
                                : std::clamp<int64_t>(kSharesBytes / example_bytes, 1, std::max<int64_t>(problem.conv.n, 1));
   const Workspace workspace(problem.divided ? 0 : static_cast<size_t>(together * example_bytes));
 
-  for (int64_t n = 0; n < problem.conv.n; n += together) {
-    Conv3d conv = problem.conv;
-    conv.n = std::min(together, problem.conv.n - n);
+  Conv3d conv = problem.conv;
+  for (int64_t n = 0; n < problem.conv.n; n += conv.n) {
+    conv.n = std::min(together, alike(problem.conv, problem.reads, problem.gives, n));
     const Source x{skip_examples(problem.x, problem.element, n), problem.element, problem.lift,
                    skip_examples(problem.low, sum, n), skip_examples(problem.high, sum, n)};
     const View given = skip_examples(problem.relevance, sum, n);
@@ -557,10 +567,10 @@ void forward(const Conv3dForward& problem, const Engine<Operand, Sum>& engine, c
   }
 
   const Filter weights = filter(loops, problem.conv, problem.element, problem.weight, parallel_for);
-  Conv3d conv = problem.conv;
-  if (problem.reads.of_each_example) conv.n = 1;
   const bool stream = is_big(problem.conv.n * problem.conv.c_out, problem.conv.out, problem.element);
+  Conv3d conv = problem.conv;
   for (int64_t n = 0; n < problem.conv.n; n += conv.n) {
+    conv.n = alike(problem.conv, problem.reads, {}, n);
     const Source x{skip_examples(problem.x, problem.element, n), problem.element, Lift::None, {}, {}};
     const Keep<Sum> keep{loops, skip_examples(problem.out, problem.element, n), problem.element, problem.relu, stream};
     const InTime times = has_table ? in_time(conv, problem.reads, {}, n) : InTime{};
