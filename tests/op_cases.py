@@ -195,7 +195,11 @@ CONVS = (
     Conv("temporal", (1, 7, 6, 3, 3), 5, (3, 1, 1), (2, 1, 1), (1, 0, 0)),
     Conv("linear", (1, 37, 1, 1, 1), 21, 1),
     Conv("linear, batch of 20", (20, 130, 1, 1, 1), 50, 1),
+    Conv("linear, batch of 7", (7, 130, 1, 1, 1), 50, 1),
     Conv("linear, one class", (3, 16, 1, 1, 1), 1, 1),
+    # So deep that kernels cut the depth, and the taps, into several parts.
+    Conv("130 deep", (1, 130, 2, 2, 2), 9, padding=1),
+    Conv("70 deep, 5x5", (1, 70, 1, 3, 3), 9, (1, 5, 5), padding=(0, 2, 2)),
     Conv("kernel as large as the input", (2, 4, 2, 3, 3), 7, (2, 3, 3)),
     Conv("7 wide", (1, 3, 2, 3, 7), 8, padding=1),
     Conv("14 wide", (1, 3, 2, 3, 14), 16, padding=1),
@@ -218,6 +222,8 @@ SINGLES = (((0,), (0,)),)
 FROZEN = (
     Frozen("frozen 3x3x3", (2, 3, 1, 3, 4), 4, padding=(0, 1, 1), reads=ENDS, gives=ENDS),
     Frozen("frozen three", (1, 2, 3, 3, 3), 5, padding=(0, 1, 1), reads=THREE, gives=THREE, times=3),
+    Frozen("frozen, 70 deep", (1, 70, 3, 2, 2), 9, padding=(0, 1, 1), reads=THREE, gives=THREE, times=3),
+    Frozen("frozen, 70 deep, 5x5", (3, 70, 2, 3, 3), 5, (2, 5, 5), padding=(0, 2, 2), reads=EACH, gives=EACH, times=2),
     Frozen("frozen, empty batch", (0, 3, 1, 4, 4), 4, reads=ENDS, gives=ENDS),
     Frozen(
         "frozen batch of 3", (3, 5, 2, 3, 3), 5, (2, 3, 3), padding=(0, 1, 1), reads=SHIFTED, gives=SHIFTED, times=2

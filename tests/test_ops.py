@@ -396,20 +396,21 @@ def test_calls_do_not_take_each_other_s_weights(op: str, device: str) -> None:
     report(failures)
 
 
+@pytest.mark.parametrize("name", ["3x3x3", "linear"])
 @pytest.mark.parametrize("op", CONVOLUTIONS)
-def test_a_weight_is_read_at_every_call(op: str, device: str) -> None:
+def test_a_weight_is_read_at_every_call(op: str, name: str, device: str) -> None:
     """Also where it was changed behind torch's back, and where the same bits are numbers of another type."""
     for kernel, dtype in every_kernel(op, device):
-        arguments = problem(op, NAMES["3x3x3"], VARIANTS[op][0], dtype, True).on(device, dtype)
+        arguments = problem(op, NAMES[name], VARIANTS[op][0], dtype, True).on(device, dtype)
         before = call(op, arguments, kernel)
-        arguments["weight"].data[-1, -1, -1, -1, -1] = 5
+        arguments["weight"].data[-1] *= 1 + arguments["weight"][-1].abs()
         after = call(op, arguments, kernel)
         assert not torch.equal(before, after), f"{kernel} {dtype}"
         fresh = call(op, arguments | {"weight": arguments["weight"].clone()}, kernel)
         assert torch.equal(after, fresh), f"{kernel} {dtype}"
     serve_all = (set(kernels.available(op, device, dtype)) for dtype in (torch.float16, torch.bfloat16, torch.float32))
     for kernel in sorted(set.intersection(*serve_all)):
-        half = problem(op, NAMES["3x3x3"], VARIANTS[op][0], torch.float16, True).on(device, torch.float16)
+        half = problem(op, NAMES[name], VARIANTS[op][0], torch.float16, True).on(device, torch.float16)
         brain = half | {name: half[name].view(torch.bfloat16) for name in ("x", "weight")}
         wide = brain | {name: brain[name].float() for name in ("x", "weight")}
         call(op, half, kernel)
