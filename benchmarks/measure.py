@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -172,11 +171,6 @@ def wrong(cases: list[Record]) -> list[str]:
     ]
 
 
-_WEIGHTS_MB = "8192"
-"""The limit of packed weights, in MB: several precisions of one network share this process, as they would not elsewhere, and
-none shall have to pack again what another displaced."""
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print and write the record; the exit code."""
     precisions = get_args(Precision)
@@ -197,7 +191,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="file for the record")
     given = parser.parse_args(arguments)
     protocol = protocol_of(given, parser)
-    os.environ["CAPTUM_DTD_WEIGHT_CACHE_MB"] = _WEIGHTS_MB  # before kernels read it
     begun = time.monotonic()
     about = machine()
     old = json.loads(given.compare.read_text()) if given.compare else None
@@ -217,7 +210,6 @@ def main(arguments: list[str] | None = None) -> int:
             "patience": protocol.patience,
             "clock": protocol.clock,
             "order": "contenders in turn, each round in an order of its own",
-            "weight cache, MB": int(_WEIGHTS_MB),
             "small": given.small,
         },
         "ceilings_gflops": ceilings(64 if given.small else 1024),
