@@ -474,24 +474,21 @@ bool reads_rounded_shares(const Conv3dRelevance& problem, const std::vector<InTi
          std::none_of(times.begin(), times.end(), adds_up);
 }
 
-// A linear layer's weights where an arithmetic takes nothing of them but their nearest bfloat16s: these come from memory in half
-// the time. Else null.
+// A linear layer's weights: where an arithmetic takes nothing of them but their nearest bfloat16s, these, which are half as many
+// bytes.
 template <typename Operand, typename Sum, typename Problem>
-std::shared_ptr<const Buffer> rounded_for(std::initializer_list<const std::vector<Product>*> passes, const Problem& problem,
-                                          const Loops<Sum>& loops, ParallelFor parallel_for) {
+LinearWeights linear_weights(const Problem& problem, const Arithmetic& arithmetic, const Loops<Sum>& loops,
+                             ParallelFor parallel_for) {
   if constexpr (std::is_same_v<Operand, bfloat16>) {
     const auto is_rounded = [](const Product& product) { return product.weight == Digit::High; };
-    const auto are_rounded = [&](const auto* pass) { return std::all_of(pass->begin(), pass->end(), is_rounded); };
-    if (problem.element == Element::Float32 && std::all_of(passes.begin(), passes.end(), are_rounded))
-      return rounded_weights(filter(loops, problem.conv, problem.element, problem.weight, parallel_for), loops, parallel_for);
+    const auto are_rounded = [&](const auto& pass) { return std::all_of(pass.begin(), pass.end(), is_rounded); };
+    if (problem.element == Element::Float32 && are_rounded(arithmetic.forward) && are_rounded(arithmetic.adjoint)) {
+      const Filter whole = filter(loops, problem.conv, problem.element, problem.weight, parallel_for);
+      const auto rounded = rounded_weights(whole, loops, parallel_for);
+      return {rounded->template as<char>(), Element::BFloat16, rounded};
+    }
   }
-  return nullptr;
-}
-
-template <typename Problem>
-LinearWeights weights_of(const Problem& problem, const std::shared_ptr<const Buffer>& rounded) {
-  return rounded ? LinearWeights{rounded->as<char>(), Element::BFloat16}
-                 : LinearWeights{static_cast<const char*>(problem.weight), problem.element};
+  return {static_cast<const char*>(problem.weight), problem.element, nullptr};
 }
 
 template <typename Operand, typename Sum>
@@ -504,8 +501,8 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
   const bool has_tables = problem.reads.data != nullptr;
   if (!has_tables && is_linear(problem.conv)) {
     const Source x{problem.x, problem.element, problem.lift, problem.low, problem.high};
-    const auto rounded = rounded_for<Operand>({&arithmetic.forward, &arithmetic.adjoint}, problem, loops, parallel_for);
-    return LinearLayer<Sum>(problem.conv, problem.element, weights_of(problem, rounded), bias.data(), loops, parallel_for)
+    const LinearWeights weights = linear_weights<Operand>(problem, arithmetic, loops, parallel_for);
+    return LinearLayer<Sum>(problem.conv, problem.element, weights, bias.data(), loops, parallel_for)
         .relevance(x, problem.relevance, static_cast<Sum>(problem.stabilizer), problem.divided, problem.out);
   }
 
@@ -522,11 +519,14 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
   const int64_t together = problem.divided
                                ? problem.conv.n
                                : std::clamp<int64_t>(kSharesBytes / example_bytes, 1, std::max<int64_t>(problem.conv.n, 1));
-  const Workspace workspace(problem.divided ? 0 : static_cast<size_t>(together * example_bytes));
+  const auto run_from = [&](int64_t n) { return std::min(together, alike(problem.conv, problem.reads, problem.gives, n)); };
+  int64_t longest = 0;
+  for (int64_t n = 0; n < problem.conv.n; n += run_from(n)) longest = std::max(longest, run_from(n));
+  const Workspace workspace(problem.divided ? 0 : static_cast<size_t>(longest * example_bytes));
 
   Conv3d conv = problem.conv;
   for (int64_t n = 0; n < problem.conv.n; n += conv.n) {
-    conv.n = std::min(together, alike(problem.conv, problem.reads, problem.gives, n));
+    conv.n = run_from(n);
     const Source x{skip_examples(problem.x, problem.element, n), problem.element, problem.lift,
                    skip_examples(problem.low, sum, n), skip_examples(problem.high, sum, n)};
     const View given = skip_examples(problem.relevance, sum, n);
@@ -561,8 +561,8 @@ void forward(const Conv3dForward& problem, const Engine<Operand, Sum>& engine, c
   const std::vector<Sum> bias = bias_of(loops, problem.conv, problem.element, problem.bias);
   const bool has_table = problem.reads.data != nullptr;
   if (!has_table && is_linear(problem.conv)) {
-    const auto rounded = rounded_for<Operand>({&arithmetic.forward}, problem, loops, parallel_for);
-    return LinearLayer<Sum>(problem.conv, problem.element, weights_of(problem, rounded), bias.data(), loops, parallel_for)
+    const LinearWeights weights = linear_weights<Operand>(problem, arithmetic, loops, parallel_for);
+    return LinearLayer<Sum>(problem.conv, problem.element, weights, bias.data(), loops, parallel_for)
         .forward(problem.x, problem.out, problem.relu);
   }
 

@@ -144,7 +144,7 @@ void run(int positions, const bfloat16* a, int64_t position_stride, const int64_
   }
 }
 
-// Loading four tiles and multiplying them takes 64 cycles, of however few rows: see how `kPositions` are filled in plans.
+// Loading four tiles and multiplying them takes 64 cycles, of however few rows: hence `spans_gaps`.
 constexpr int64_t kNearBytes = 36 << 10;  // of the first-level cache, 48 KB
 
 constexpr MicroKernel<bfloat16, float> kKernel = {"amx", kPositions, kChannels, 2, run, kTileDepth, begin, true, kNearBytes};

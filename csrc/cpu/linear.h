@@ -7,8 +7,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
+#include "buffer.h"
 #include "conv3d.h"
 #include "loops.h"
 #include "parallel.h"
@@ -27,10 +29,11 @@ inline bool is_linear(const Conv3d& conv) {
   return positions <= kFewPositions;
 }
 
-// As rows of inputs, one for each output channel.
+// As rows of inputs, one for each output channel; `holder` keeps them, where they are not the caller's own.
 struct LinearWeights {
   const char* data;
   Element element;
+  std::shared_ptr<const Buffer> holder;
 };
 
 template <typename Sum>

@@ -10,6 +10,7 @@
 #include "conv3d.h"
 #include "loops.h"
 #include "plan.h"
+#include "streaming.h"
 
 namespace captum_dtd::cpu {
 
@@ -71,12 +72,11 @@ void store(const Loops<Sum>& loops, const Sum* from, int64_t pitch, const View& 
 
 // Lets a spot come nearer that is read soon: a block's rows are too short for the processor to see what follows.
 inline void approach(const View& view, Element element, const Spot& spot) {
-  constexpr int64_t kLine = 64;
   const Place from = place(view, element, spot);
   if (from.column_stride != 1) return;
   const int64_t pitch = from.row_stride * element_bytes(element), bytes = spot.columns() * element_bytes(element);
   for (int64_t row = 0; row < spot.rows(); ++row)
-    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from.data + row * pitch + at, 0, 2);
+    for (int64_t at = 0; at < bytes; at += kLineBytes) __builtin_prefetch(from.data + row * pitch + at, 0, 2);
 }
 
 // Columns next to each other, rows `pitch` apart.
