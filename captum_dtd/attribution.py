@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from captum_dtd import native
-from captum_dtd.bounds import Bound, broadcast_bound
+from captum_dtd.bounds import Bound, broadcast_bound, lies_within, without_repeats
 from captum_dtd.collapse import FrozenNetwork, Wanted, check_order
 from captum_dtd.composites import Composite, Selector, as_composite
 from captum_dtd.graph import (
@@ -562,7 +562,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             walked = torch.float64 if tensor.dtype == torch.float64 else torch.float32
             like = tensor.new_zeros((), dtype=walked).expand(tensor.shape)
             low, high = broadcast_bound("low", lower, like), broadcast_bound("high", upper, like)
-            if bool((low > high).any()):
+            if bool((without_repeats(low) > without_repeats(high)).any()):
                 raise ValueError(f"low must not exceed high, got low={self.low} and high={self.high}")
             pairs.append((low, high))
         return pairs
@@ -583,9 +583,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
                 "the model without them is explained"
             )
         for tensor, (low, high) in zip(inputs, bounds, strict=True):
-            # Some rounding steps of slack: normalising a black or a white pixel may land just outside its bound.
-            slack = 4 * torch.finfo(tensor.dtype).eps * (high - low)
-            if bool(((tensor < low - slack) | (tensor > high + slack)).any()):
+            if not lies_within(tensor, low, high):
                 findings.append(
                     "pixel values lie outside [low, high]; they are explained by the z-beta formula as it stands, but low and "
                     "high should be the darkest and brightest possible pixel after normalisation (see pixel_bounds)"
@@ -732,7 +730,8 @@ def checked_inputs(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             raise ValueError(f"inputs must have a batch dimension, (N, C, ...), got shape {tuple(tensor.shape)}")
         if len(tensor) != len(tensors[0]):
             raise ValueError(f"inputs have different numbers of examples: {[len(tensor) for tensor in tensors]}")
-        if not bool(torch.isfinite(tensor).all()):
+        # The extremes of what has NaN are NaN.
+        if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
             raise ValueError(f"inputs of shape {tuple(tensor.shape)} contain NaN or infinity; nothing can be explained")
     return tensors
 

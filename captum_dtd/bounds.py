@@ -42,6 +42,32 @@ def pixel_bounds(mean: Sequence[float], std: Sequence[float], scale: float = 1.0
     return -means / deviations, (scale - means) / deviations
 
 
+def without_repeats(bound: Tensor) -> Tensor:
+    """A view of a bound that has every number once; it broadcasts as the bound itself does.
+
+    Example:
+        >>> without_repeats(torch.tensor([0.0, 1.0]).view(1, 2, 1).expand(4, 2, 100)).shape
+        torch.Size([1, 2, 1])
+    """
+    return bound[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in bound.stride())]
+
+
+def lies_within(tensor: Tensor, low: Tensor, high: Tensor) -> bool:
+    """Whether no number is below ``low`` or above ``high``, bounds of the tensor's shape.
+
+    Some rounding steps are let pass: normalising a black or a white pixel may land just outside its bound.
+    """
+    if tensor.numel() == 0:
+        return True
+    low, high = without_repeats(low), without_repeats(high)
+    slack = 4 * torch.finfo(tensor.dtype).eps * (high - low)
+    low, high = low - slack, high + slack
+    # The extremes of all numbers that share a bound, since there are few of those.
+    shared = [dim for dim, size in enumerate(low.shape) if size == 1 and tensor.shape[dim] > 1]
+    least, most = (tensor.amin(shared, True), tensor.amax(shared, True)) if shared else (tensor, tensor)
+    return not bool(((least < low) | (most > high)).any())
+
+
 def broadcast_bound(name: str, bound: Bound, like: Tensor) -> Tensor:
     """The bound as a tensor of the shape, dtype and device of ``like`` (N, C, ...), without copying it per pixel.
 

@@ -28,12 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from captum_dtd import fused
+from captum_dtd import fused, room
 from captum_dtd.graph import operation_name
 from captum_dtd.layers import Arguments, Call, Limits, Weighted
 from captum_dtd.modes import exact_modes
 from captum_dtd.operations import aten
-from captum_dtd.ops import Table, memory_format
+from captum_dtd.ops import Table
 from captum_dtd.propagate import Activations, Box, Network, Step, ValueOf, Values, elements
 from captum_dtd.reference import accumulator
 from captum_dtd.rules import Group, Rule, ZBeta, ZPlus
@@ -263,7 +263,7 @@ def _empty_like(x: Tensor, dim: int, size: int) -> Tensor:
     """Room for a tensor like ``x``, in its layout, with another size along one dimension."""
     shape = list(x.shape)
     shape[dim] = size
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    return room.empty_like(x, shape)
 
 
 # Sets of wanted times whose plans are remembered: megabytes each, where many clips want different times.

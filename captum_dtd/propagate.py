@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from captum_dtd import fused, native
+from captum_dtd import fused, native, room
 from captum_dtd.canonizers import canonize, only_output
 from captum_dtd.composites import Composite, Selector
 from captum_dtd.graph import (
@@ -465,8 +465,11 @@ class _WithoutNegativeParts(Rule):
 
 def _run(node: fx.Node, value_of: ValueOf, args: tuple[Any, ...] | None = None) -> Any:
     given: Any = fx.map_arg(node.args if args is None else args, value_of)
+    named: Any = fx.map_arg(node.kwargs, value_of)
     target: Any = node.target
-    return target(*given, **fx.map_arg(node.kwargs, value_of))
+    if target is aten.add.Tensor and all(isinstance(each, Tensor) for each in given):
+        target = room.add
+    return target(*given, **named)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -481,7 +484,7 @@ def _add(relevance: Values, step: Step, source: fx.Node, part: Tensor) -> None:
     key: Any = source
     if step.node.target is operator.getitem:
         into, key = relevance.setdefault(source, {}), step.node.args[1]
-    into[key] = into[key] + part if key in into else part
+    into[key] = room.add(into[key], part) if key in into else part
 
 
 _SHAPE_READERS = frozenset(

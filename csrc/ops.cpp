@@ -67,7 +67,15 @@ struct Cpu {
   }
 };
 
-STABLE_TORCH_LIBRARY_IMPL(captum_dtd, CPU, library) { Operators<Cpu>::add_to(library); }
+// What ATen's operations may write to; see captum_dtd/room.py.
+Tensor room(const Tensor& like, const Numbers& size) { return Cpu::result_like(like, like.scalar_type(), size); }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(captum_dtd, library) { library.def("room(Tensor like, int[] size) -> Tensor"); }
+
+STABLE_TORCH_LIBRARY_IMPL(captum_dtd, CPU, library) {
+  Operators<Cpu>::add_to(library);
+  library.impl("room", TORCH_BOX(&room));
+}
 
 PyObject* cpu_features(PyObject*, PyObject*) {
   const cpu::Features& found = cpu::features();

@@ -64,6 +64,7 @@ def in_a_child(work: Callable[[], None], kill_after: float | None = None) -> int
     child = os.fork()
     if not child:
         try:
+            torch.set_num_threads(1)  # makes torch's pool anew: two of autograd's threads that both find none would not
             work()
             os._exit(0)
         except BaseException as error:

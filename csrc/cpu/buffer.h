@@ -1,9 +1,8 @@
-// Memory that is aligned to cache lines and used again, since the C library gives big blocks back to the system at once.
+// Memory that is used again, since the C library gives big blocks back to the system at once.
 #pragma once
 
 #include <cstddef>
 #include <memory>
-#include <new>
 
 #include "huge_pages.h"
 
@@ -12,11 +11,10 @@ namespace captum_dtd::cpu {
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(size_t bytes) : bytes_(bytes), data_(::operator new(bytes, std::align_val_t{kAlignment})) {
-    prefer_huge_pages(data_.get(), bytes);
-  }
+  explicit Buffer(size_t bytes) : data_(allocate_pages(whole_pages(bytes)), Free{whole_pages(bytes)}) {}
 
-  size_t bytes() const { return bytes_; }
+  // As many as were asked for, or more.
+  size_t bytes() const { return data_.get_deleter().bytes; }
 
   template <typename T>
   T* as() const {
@@ -25,18 +23,17 @@ class Buffer {
 
   // At least as big as this; what was in it is lost where it has to grow.
   void reserve(size_t bytes) {
-    if (bytes <= bytes_) return;
+    if (bytes <= this->bytes()) return;
     *this = Buffer();
     *this = Buffer(bytes);
   }
 
  private:
-  static constexpr size_t kAlignment = 64;
   struct Free {
-    void operator()(void* data) const { ::operator delete(data, std::align_val_t{kAlignment}); }
+    size_t bytes;
+    void operator()(void* data) const { free_pages(data, bytes); }
   };
 
-  size_t bytes_ = 0;
   std::unique_ptr<void, Free> data_;
 };
 
