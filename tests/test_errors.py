@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, DiscriminativeRelevance
+from captum_dtd.bounds import lies_within
 from captum_dtd.graph import UnsupportedOperationError
 
 CLASSES = 5
@@ -359,6 +360,23 @@ def test_pixels_outside_the_bounds_give_one_warning(cls: type, model: nn.Module)
         cls(model, 0, 1).attribute(x, 1)
     assert len(caught) == 1
     assert "high" in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (3, 1, 1, 1), (3, 4, 9, 9), (4, 1, 1), (2, 1, 1, 1, 1), (2, 3, 4, 9, 9)], ids=str
+)
+def test_each_pixel_has_its_own_bound(shape: tuple[int, ...]) -> None:
+    """One that is a little beyond it is seen wherever it lies, and none that is within its own, but beyond another's."""
+    generator = torch.Generator().manual_seed(0)
+    low = torch.rand(shape, generator=generator).expand(2, 3, 4, 9, 9)
+    high = low + 1
+    within = torch.lerp(low, high, torch.rand(2, 3, 4, 9, 9, generator=generator))
+    assert lies_within(within, low, high) and lies_within(low, low, high) and lies_within(high, low, high)
+    for at in torch.randint(within.numel(), (20,), generator=generator).tolist():
+        for bound, step in ((low, -1e-5), (high, 1e-5)):
+            beyond = within.clone()
+            beyond.view(-1)[at] = bound.flatten()[at] + step
+            assert not lies_within(beyond, low, high), at
 
 
 @pytest.mark.parametrize("cls", [DeepTaylor, DiscriminativeDeepTaylor])
