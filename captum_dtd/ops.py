@@ -625,8 +625,8 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last_3d if is_channels_last else torch.contiguous_format
 
 
-def _like_x(x: Tensor, dtype: torch.dtype, shape: Sequence[int] | None = None) -> Tensor:
-    """An empty result in x's layout."""
+def empty_like_x(x: Tensor, dtype: torch.dtype, shape: Sequence[int] | None = None) -> Tensor:
+    """A result in x's layout, not yet written."""
     return torch.empty(
         x.shape if shape is None else shape, dtype=dtype, device=x.device, memory_format=memory_format(x)
     )
@@ -643,7 +643,7 @@ def _only_definition(kernel: str) -> None:
 def _fake_z_plus(x: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any) -> Tensor:
     stride, padding, dilation, groups, _, stabilizer, _, _ = options
     check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
-    return _like_x(x, relevance.dtype)
+    return empty_like_x(x, relevance.dtype)
 
 
 def _fake_z_beta(
@@ -652,37 +652,37 @@ def _fake_z_beta(
     stride, padding, dilation, groups, stabilizer, _, _ = options
     check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
     check_bounds(x, low, high, relevance)
-    return _like_x(x, relevance.dtype)
+    return empty_like_x(x, relevance.dtype)
 
 
 def _fake_max_pool3d(x: Tensor, relevance: Tensor, *options: Any) -> Tensor:
     kernel_size, stride, padding, dilation, ceil_mode, _, stabilizer, _ = options
     check_max_pool3d(x, relevance, kernel_size, stride, padding, dilation, ceil_mode, stabilizer)
-    return _like_x(x, relevance.dtype)
+    return empty_like_x(x, relevance.dtype)
 
 
 def _fake_z_plus_add(x: Tensor, other: Tensor, relevance: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     alpha, stabilizer, _ = options
     check_add(x, other, relevance, alpha, stabilizer)
-    return _like_x(x, relevance.dtype), _like_x(x, relevance.dtype)
+    return empty_like_x(x, relevance.dtype), empty_like_x(x, relevance.dtype)
 
 
 def _fake_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
     stride, padding, dilation, groups, _, _ = options
     check_conv3d(x, weight, bias, None, stride, padding, dilation, groups, 0.0)
-    return _like_x(x, x.dtype, output_shape(x, weight, stride, padding, dilation))
+    return empty_like_x(x, x.dtype, output_shape(x, weight, stride, padding, dilation))
 
 
 def _fake_max_pool3d_forward(x: Tensor, *options: Any) -> Tensor:
     *geometry, _ = options
-    return _like_x(x, x.dtype, check_max_pool3d(x, None, *geometry))
+    return empty_like_x(x, x.dtype, check_max_pool3d(x, None, *geometry))
 
 
 def _fake_frozen_z_plus(x: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any) -> Tensor:
     reads, gives, times, stride, padding, dilation, groups, _, stabilizer, _, _ = options
     check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, times_of(relevance))
     check_tables(x, weight.shape[2], relevance, reads, gives, times)
-    return _like_x(x, relevance.dtype, (*x.shape[:2], times, *x.shape[3:]))
+    return empty_like_x(x, relevance.dtype, (*x.shape[:2], times, *x.shape[3:]))
 
 
 def _fake_frozen_z_beta(
@@ -692,7 +692,7 @@ def _fake_frozen_z_beta(
     check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, times_of(relevance))
     check_bounds(x, low, high, relevance)
     check_tables(x, weight.shape[2], relevance, reads, gives, times)
-    return _like_x(x, relevance.dtype, (*x.shape[:2], times, *x.shape[3:]))
+    return empty_like_x(x, relevance.dtype, (*x.shape[:2], times, *x.shape[3:]))
 
 
 def _fake_frozen_max_pool3d(x: Tensor, relevance: Tensor, *options: Any) -> Tensor:
@@ -700,7 +700,7 @@ def _fake_frozen_max_pool3d(x: Tensor, relevance: Tensor, *options: Any) -> Tens
     geometry = (kernel_size, stride, padding, dilation, ceil_mode)
     check_max_pool3d(x, relevance, *geometry, stabilizer, times_of(relevance))
     check_tables(x, kernel_size[0], relevance, reads, gives, times)
-    return _like_x(x, relevance.dtype, (*x.shape[:2], times, *x.shape[3:]))
+    return empty_like_x(x, relevance.dtype, (*x.shape[:2], times, *x.shape[3:]))
 
 
 def _fake_frozen_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
@@ -708,14 +708,14 @@ def _fake_frozen_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options
     check_conv3d(x, weight, bias, None, stride, padding, dilation, groups, 0.0, times)
     check_table("reads", reads, x.shape[0], times, weight.shape[2], x.shape[2])
     n, channels, _, *size = output_shape(x, weight, stride, padding, dilation)
-    return _like_x(x, x.dtype, (n, channels, times, *size))
+    return empty_like_x(x, x.dtype, (n, channels, times, *size))
 
 
 def _fake_frozen_max_pool3d_forward(x: Tensor, *options: Any) -> Tensor:
     reads, times, kernel_size, stride, padding, dilation, ceil_mode, _ = options
     shape = check_max_pool3d(x, None, kernel_size, stride, padding, dilation, ceil_mode, times=times)
     check_table("reads", reads, x.shape[0], times, kernel_size[0], x.shape[2])
-    return _like_x(x, x.dtype, shape)
+    return empty_like_x(x, x.dtype, shape)
 
 
 def _definition(fake: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from captum_dtd import native
-from captum_dtd.ops import memory_format
+from captum_dtd.ops import empty_like_x
 
 __all__ = ["add", "empty_like"]
 
@@ -31,7 +31,7 @@ def empty_like(x: Tensor, size: Sequence[int]) -> Tensor:
     if _is_kept(x):
         room: Tensor = torch.ops.captum_dtd.room(x, size)
         return room
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    return empty_like_x(x, x.dtype, size)
 
 
 def add(x: Tensor, other: Tensor, alpha: float = 1.0) -> Tensor:
