@@ -10,7 +10,7 @@
 namespace captum_dtd::cpu {
 namespace {
 
-// What waits and what is lent are together at most half as much again as was ever lent at once, or this much.
+// What waits and what is lent are together at most a quarter more than was ever lent at once, or this much.
 constexpr size_t kLeastBytes = size_t{192} << 20;
 constexpr size_t kMostWaitingBytes = size_t{1} << 30;
 
@@ -28,7 +28,7 @@ class Blocks {
     Buffer fresh(bytes);
     const size_t lent = lent_bytes_ + fresh.bytes();
     most_lent_ = std::max(most_lent_, lent);
-    free_down_to(std::max(most_lent_ + most_lent_ / 2, kLeastBytes) - lent, freed);
+    free_down_to(std::max(most_lent_ + most_lent_ / 4, kLeastBytes) - lent, freed);
     waiting_bytes_ += fresh.bytes();
     waiting_.push_back(std::move(fresh));
     return lend(std::prev(waiting_.end()));

@@ -11,7 +11,7 @@ namespace captum_dtd::cpu {
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(size_t bytes) : data_(allocate_pages(whole_pages(bytes)), Free{whole_pages(bytes)}) {}
+  explicit Buffer(size_t bytes) : data_(allocate_pages(bytes), Free{whole_pages(bytes)}) {}
 
   // As many as were asked for, or more.
   size_t bytes() const { return data_.get_deleter().bytes; }
