@@ -70,6 +70,7 @@ X86_SOURCES = {
     "csrc/cpu/kernel_bf16_avx512.cpp": (*_AVX512, "-mavx512bf16"),
     "csrc/cpu/max_pool3d_avx2.cpp": _AVX2,
     "csrc/cpu/max_pool3d_avx512.cpp": _AVX512,
+    "csrc/cpu/winograd_bf16_avx512.cpp": (*_AVX512, "-mavx512bf16"),
 }
 """Files of one instruction set and the flags for them alone. Compiled without their flags they say that they have no kernel."""
 

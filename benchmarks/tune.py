@@ -27,7 +27,7 @@ from torch import Tensor
 from workloads import ONE_CLIP, Addition, Batch, Convolution, Pooling
 
 from captum_dtd import kernels, native
-from captum_dtd.kernels import ARITHMETICS, TRANSFORMED, Precision
+from captum_dtd.kernels import ARITHMETICS, TRANSFORMED, Precision, transforms
 
 TABLE = ROOT / "captum_dtd" / "kernel_table.json"
 
@@ -167,9 +167,9 @@ def tuned(clock: Clock, batch: Batch, small: bool) -> Entries:
     sums = [workloads.reduced_addition(each) for each in workloads.ADDITIONS] if small else workloads.ADDITIONS
     for dtype, precisions in precisions_by_type(device).items():
         for op, (operation, layers) in operations.items():
-            names = kernels.available(op, device, dtype)
+            names = kernels.candidates(op, device, dtype)
             for kind, members in by_kind(layers).items():
-                usable = names if kind in TRANSFORMED else [name for name in names if not name.endswith("/winograd")]
+                usable = names if kind in TRANSFORMED else [name for name in names if not transforms(name)]
                 chosen = [workloads.reduced(layer) for layer in members] if small else members
                 runs = [_convolution(operation, layer, dtype, op == "z_beta_conv3d", batch) for layer in chosen]
                 _add(found, op, precisions, kind, compared(runs, usable, precisions, clock))

@@ -4,18 +4,19 @@ A kernel is named ``"<instruction set>/<arithmetic>"``: ``"avx512/ieee"``, ``"am
 (``wgmma`` are the products of Hopper's warpgroups); ``"reference"`` is the definition in plain ATen. How a kernel multiplies is
 its *arithmetic*; sums are always taken in float32 (float64 for float64):
 
-==========  =====================================================================================  ===============
-arithmetic  products                                                                               precision
-==========  =====================================================================================  ===============
-ieee        in the type of the sums                                                                ieee
-winograd    in the type of the sums, of transformed tiles (3x3, stride 1): a quarter as many       float32
-bf16x3      of bfloat16 halves: hi hi + hi lo + lo hi                                              float32
-tf32x3      of tf32 halves, likewise                                                               float32
-mixed       of bfloat16, with ``s = R / z`` kept in two halves                                     mixed
-tf32        of tf32                                                                                bfloat16
-bf16        of bfloat16                                                                            bfloat16
-f16         of float16                                                                             bfloat16
-==========  =====================================================================================  ===============
+=============  ==================================================================================  ===============
+arithmetic     products                                                                            precision
+=============  ==================================================================================  ===============
+ieee           in the type of the sums                                                             ieee
+winograd       in the type of the sums, of transformed tiles (3x3, stride 1): a quarter as many    float32
+bf16x3         of bfloat16 halves: hi hi + hi lo + lo hi                                           float32
+tf32x3         of tf32 halves, likewise                                                            float32
+mixed          of bfloat16, with ``s = R / z`` kept in two halves                                  mixed
+tf32           of tf32                                                                             bfloat16
+bf16           of bfloat16                                                                         bfloat16
+winograd_bf16  of bfloat16, of transformed tiles; on the walk back alone                           bfloat16
+f16            of float16                                                                          bfloat16
+=============  ==================================================================================  ===============
 
 A precision allows every kernel of its own row and of finer ones; the table, or where it has no entry the order written
 down here, says which of those is fastest. The table is written by ``make tune`` on each kind of machine.
@@ -34,7 +35,17 @@ import torch
 
 from captum_dtd import native
 
-__all__ = ["ARITHMETICS", "TRANSFORMED", "Precision", "available", "choose", "feature_level", "shape_class"]
+__all__ = [
+    "ARITHMETICS",
+    "TRANSFORMED",
+    "Precision",
+    "available",
+    "candidates",
+    "choose",
+    "feature_level",
+    "shape_class",
+    "transforms",
+]
 
 Precision: TypeAlias = Literal["ieee", "float32", "mixed", "bfloat16"]
 """How much a kernel may round: not beyond its own sums; within 1e-4 of that; bfloat16 products with s in two halves;
@@ -48,6 +59,7 @@ ARITHMETICS: dict[str, Precision] = {
     "mixed": "mixed",
     "tf32": "bfloat16",
     "bf16": "bfloat16",
+    "winograd_bf16": "bfloat16",
     "f16": "bfloat16",
 }
 """Every arithmetic and the precision it needs leave for."""
@@ -64,7 +76,8 @@ FROZEN = "frozen_"
 """What operations on layers of frozen clips begin with; the rest is what they are named on any clip."""
 
 TRANSFORMED: tuple[ShapeClass, ...] = ("small", "dense")
-"""Where "winograd" may differ from "ieee"; whether it does, kernels decide by what the transforms cost and save."""
+"""Where "winograd" may differ from "ieee", and "winograd_bf16" from "bf16"; whether they do, kernels decide by what the
+transforms cost and save."""
 
 
 def available(op: str, device: str, dtype: torch.dtype) -> list[str]:
@@ -81,6 +94,31 @@ def available(op: str, device: str, dtype: torch.dtype) -> list[str]:
     lists = {**pools, "z_plus_add": module.add_kernels}
     names = lists.get(op.removeprefix(FROZEN), module.conv3d_kernels)(str(dtype).removeprefix("torch."))
     return [*names, "reference"]
+
+
+def candidates(op: str, device: str, dtype: torch.dtype) -> list[str]:
+    """Those of `available` that may be chosen for an operation.
+
+    On the way forward that is not ``"winograd_bf16"``: signed sums cancel, and what transforms round to bfloat16 is of the size
+    of the largest nearby. Where all terms have one sign, as in z, that hardly matters.
+
+    Example:
+        >>> candidates("conv3d", "meta", torch.float32)
+        ['reference']
+    """
+    names = available(op, device, dtype)
+    forward = op.removeprefix(FROZEN) == "conv3d"
+    return [name for name in names if not (forward and name.endswith("/winograd_bf16"))]
+
+
+def transforms(kernel: str) -> bool:
+    """Whether a kernel computes by transformed tiles where that pays, and otherwise as one of the same products would.
+
+    Example:
+        >>> transforms("avx2/winograd"), transforms("avx2/ieee")
+        (True, False)
+    """
+    return kernel.partition("/")[2].startswith("winograd")
 
 
 def shape_class(size: Sequence[int], weight: Sequence[int], stride: Sequence[int]) -> ShapeClass:
@@ -139,7 +177,7 @@ def choose(op: str, device: str, dtype: torch.dtype, precision: Precision, shape
 def _choose(
     op: str, device: str, dtype: torch.dtype, precision: Precision, shape: ShapeClass | None, level: str
 ) -> str:
-    names = available(op, device, dtype)
+    names = candidates(op, device, dtype)
     op = op.removeprefix(FROZEN)
     entry = _table().get(device, {}).get(level, {}).get(op, {}).get(precision, {}).get(shape or "any")
     unmeasured = dtype == torch.float64 or (device == "cuda" and op == "conv3d" and dtype != torch.float32)
@@ -148,11 +186,11 @@ def _choose(
     allowed = _PRECISIONS[: _PRECISIONS.index(precision) + 1]
     usable = [name for name in names if name == "reference" or ARITHMETICS[name.split("/")[1]] in allowed]
     if shape not in TRANSFORMED or (op == "conv3d" and dtype != torch.float32):
-        usable = [name for name in usable if not name.endswith("/winograd")]
+        usable = [name for name in usable if not transforms(name)]
     if op == "conv3d" and dtype != torch.float64:
         # What torch calls was tuned for this machine, but multiplies by definition, and floats not on a GPU's tensor units.
         on_tensor_units = device == "cuda" and dtype == torch.float32 and shape != "linear"
-        usable = [name for name in usable if name.endswith("/winograd") or on_tensor_units or name == "reference"]
+        usable = [name for name in usable if transforms(name) or on_tensor_units or name == "reference"]
     return min(usable, key=lambda name: _unmeasured_order(name, shape))
 
 
@@ -160,10 +198,10 @@ def _choose(
 _CHEAPEST_FIRST = {
     "wgmma": ("f16", "bf16", "bf16x3"),
     "cuda": ("f16", "bf16", "tf32", "mixed", "bf16x3", "tf32x3", "ieee"),
-    "amx": ("bf16", "mixed", "bf16x3"),
-    "avx512": ("bf16", "mixed", "winograd", "ieee", "bf16x3"),
+    "amx": ("bf16", "winograd_bf16", "mixed", "bf16x3"),
+    "avx512": ("winograd_bf16", "winograd", "bf16", "mixed", "ieee", "bf16x3"),
     "avx2": ("winograd", "ieee"),
-    "generic": ("winograd", "ieee", "bf16", "mixed", "bf16x3"),
+    "generic": ("winograd", "ieee", "bf16", "winograd_bf16", "mixed", "bf16x3"),
 }
 
 

@@ -832,6 +832,7 @@ UNITS = {
     "mixed": (2**-8, 2**-16),
     "tf32": (2**-11, 2**-11),
     "bf16": (2**-8, 2**-8),
+    "winograd_bf16": (2**-5, 2**-5),
     "f16": (2**-11, 2**-11),
 }
 """What an arithmetic leaves of u and of w, and of s: the largest relative error of one operand.
@@ -853,6 +854,8 @@ def tolerance(op: str, kernel: str, dtype: torch.dtype, short: bool, short_quoti
         allowed += 2 * operand + left_out
         if kind(op) != "conv3d":
             allowed += operand + quotient + left_out
+    elif arithmetic == "winograd_bf16":
+        allowed += 3 * operand + quotient  # what is short before transforms is not behind them
     elif not short_quotients:
         allowed += quotient
     if kind(op) == "conv3d":

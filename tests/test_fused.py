@@ -125,6 +125,7 @@ TOLERANCES = {
     "mixed": 2e-2,
     "tf32": 5e-3,
     "bf16": 3e-2,
+    "winograd_bf16": 3e-2,
     "f16": 5e-3,
 }
 DEVICES = [device for device in ("cpu", "cuda") if device in native.loaded or device == "cpu"]

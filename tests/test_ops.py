@@ -178,7 +178,9 @@ def test_instruction_set_is_tested(instructions: str) -> None:
     if not any(isa == instructions for names in tested.values() for isa, _ in names):
         pytest.skip(f"this processor lacks {instructions}, or no compiler built kernels for it: here they are not run")
     for op, names in tested.items():
-        assert {arithmetic for isa, arithmetic in names if isa == instructions} >= ARITHMETICS_OF[instructions], op
+        found = {arithmetic for isa, arithmetic in names if isa == instructions}
+        assert found >= ARITHMETICS_OF[instructions], op
+        assert ("winograd_bf16" in found) == ("bf16" in found), op
 
 
 def bfloat16_kernels(op: str) -> list[str]:

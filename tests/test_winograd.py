@@ -1,4 +1,5 @@
-"""Winograd's transforms: float32's accuracy of every single number, also of those that transforms would drown in noise.
+"""Winograd's transforms: the accuracy of what is multiplied for every single number, also of those that transforms would drown
+in noise.
 
 The oracle is torch's convolution in float64 and its gradient.
 """
@@ -19,12 +20,16 @@ from captum_dtd import kernels, ops
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
-KERNELS = [name for name in kernels.available("conv3d", "cpu", torch.float32) if name.endswith("/winograd")] or ["none"]
+KERNELS = [name for name in kernels.available("conv3d", "cpu", torch.float32) if kernels.transforms(name)] or ["none"]
+OF_FLOAT32 = [name for name in KERNELS if not name.endswith("bf16")]
 
-OF_ALL = 2e-6
-"""Relative L2 error."""
+OF_ALL = {"winograd": 2e-6, "winograd_bf16": 3e-3}
+"""Relative L2 error of sums of terms of one sign."""
 
-OF_EACH = 2e-4
+OF_SIGNED = {"winograd": 2e-6, "winograd_bf16": 2e-2}
+"""Of sums that cancel."""
+
+OF_EACH = {"winograd": 2e-4, "winograd_bf16": 0.1}
 """Relative error of a number that is a sum of terms of one sign: what the smallest that is not computed again may have."""
 
 
@@ -102,33 +107,41 @@ def off_each(actual: Tensor, expected: Tensor) -> float:
 
 def directly(kernel: str) -> str:
     """The same instruction set by definition."""
-    return kernel.replace("/winograd", "/ieee")
+    return kernel.replace("/winograd_bf16", "/bf16").replace("/winograd", "/ieee")
 
 
-def each(*lists: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def of_all(kernel: str) -> float:
+    return OF_ALL[kernel.partition("/")[2]]
+
+
+def of_each(kernel: str) -> float:
+    return OF_EACH[kernel.partition("/")[2]]
+
+
+def each(names: list[str], *lists: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A test for every kernel and combination."""
-    names = "kernel, case" if len(lists) == 1 else "kernel, case, layout"
-    return pytest.mark.parametrize(names, list(itertools.product(KERNELS, *lists)), ids=str)
+    arguments = "kernel, case" if len(lists) == 1 else "kernel, case, layout"
+    return pytest.mark.parametrize(arguments, list(itertools.product(names, *lists)), ids=str)
 
 
 def test_there_is_one_for_every_instruction_set() -> None:
-    direct = [name for name in kernels.available("conv3d", "cpu", torch.float32) if name.endswith("/ieee")]
-    assert [*map(directly, KERNELS)] == direct
+    names = kernels.available("conv3d", "cpu", torch.float32)
+    assert [*map(directly, KERNELS)] == [name for name in names if name.endswith(("/ieee", "/bf16"))]
 
 
-@each(CASES, LAYOUTS)
+@each(KERNELS, CASES, LAYOUTS)
 def test_convolutions_agree_with_the_definition(kernel: str, case: Case, layout: str) -> None:
     x, weight = drawn(case)
     x = x.to(memory_format=LAYOUTS[layout])
     bias = torch.linspace(-1, 1, len(weight))
     expected = convolved(case, x, weight) + bias.double().view(-1, 1, 1, 1)
     actual = ops.conv3d(x, weight, bias, **options(case, kernel))
-    assert off(actual, expected) <= OF_ALL
+    assert off(actual, expected) <= OF_SIGNED[kernel.partition("/")[2]]
     definition = ops.conv3d(x, weight, bias, **options(case, directly(kernel)))
     assert not torch.equal(actual, definition), "the transforms did not serve"
 
 
-@each(CASES, LAYOUTS)
+@each(KERNELS, CASES, LAYOUTS)
 def test_relevance_agrees_with_the_definition(kernel: str, case: Case, layout: str) -> None:
     """z+ of signed and of non-negative inputs, with quotients known already, and z-beta."""
     x, weight = drawn(case)
@@ -146,21 +159,23 @@ def test_relevance_agrees_with_the_definition(kernel: str, case: Case, layout: s
         (share(u, non_negative=True), [(u, v[0])]),
     ):
         expected = relevance_by_definition(case, parts, relevance)
-        assert off(actual, expected) <= OF_ALL
-        assert off_each(actual, expected) <= OF_EACH
+        assert off(actual, expected) <= of_all(kernel)
+        assert off_each(actual, expected) <= of_each(kernel)
+    definition = ops.z_plus_conv3d(u, weight, relevance, non_negative=True, **options(case, directly(kernel)))
+    assert not torch.equal(actual, definition), "the transforms did not serve"
 
     known = u.double().requires_grad_()
     (gradient,) = torch.autograd.grad(convolved(case, known, v[0]), known, relevance.double())
-    assert off_each(share(u, non_negative=True, divided=True), u.double() * gradient) <= OF_EACH
+    assert off_each(share(u, non_negative=True, divided=True), u.double() * gradient) <= of_each(kernel)
 
     low, high = torch.tensor(-6.0), torch.full((case.x[1], 1, 1, 1), 7.0)
     actual = ops.z_beta_conv3d(x, low, high, weight, relevance, **options(case, kernel))
     expected = relevance_by_definition(case, [(x - low, v[0]), (x - high, v[1])], relevance)
-    assert off_each(actual, expected) <= OF_EACH
+    assert off_each(actual, expected) <= of_each(kernel)
 
 
 @pytest.mark.parametrize("size", [14, 7, 5])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", OF_FLOAT32)
 def test_deep_layers_err_little_more_than_the_definition(kernel: str, size: int) -> None:
     case = Case("deep", (4, 512, 3, size, size), (16, 512, 3, 3, 3))
     x, weight = drawn(case)
@@ -171,7 +186,7 @@ def test_deep_layers_err_little_more_than_the_definition(kernel: str, size: int)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", OF_FLOAT32)
 def test_shorter_types_are_multiplied_in_float32(kernel: str, dtype: torch.dtype) -> None:
     case = CASES[1]
     x, weight = drawn(case, dtype)
@@ -180,7 +195,7 @@ def test_shorter_types_are_multiplied_in_float32(kernel: str, dtype: torch.dtype
     relevance = torch.rand(expected.shape)
     v = weight.clamp(min=0), weight.clamp(max=0)
     expected = relevance_by_definition(case, [(x.clamp(min=0), v[0]), (x.clamp(max=0), v[1])], relevance)
-    assert off_each(ops.z_plus_conv3d(x, weight, relevance, **options(case, kernel)), expected) <= OF_EACH
+    assert off_each(ops.z_plus_conv3d(x, weight, relevance, **options(case, kernel)), expected) <= of_each(kernel)
 
 
 # ------------------------------------------------------------------------------ what transforms alone would get wrong
@@ -197,23 +212,23 @@ def dark(case: Case) -> tuple[Tensor, Tensor]:
     return x, weight
 
 
-@each(CASES)
+@each(KERNELS, CASES)
 def test_the_dark_beside_the_bright_is_as_exact_and_black_stays_black(kernel: str, case: Case) -> None:
     u, weight = dark(case)
     v = weight.clamp(min=0)
     z = convolved(case, u, v)
-    assert off_each(ops.conv3d(u, v, **options(case, kernel)), z) <= OF_EACH
-    assert off_each(ops.conv3d(-u, -v, **options(case, kernel)), z) <= OF_EACH
+    assert off_each(ops.conv3d(u, v, **options(case, kernel)), z) <= of_each(kernel)
+    assert off_each(ops.conv3d(-u, -v, **options(case, kernel)), z) <= of_each(kernel)
 
     relevance = torch.rand(z.shape, generator=torch.Generator().manual_seed(3))
     expected = relevance_by_definition(case, [(u, v)], relevance)
     actual = ops.z_plus_conv3d(u, weight, relevance, non_negative=True, **options(case, kernel))
-    assert off_each(actual, expected) <= OF_EACH
+    assert off_each(actual, expected) <= of_each(kernel)
     passed = relevance.double()[z > 0].sum()
-    assert abs(actual.double().sum() / passed - 1) < 1e-5, "relevance is kept"
+    assert abs(actual.double().sum() / passed - 1) < 5 * of_all(kernel), "relevance is kept"
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", OF_FLOAT32)
 def test_nothing_shines_into_the_black_where_weights_have_both_signs(kernel: str) -> None:
     """The next layer's denominators would make relevance of it."""
     x, weight = drawn(Case("signed", (1, 64, 2, 24, 64), (64, 64, 3, 3, 3)))
@@ -226,7 +241,7 @@ def test_nothing_shines_into_the_black_where_weights_have_both_signs(kernel: str
         assert not torch.equal(actual, ops.conv3d(x, weight, b, padding=1, kernel=directly(kernel)))
 
 
-@each(CASES)
+@each(KERNELS, CASES)
 def test_quotients_of_very_different_size_do_not_disturb_each_other(kernel: str, case: Case) -> None:
     u, weight = drawn(case)
     u = u.abs()
@@ -236,7 +251,7 @@ def test_quotients_of_very_different_size_do_not_disturb_each_other(kernel: str,
     known = u.double().requires_grad_()
     (gradient,) = torch.autograd.grad(convolved(case, known, weight.clamp(min=0)), known, s.double())
     actual = ops.z_plus_conv3d(u, weight, s, non_negative=True, divided=True, **options(case, kernel))
-    assert off_each(actual, u.double() * gradient) <= OF_EACH
+    assert off_each(actual, u.double() * gradient) <= of_each(kernel)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -258,12 +273,12 @@ def test_an_example_that_is_mostly_noise_is_computed_by_definition_and_no_other(
         assert not torch.equal(found[example], definition[example])
 
 
-@pytest.mark.parametrize("of_each", [False, True])
+@pytest.mark.parametrize("by_example", [False, True])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_layers_of_frozen_clips_are_held_to_the_same(kernel: str, of_each: bool) -> None:
+def test_layers_of_frozen_clips_are_held_to_the_same(kernel: str, by_example: bool) -> None:
     """Black beside bright and dim: products that several times share, and sums of several, are as exact as others."""
     reads = [[[-1, 0, 1], [0, 1, 1], [1, 1, 1], [1, 1, 2], [1, 2, -1]]]
-    reads += [[[-1, 1, 1], [1, 1, 0], [0, 0, 0], [0, 0, 2], [2, 2, -1]]] if of_each else []
+    reads += [[[-1, 1, 1], [1, 1, 0], [0, 0, 0], [0, 0, 2], [2, 2, -1]]] if by_example else []
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(2, 24, 3, 17, 19, generator=generator)
     x[..., 5:12, :] = 0
@@ -274,7 +289,7 @@ def test_layers_of_frozen_clips_are_held_to_the_same(kernel: str, of_each: bool)
     v = weight.clamp(min=0)
 
     black = torch.zeros(2, 24, 1, 17, 19)
-    rows = reads if of_each else reads * 2
+    rows = reads if by_example else reads * 2
     frames = torch.stack(
         [
             torch.cat([one, none], 1)[:, row].flatten(1, 2)
@@ -287,7 +302,7 @@ def test_layers_of_frozen_clips_are_held_to_the_same(kernel: str, of_each: bool)
 
     z = convolved(frames)
     found = ops.frozen_conv3d(x, v, reads, **options)
-    assert off(found, z) < OF_ALL and off_each(found, z) < OF_EACH
+    assert off(found, z) < of_all(kernel) and off_each(found, z) < of_each(kernel)
     frames.requires_grad_()
     s = torch.where(z == 0, 0.0, relevance.double() / torch.where(z == 0, 1.0, z))
     (pulled,) = torch.autograd.grad(convolved(frames), frames, s)
@@ -299,7 +314,7 @@ def test_layers_of_frozen_clips_are_held_to_the_same(kernel: str, of_each: bool)
                 if time >= 0:
                     expected[n, :, time] += shared[n, :, q, tap]
     found = ops.frozen_z_plus_conv3d(x, weight, relevance, reads, reads, 3, non_negative=True, **options)
-    assert off(found, expected) < OF_ALL and off_each(found, expected) < OF_EACH
+    assert off(found, expected) < of_all(kernel) and off_each(found, expected) < of_each(kernel)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
@@ -331,9 +346,23 @@ def test_it_serves_float32_and_never_ieee(op: str) -> None:
     assert not kernels.choose(op, "cpu", torch.float64, "float32", "dense").endswith("winograd")
 
 
+def test_transforms_to_bfloat16_serve_the_walk_back_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a table says: forward, where signed sums cancel, their rounding would show in the temporal part."""
+    kernel = "generic/winograd_bf16"
+    entries = {op: {"bfloat16": {"dense": kernel}} for op in ("conv3d", "z_plus_conv3d")}
+    monkeypatch.setattr(kernels, "_table", lambda: {"cpu": {kernels.feature_level("cpu"): entries}})
+    kernels._choose.cache_clear()
+    chosen = {op: kernels.choose(op, "cpu", torch.float32, "bfloat16", "dense") for op in entries}
+    finer = kernels.choose("z_plus_conv3d", "cpu", torch.float32, "mixed", "dense")
+    kernels._choose.cache_clear()
+    assert chosen["z_plus_conv3d"] == kernel
+    assert not chosen["conv3d"].endswith("winograd_bf16")
+    assert not finer.endswith("winograd_bf16")
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rows_too_long_for_the_caches_are_computed_by_definition(kernel: str) -> None:
-    x, v = torch.rand(1, 256, 1, 8, 3400), torch.rand(8, 256, 1, 3, 3)
+    x, v = torch.rand(1, 256, 1, 8, 6900), torch.rand(8, 256, 1, 3, 3)
     found = [ops.conv3d(x, v, padding=(0, 1, 1), kernel=name) for name in (kernel, directly(kernel))]
     assert torch.equal(*found)
 

@@ -122,6 +122,7 @@ const std::vector<Arithmetic>& bfloat16_arithmetics() {
       {"bf16x3", {whole, rest_of_weight, rest_of_operand}, {whole, rest_of_weight, rest_of_operand}},
       {"mixed", {whole}, {whole, rest_of_operand}},
       {"bf16", {whole}, {whole}},
+      {"winograd_bf16", {whole}, {whole}, true},
   };
   return known;
 }
@@ -142,7 +143,7 @@ struct Engine {
   const MicroKernel<Operand, Sum>* tile;
   const PlanarKernel<Sum>* planar;
   const Loops<Sum>* loops;
-  const WinogradKernel<Sum>* winograd;  // null where there is none
+  const WinogradKernel<Operand, Sum>* winograd;  // null where there is none
   double rate;  // of the tile's products, compared with those of the accumulator's type in the same instruction set
 };
 
@@ -175,9 +176,10 @@ std::vector<Engine<double, double>> engines() {
 
 template <>
 std::vector<Engine<bfloat16, float>> engines() {
-  return runnable<bfloat16, float>({{bfloat16_kernel_amx(), float_planar_avx512(), float_loops_avx512(), nullptr, 16},
-                                    {bfloat16_kernel_avx512(), float_planar_avx512(), float_loops_avx512(), nullptr, 2},
-                                    {bfloat16_kernel_generic(), float_planar_generic(), float_loops_generic(), nullptr, 1}});
+  return runnable<bfloat16, float>(
+      {{bfloat16_kernel_amx(), float_planar_avx512(), float_loops_avx512(), bfloat16_winograd_avx512(), 16},
+       {bfloat16_kernel_avx512(), float_planar_avx512(), float_loops_avx512(), bfloat16_winograd_avx512(), 2},
+       {bfloat16_kernel_generic(), float_planar_generic(), float_loops_generic(), bfloat16_winograd_generic(), 1}});
 }
 
 std::string kernel_name(const char* isa, const char* arithmetic) { return std::string(isa) + "/" + arithmetic; }
@@ -255,6 +257,12 @@ void run_plans(const Task& task, const Plans& plans, const Kernel& kernel, const
 }
 
 template <typename Operand, typename Sum>
+Tiling tiling_of(const MicroKernel<Operand, Sum>& tile, Cut cut = Cut::Fitting) {
+  const int pair = std::is_same_v<Operand, bfloat16> ? 2 : 1;
+  return {false, tile.channels, tile.depth_multiple, pair, sizeof(Operand), tile.near_bytes, cut};
+}
+
+template <typename Operand, typename Sum>
 bool runs_planar(const Sweep& sweep, int output_parts, const std::vector<Product>& products, const Engine<Operand, Sum>& engine) {
   return planar_pays(sweep, output_parts, engine.tile->channels, engine.rate / static_cast<double>(products.size()));
 }
@@ -263,8 +271,7 @@ template <typename Operand, typename Sum, typename Epilogue>
 void run_directly(const Task& task, const std::vector<Sweep>& sweeps, const Engine<Operand, Sum>& engine, const Sum* start,
                   const Epilogue& epilogue, ParallelFor parallel_for) {
   const MicroKernel<Operand, Sum>& tile = *engine.tile;
-  const int pair = std::is_same_v<Operand, bfloat16> ? 2 : 1;
-  const Tiling tiling{false, tile.channels, tile.depth_multiple, pair, sizeof(Operand), tile.near_bytes};
+  const Tiling tiling = tiling_of(tile);
   const auto run_tiles = [&](const std::vector<Sweep>& tiled) {
     const Plans plans = make_plans(tiled, task.input_parts, task.output_parts, task.products, tiling);
     run_plans<Operand, Sum>(task, plans, tile, *engine.loops, start, epilogue, parallel_for);
@@ -287,10 +294,10 @@ void run_directly(const Task& task, const std::vector<Sweep>& sweeps, const Engi
 }
 
 // What cannot be trusted is computed again by definition: position by position, or the whole example where that is much of it.
-template <typename Epilogue>
+template <typename Operand, typename Epilogue>
 class Definition {
  public:
-  Definition(const Task& task, const Sweep& sweep, const Engine<float, float>& engine, const float* start,
+  Definition(const Task& task, const Sweep& sweep, const Engine<Operand, float>& engine, const float* start,
              const Epilogue& epilogue, ParallelFor parallel_for)
       : task_(task), sweep_(sweep), engine_(engine), start_(start), epilogue_(epilogue), parallel_for_(parallel_for) {}
 
@@ -327,36 +334,34 @@ class Definition {
 
  private:
   Plans plans(Cut cut) const {
-    const MicroKernel<float, float>& tile = *engine_.tile;
-    const Tiling tiling{false, tile.channels, tile.depth_multiple, 1, sizeof(float), tile.near_bytes, cut};
-    return make_plans({sweep_}, task_.input_parts, task_.output_parts, task_.products, tiling);
+    return make_plans({sweep_}, task_.input_parts, task_.output_parts, task_.products, tiling_of(*engine_.tile, cut));
   }
 
   int64_t items_of_example(const Plans& plans) const { return plans.slab.slabs() / sweep_.n * plans.slab.channel_blocks; }
 
   template <typename Body>
   void run(const Plans& plans, Body body) const {
-    with_runner<float>(task_, plans, *engine_.tile, *engine_.loops, start_, epilogue_, parallel_for_, body);
+    with_runner<Operand>(task_, plans, *engine_.tile, *engine_.loops, start_, epilogue_, parallel_for_, body);
   }
 
   const Task& task_;
   const Sweep& sweep_;
-  const Engine<float, float>& engine_;
+  const Engine<Operand, float>& engine_;
   const float* start_;
   const Epilogue& epilogue_;
   ParallelFor parallel_for_;
 };
 
-template <typename Epilogue>
-void run_winograd(const Task& task, const Sweep& sweep, const Engine<float, float>& engine, const float* start,
+template <typename Operand, typename Epilogue>
+void run_winograd(const Task& task, const Sweep& sweep, const Engine<Operand, float>& engine, const float* start,
                   const Epilogue& epilogue, ParallelFor parallel_for) {
   const WinogradPlan plan =
-      make_winograd_plan(sweep, task.input_parts, task.output_parts, engine.tile->channels, engine.winograd->lanes);
+      make_winograd_plan(sweep, task.input_parts, task.output_parts, tiling_of(*engine.tile), engine.winograd->lanes);
   const auto weights = winograd_weights(task.filter, task.use, plan, *engine.winograd, *engine.loops, parallel_for);
-  WinogradRunner<Epilogue> runner(plan, *engine.tile, *engine.winograd, *engine.loops, task.source, weights->template as<float>(),
-                                  start, epilogue);
+  WinogradRunner<Operand, Epilogue> runner(plan, *engine.tile, *engine.winograd, *engine.loops, task.source,
+                                           weights->template as<Operand>(), start, epilogue);
   parallel(parallel_for, runner.items(), [&](int64_t begin, int64_t end) { runner.run(begin, end); });
-  Definition<Epilogue>(task, sweep, engine, start, epilogue, parallel_for).replace(runner.distrusted());
+  Definition<Operand, Epilogue>(task, sweep, engine, start, epilogue, parallel_for).replace(runner.distrusted());
 }
 
 template <typename Operand, typename Sum, typename Epilogue>
@@ -364,8 +369,8 @@ void run_task(const Task& task, const Engine<Operand, Sum>& engine, const Sum* s
               ParallelFor parallel_for) {
   std::vector<Sweep> direct;
   for (const Sweep& sweep : task.sweeps) {
-    if constexpr (std::is_same_v<Operand, float>) {
-      if (task.transformed && winograd_pays(sweep, task.input_parts, task.output_parts, engine.tile->channels)) {
+    if constexpr (std::is_same_v<Sum, float>) {
+      if (task.transformed && winograd_pays(sweep, task.input_parts, task.output_parts, tiling_of(*engine.tile))) {
         run_winograd(task, sweep, engine, start, epilogue, parallel_for);
         continue;
       }
@@ -462,6 +467,7 @@ template <typename Operand, typename Sum>
 bool reads_rounded_shares(const Conv3dRelevance& problem, const std::vector<InTime>& times, const Arithmetic& arithmetic,
                           const Engine<Operand, Sum>& engine) {
   if constexpr (!std::is_same_v<Operand, bfloat16>) return false;
+  if (arithmetic.transformed) return false;  // what is rounded are the transformed numbers
   const auto& products = arithmetic.adjoint;
   const auto is_rounded = [](const Product& product) { return product.operand == Digit::High; };
   const auto is_planar = [&](const Sweep& phase) { return runs_planar(phase, parts(problem.lift), products, engine); };

@@ -473,7 +473,7 @@ void share(int64_t count, const Sum* x, const Sum* other, Sum alpha, Sum stabili
 
 // Words of 32 bits in streams, one for each lane of a few vectors: every step is one to one in the word and in what came before,
 // so no change of a word is lost; rotations bring high bits to where multiplication spreads them.
-void digest(const void* data, int64_t bytes, uint64_t (&to)[2]) {
+inline void digest(const void* data, int64_t bytes, uint64_t (&to)[2]) {
   constexpr int kPlaces = 4, kNeighbours = 2, kStreams = kPlaces * kNeighbours, kWords = kVectorBytes / sizeof(uint32_t);
   constexpr uint32_t kOdd = 0x9e3779b1, kSum = 0x85ebca77;
   typedef typename VectorOf<uint32_t, kWords>::Register Words;

@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #include "vector_kernel.h"
 #include "winograd_kernel.h"
 
@@ -11,6 +15,17 @@ namespace {
 
 // Bits of floats without their sign are in the order of their values, and those of a NaN come last.
 typedef typename VectorOf<int32_t, kLanes<float>>::Register Bits;
+
+// As what is multiplied.
+inline void store_operand(const Register<float>& vector, float* to) { store_vector(vector, to); }
+inline void store_operand(const Register<float>& vector, bfloat16* to) {  // to nearest, ties to even; a NaN stays one
+#if defined(__AVX512BF16__)
+  const __m256bh rounded = _mm512_cvtneps_pbh(vector);
+  std::memcpy(to, &rounded, sizeof(rounded));
+#else
+  for (int lane = 0; lane < kLanes<float>; ++lane) narrow(vector[lane], to[lane]);
+#endif
+}
 
 inline Bits magnitude_of(const Register<float>& value) { return bits_as<Bits>(value) & 0x7fffffff; }
 
@@ -123,8 +138,8 @@ inline void output_transform(const Register<float>* m, Register<float>* y) {
   }
 }
 
-template <int kHeight, int kWidth>
-void transform_input(const float* patch, int64_t row_stride, int64_t column_stride, int64_t channels, float* to,
+template <typename Operand, int kHeight, int kWidth>
+void transform_input(const float* patch, int64_t row_stride, int64_t column_stride, int64_t channels, Operand* to,
                      const int64_t* planes) {
   constexpr int kSize = Winograd::kPatch, kRows = kHeight + Winograd::kTaps - 1, kColumns = kWidth + Winograd::kTaps - 1;
   for (int64_t channel = 0; channel < channels; channel += kLanes<float>) {
@@ -150,9 +165,9 @@ void transform_input(const float* patch, int64_t row_stride, int64_t column_stri
       input_transform<kHeight>(d, v);
 #pragma GCC unroll 6
       for (int row = 0; row < kSize; ++row)
-        if (Winograd::takes(row, kHeight)) store_vector(v[row], to + planes[row * kSize + column] + channel);
+        if (Winograd::takes(row, kHeight)) store_operand(v[row], to + planes[row * kSize + column] + channel);
     }
-    store_vector(bits_as<Register<float>>(largest), to + planes[kSize * kSize] + channel);
+    store_operand(bits_as<Register<float>>(largest), to + planes[kSize * kSize] + channel);
   }
 }
 
@@ -210,14 +225,16 @@ uint32_t transform_output(const float* products, const int64_t* planes, int64_t 
   return found;
 }
 
-constexpr WinogradKernel<float> kWinograd{kLanes<float>,
-                                          transform_filter,
-                                          {{transform_input<2, 2>, transform_input<2, 3>, transform_input<2, 4>},
-                                           {transform_input<3, 2>, transform_input<3, 3>, transform_input<3, 4>},
-                                           {transform_input<4, 2>, transform_input<4, 3>, transform_input<4, 4>}},
-                                          {{transform_output<2, 2>, transform_output<2, 3>, transform_output<2, 4>},
-                                           {transform_output<3, 2>, transform_output<3, 3>, transform_output<3, 4>},
-                                           {transform_output<4, 2>, transform_output<4, 3>, transform_output<4, 4>}}};
+template <typename Operand>
+constexpr WinogradKernel<Operand, float> kWinograd{
+    kLanes<float>,
+    transform_filter,
+    {{transform_input<Operand, 2, 2>, transform_input<Operand, 2, 3>, transform_input<Operand, 2, 4>},
+     {transform_input<Operand, 3, 2>, transform_input<Operand, 3, 3>, transform_input<Operand, 3, 4>},
+     {transform_input<Operand, 4, 2>, transform_input<Operand, 4, 3>, transform_input<Operand, 4, 4>}},
+    {{transform_output<2, 2>, transform_output<2, 3>, transform_output<2, 4>},
+     {transform_output<3, 2>, transform_output<3, 3>, transform_output<3, 4>},
+     {transform_output<4, 2>, transform_output<4, 3>, transform_output<4, 4>}}};
 
 }  // namespace
 }  // namespace captum_dtd::cpu

@@ -10,7 +10,6 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -164,7 +163,8 @@ class Packer {
         Operand* const tap_weights = to + (chunk * plan_.tap_volume() + tap) * plan_.chunk * tiling.channels;
         for (int part = 0; part < plan_.output_parts; ++part) {
           load(group, run, tap, first, lanes, part, weights.data());
-          write(run, depth, lanes, weights.data(), tap_weights, part * plan_.block_channels);
+          write_packed(loops_, run.product.weight, run.channels, lanes, weights.data(), tap_weights, tiling,
+                       {depth, part * plan_.block_channels});
         }
       }
   }
@@ -183,23 +183,6 @@ class Packer {
     if (use_.split)
       loops_.lift(Lift::Signed, use_.adjoint ? part : run.part, run.channels, lanes, weights, nullptr, weights, lanes);
   }
-
-  void write(const Run& run, int64_t depth, int64_t lanes, const Sum* weights, Operand* to, int64_t first_lane) const {
-    const Tiling& tiling = plan_.tiling;
-    for (int64_t row = 0; row < run.channels; ++row) {
-      const int64_t at = depth + row;
-      Operand* target = to + (at / tiling.pair * tiling.channels + first_lane) * tiling.pair + at % tiling.pair;
-      if constexpr (std::is_same_v<Operand, Sum>) {
-        std::memcpy(target, weights + row * lanes, static_cast<size_t>(lanes) * sizeof(Sum));
-      } else {
-        bfloat16 rounded[kMostLanes];
-        loops_.round(run.product.weight, 1, lanes, weights + row * lanes, lanes, rounded, lanes);
-        for (int64_t lane = 0; lane < lanes; ++lane) target[lane * tiling.pair] = rounded[lane];
-      }
-    }
-  }
-
-  static constexpr int64_t kMostLanes = 256;
 
   const Filter& filter_;
   const Use& use_;

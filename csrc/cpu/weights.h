@@ -5,8 +5,10 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "buffer.h"
@@ -70,6 +72,29 @@ std::shared_ptr<const Buffer> kept(const Description& how, size_t bytes, const s
 template <typename Operand, typename Sum>
 std::shared_ptr<const Buffer> packed_weights(const Filter& filter, const Use& use, const Plan& plan, const Loops<Sum>& loops,
                                              ParallelFor parallel_for);
+
+// Where rows of weights go among packed ones.
+struct PackedPlace {
+  int64_t depth, lane;  // of the first
+};
+
+// Rows of so many lanes, one below the other in depth, as a kernel reads them: [depth / pair][channels][pair].
+template <typename Operand, typename Sum>
+void write_packed(const Loops<Sum>& loops, Digit digit, int64_t rows, int64_t lanes, const Sum* weights, Operand* to,
+                  const Tiling& tiling, const PackedPlace& place) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t at = place.depth + row;
+    Operand* const target = to + (at / tiling.pair * tiling.channels + place.lane) * tiling.pair + at % tiling.pair;
+    if constexpr (std::is_same_v<Operand, Sum>) {
+      std::memcpy(target, weights + row * lanes, static_cast<size_t>(lanes) * sizeof(Sum));
+    } else {
+      constexpr int64_t kMostLanes = 256;
+      bfloat16 rounded[kMostLanes];
+      loops.round(digit, 1, lanes, weights + row * lanes, lanes, rounded, lanes);
+      for (int64_t lane = 0; lane < lanes; ++lane) target[lane * tiling.pair] = rounded[lane];
+    }
+  }
+}
 
 // The nearest bfloat16s of a filter, in its own order.
 template <typename Sum>

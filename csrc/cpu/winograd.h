@@ -26,13 +26,15 @@ namespace captum_dtd::cpu {
 struct WinogradPlan : Blocks {
   Sweep sweep;  // its taps in the order of rising input positions
   int input_parts, output_parts;
+  Tiling tiling;
   int lanes;  // channels of the register tile
 
   int64_t grid[3];
   int last[3];                             // outputs of the last tile along H and W
   int64_t block_channels, channel_blocks;  // output channels of one block, and blocks in a group
   int64_t blocks_together;                 // blocks of channels that a transformed number is read for while it is near
-  int64_t depth, pitch;                    // channels of all parts, and elements from patch to patch
+  int64_t channels, depth;                 // of all parts; what the register tile sums over, some of it zeros perhaps
+  int64_t width, pitch;                    // what is transformed, whole vectors; elements from patch to patch
 
   int64_t slabs() const { return sweep.groups * per_group(); }
   int64_t frames_of(int64_t times) const {  // that they read
@@ -46,13 +48,15 @@ struct WinogradPlan : Blocks {
 };
 
 // Whether a sweep can be computed this way, and takes less time than by its definition.
-bool winograd_pays(const Sweep& sweep, int input_parts, int output_parts, int lanes);
+bool winograd_pays(const Sweep& sweep, int input_parts, int output_parts, const Tiling& tiling);
 
-WinogradPlan make_winograd_plan(const Sweep& sweep, int input_parts, int output_parts, int lanes, int vector);
+WinogradPlan make_winograd_plan(const Sweep& sweep, int input_parts, int output_parts, const Tiling& tiling, int vector);
 
-// Transformed filters, kept as those of packed_weights are: [group][block of channels][plane][tap of T][depth][lanes].
+// Transformed filters, kept as those of packed_weights are:
+// [group][block of channels][plane][tap of T][depth / pair][lanes][pair].
+template <typename Operand>
 std::shared_ptr<const Buffer> winograd_weights(const Filter& filter, const Use& use, const WinogradPlan& plan,
-                                               const WinogradKernel<float>& transforms, const Loops<float>& loops,
+                                               const WinogradKernel<Operand, float>& transforms, const Loops<float>& loops,
                                                ParallelFor parallel_for);
 
 // A region's tiles: how many rows and columns of them have a number in each plane.
@@ -76,12 +80,12 @@ struct TiledRegion : Region {
 
 // Works off the items of a sweep: blocks of channels of its slabs. What cannot be trusted is written all the same, and noted as
 // an item of a Plan of single positions.
-template <typename Epilogue>
+template <typename Operand, typename Epilogue>
 class WinogradRunner {
  public:
-  WinogradRunner(const WinogradPlan& plan, const MicroKernel<float, float>& kernel, const WinogradKernel<float>& transforms,
-                 const Loops<float>& loops, const Source& source, const float* weights, const float* start,
-                 const Epilogue& epilogue)
+  WinogradRunner(const WinogradPlan& plan, const MicroKernel<Operand, float>& kernel,
+                 const WinogradKernel<Operand, float>& transforms, const Loops<float>& loops, const Source& source,
+                 const Operand* weights, const float* start, const Epilogue& epilogue)
       : plan_(plan),
         kernel_(kernel),
         transforms_(transforms),
@@ -92,16 +96,17 @@ class WinogradRunner {
         epilogue_(epilogue),
         rows_pitch_(Winograd::kTile * plan.grid[2] * plan.lanes),
         patch_columns_(Winograd::kTile * (plan.grid[2] - 1) + plan.last[2] + Winograd::kTaps - 1),
-        input_plane_(odd_lines(plan.patches() * plan.pitch)),
-        output_plane_(odd_lines(plan.blocks_together * plan.tiles() * plan.lanes)),
+        input_plane_(odd_lines<Operand>(plan.patches() * plan.pitch)),
+        output_plane_(odd_lines<float>(plan.blocks_together * plan.tiles() * plan.lanes)),
         part_(plan.block_n * plan.block[1] * plan.block[2] * plan.lanes) {}
 
   int64_t items() const { return plan_.slabs() * plan_.channel_blocks; }
 
   void run(int64_t begin, int64_t end) {
+    if (kernel_.begin != nullptr) kernel_.begin();
     Scratch& mine = scratch();
     mine.patch.reserve(static_cast<size_t>((Winograd::kPatch + 2) * patch_columns_ * plan_.pitch) * sizeof(float));
-    mine.slab.reserve(static_cast<size_t>(Winograd::kPlanes * input_plane_) * sizeof(float));
+    mine.slab.reserve(static_cast<size_t>(Winograd::kPlanes * input_plane_) * sizeof(Operand));
     mine.sums.reserve(static_cast<size_t>(Winograd::kPlanes * output_plane_ + part_) * sizeof(float));
     mine.outputs.reserve(static_cast<size_t>(Winograd::kTile * rows_pitch_) * sizeof(float));
     mine.blocks.reserve(static_cast<size_t>(kEpilogueBlocks * rows_pitch_) * sizeof(float));
@@ -131,8 +136,9 @@ class WinogradRunner {
 
  private:
   // Planes an odd number of cache lines apart do not share the same few lines of the first-level cache.
+  template <typename Element>
   static int64_t odd_lines(int64_t elements) {
-    constexpr int64_t kLine = 16;
+    constexpr int64_t kLine = kLineBytes / sizeof(Element);
     return ((elements + kLine - 1) / kLine | 1) * kLine;
   }
 
@@ -168,7 +174,7 @@ class WinogradRunner {
           for (int64_t tile = 0; tile < plan_.grid[2]; ++tile)
             of_size(transforms_.transform_input, height, tile_width(tile))(
                 mine.patch.as<float>() + Winograd::kTile * tile * plan_.pitch, patch_columns_ * plan_.pitch, plan_.pitch,
-                plan_.pitch, mine.slab.as<float>() + tile * plan_.pitch, planes);
+                plan_.width, mine.slab.as<Operand>() + tile * plan_.pitch, planes);
         }
     }
   }
@@ -186,7 +192,7 @@ class WinogradRunner {
       const int64_t h = tile_row * Winograd::kTile + sweep.base[1] + row;
       float* const to = patch + row * patch_columns_ * plan_.pitch;
       const bool inside = h >= 0 && h < sweep.in[1] && first < last;
-      if (!inside || plan_.pitch != plan_.depth) {
+      if (!inside || plan_.width != plan_.channels) {
         std::fill_n(to, patch_columns_ * plan_.pitch, 0.0f);
       } else {
         std::fill_n(to, first * plan_.pitch, 0.0f);
@@ -253,32 +259,35 @@ class WinogradRunner {
         // The next block's, then the first block's of the next plane, and at last the next blocks' of the first.
         const bool is_last = plane + 1 == Winograd::kPlanes;
         const int64_t next = packed + (i + 1 < together ? Winograd::kPlanes : is_last ? 1 : 1 - i * Winograd::kPlanes);
-        Approach<float> approach = approach_to(weights_ + next * plan_.packed_plane(), here.tiles_of_time(plane), stretches);
+        Approach<Operand> approach = approach_to(weights_ + next * plan_.packed_plane(), here.tiles_of_time(plane), stretches);
         for (const Stretch& stretch : stretches)
           sum_plane(here.tiles_of_time(plane), stretch, weights_ + packed * plan_.packed_plane(),
-                    mine.slab.as<float>() + plane * input_plane_,
+                    mine.slab.as<Operand>() + plane * input_plane_,
                     mine.sums.as<float>() + plane * output_plane_ + i * output_block(here), part, approach);
       }
   }
 
   // Towards those taps of the weights that are read.
-  Approach<float> approach_to(const float* weights, int64_t tiles_of_time, const std::vector<Stretch>& stretches) const {
+  Approach<Operand> approach_to(const Operand* weights, int64_t tiles_of_time, const std::vector<Stretch>& stretches) const {
     int64_t steps = 0, begin = plan_.sweep.taps[0], end = 0;
     for (const Stretch& stretch : stretches) {
       const auto taps = static_cast<int64_t>(stretch.frames.size());
-      steps += pieces_of(stretch.times * tiles_of_time) * taps * plan_.depth;
+      steps += pieces_of(stretch.times * tiles_of_time) * taps * steps_of_tap();
       if (taps == 0) continue;
       begin = std::min(begin, stretch.first_tap);
       end = std::max(end, stretch.first_tap + taps);
     }
     const int64_t of_tap = plan_.depth * plan_.lanes;
-    return Approach<float>(weights + begin * of_tap, std::max<int64_t>(end - begin, 0) * of_tap, steps, plan_.lanes);
+    return Approach<Operand>(weights + begin * of_tap, std::max<int64_t>(end - begin, 0) * of_tap, steps,
+                             kernel_.step * plan_.lanes);
   }
+
+  int64_t steps_of_tap() const { return (plan_.depth + kernel_.step - 1) / kernel_.step; }
 
   int64_t pieces_of(int64_t count) const { return (count + kernel_.max_positions - 1) / kernel_.max_positions; }
 
-  void sum_plane(int64_t tiles_of_time, const Stretch& stretch, const float* weights, const float* slab, float* sums, float* part,
-                 Approach<float>& approach) const {
+  void sum_plane(int64_t tiles_of_time, const Stretch& stretch, const Operand* weights, const Operand* slab, float* sums,
+                 float* part, Approach<Operand>& approach) const {
     const int64_t time = tiles_of_time * plan_.lanes;
     if (stretch.outputs.size() == 1) {
       const TimeSum::Output& output = stretch.outputs[0];
@@ -293,16 +302,23 @@ class WinogradRunner {
     }
   }
 
-  void multiply(int64_t tiles_of_time, const Stretch& stretch, const float* weights, const float* slab, float* to,
-                bool accumulate, Approach<float>& approach) const {
+  // As many taps at a time as the kernel wants the weights of near.
+  void multiply(int64_t tiles_of_time, const Stretch& stretch, const Operand* weights, const Operand* slab, float* to,
+                bool accumulate, Approach<Operand>& approach) const {
     std::vector<int64_t> offsets;
     for (const int64_t frame : stretch.frames) offsets.push_back(frame * tiles_of_time * plan_.pitch);
     const int64_t count = stretch.times * tiles_of_time, pieces = pieces_of(count);
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-      const int64_t first = count * piece / pieces, last = count * (piece + 1) / pieces;
-      kernel_.run(static_cast<int>(last - first), slab + first * plan_.pitch, plan_.pitch, offsets.data(),
-                  static_cast<int64_t>(offsets.size()), plan_.depth, weights + stretch.first_tap * plan_.depth * plan_.lanes,
-                  to + first * plan_.lanes, accumulate, approach.over(static_cast<int64_t>(offsets.size()) * plan_.depth));
+    const int64_t taps = static_cast<int64_t>(offsets.size()), of_tap = plan_.depth * plan_.lanes;
+    const int64_t near_taps = kernel_.near_bytes / (of_tap * static_cast<int64_t>(sizeof(Operand)));
+    const int64_t most = kernel_.near_bytes > 0 ? std::max<int64_t>(near_taps, 1) : std::max<int64_t>(taps, 1);
+    for (int64_t tap = 0; tap == 0 || tap < taps; tap += most) {
+      const int64_t together = std::min(most, taps - tap);
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t first = count * piece / pieces, last = count * (piece + 1) / pieces;
+        kernel_.run(static_cast<int>(last - first), slab + first * plan_.pitch, plan_.pitch, offsets.data() + tap, together,
+                    plan_.depth, weights + (stretch.first_tap + tap) * of_tap, to + first * plan_.lanes, accumulate || tap > 0,
+                    approach.over(together * steps_of_tap()));
+      }
     }
   }
 
@@ -342,11 +358,11 @@ class WinogradRunner {
   }
 
   const WinogradPlan& plan_;
-  const MicroKernel<float, float>& kernel_;
-  const WinogradKernel<float>& transforms_;
+  const MicroKernel<Operand, float>& kernel_;
+  const WinogradKernel<Operand, float>& transforms_;
   const Loops<float>& loops_;
   const Source& source_;
-  const float* weights_;
+  const Operand* weights_;
   const float* start_;
   const Epilogue& epilogue_;
   const int64_t rows_pitch_, patch_columns_;         // in elements, and in columns

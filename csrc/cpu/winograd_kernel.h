@@ -20,6 +20,8 @@
 
 #include <cstdint>
 
+#include "microkernel.h"
+
 namespace captum_dtd::cpu {
 
 struct Winograd {
@@ -43,7 +45,8 @@ struct Winograd {
   static constexpr double kOfEitherSign = 0x1p-12;
 };
 
-template <typename Sum>
+// `Operand` is what is multiplied. The filter's numbers are rounded to it where they are packed.
+template <typename Operand, typename Sum>
 struct WinogradKernel {
   int lanes;  // channels of one vector
 
@@ -53,7 +56,7 @@ struct WinogradKernel {
                            Sum* largest);
 
   // B' d B of patches of so many channels, a multiple of `lanes`, and max|d|: to[planes[plane] + channel].
-  typedef void (*TransformInput)(const Sum* patch, int64_t row_stride, int64_t column_stride, int64_t channels, Sum* to,
+  typedef void (*TransformInput)(const Sum* patch, int64_t row_stride, int64_t column_stride, int64_t channels, Operand* to,
                                  const int64_t* planes);
 
   // A' m A, one tile of so many channels: from products[planes[plane] + channel] to to[row * row_stride + column * channels +
@@ -67,8 +70,10 @@ struct WinogradKernel {
   TransformOutput transform_output[Winograd::kSizes][Winograd::kSizes];
 };
 
-const WinogradKernel<float>* float_winograd_avx512();
-const WinogradKernel<float>* float_winograd_avx2();
-const WinogradKernel<float>* float_winograd_generic();
+const WinogradKernel<float, float>* float_winograd_avx512();
+const WinogradKernel<float, float>* float_winograd_avx2();
+const WinogradKernel<float, float>* float_winograd_generic();
+const WinogradKernel<bfloat16, float>* bfloat16_winograd_avx512();  // with its conversions of bfloat16
+const WinogradKernel<bfloat16, float>* bfloat16_winograd_generic();
 
 }  // namespace captum_dtd::cpu
