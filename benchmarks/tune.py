@@ -167,7 +167,7 @@ def tuned(clock: Clock, batch: Batch, small: bool) -> Entries:
     sums = [workloads.reduced_addition(each) for each in workloads.ADDITIONS] if small else workloads.ADDITIONS
     for dtype, precisions in precisions_by_type(device).items():
         for op, (operation, layers) in operations.items():
-            names = kernels.candidates(op, device, dtype)
+            names = kernels.available(op, device, dtype)
             for kind, members in by_kind(layers).items():
                 usable = names if kind in TRANSFORMED else [name for name in names if not transforms(name)]
                 chosen = [workloads.reduced(layer) for layer in members] if small else members

@@ -14,7 +14,7 @@ tf32x3         of tf32 halves, likewise                                         
 mixed          of bfloat16, with ``s = R / z`` kept in two halves                                  mixed
 tf32           of tf32                                                                             bfloat16
 bf16           of bfloat16                                                                         bfloat16
-winograd_bf16  of bfloat16, of transformed tiles; on the walk back alone                           bfloat16
+winograd_bf16  of bfloat16; of transformed tiles on the walk back, and forward as winograd         bfloat16
 f16            of float16                                                                          bfloat16
 =============  ==================================================================================  ===============
 
@@ -40,7 +40,6 @@ __all__ = [
     "TRANSFORMED",
     "Precision",
     "available",
-    "candidates",
     "choose",
     "feature_level",
     "shape_class",
@@ -94,21 +93,6 @@ def available(op: str, device: str, dtype: torch.dtype) -> list[str]:
     lists = {**pools, "z_plus_add": module.add_kernels}
     names = lists.get(op.removeprefix(FROZEN), module.conv3d_kernels)(str(dtype).removeprefix("torch."))
     return [*names, "reference"]
-
-
-def candidates(op: str, device: str, dtype: torch.dtype) -> list[str]:
-    """Those of `available` that may be chosen for an operation.
-
-    On the way forward that is not ``"winograd_bf16"``: signed sums cancel, and what transforms round to bfloat16 is of the size
-    of the largest nearby. Where all terms have one sign, as in z, that hardly matters.
-
-    Example:
-        >>> candidates("conv3d", "meta", torch.float32)
-        ['reference']
-    """
-    names = available(op, device, dtype)
-    forward = op.removeprefix(FROZEN) == "conv3d"
-    return [name for name in names if not (forward and name.endswith("/winograd_bf16"))]
 
 
 def transforms(kernel: str) -> bool:
@@ -177,7 +161,7 @@ def choose(op: str, device: str, dtype: torch.dtype, precision: Precision, shape
 def _choose(
     op: str, device: str, dtype: torch.dtype, precision: Precision, shape: ShapeClass | None, level: str
 ) -> str:
-    names = candidates(op, device, dtype)
+    names = available(op, device, dtype)
     op = op.removeprefix(FROZEN)
     entry = _table().get(device, {}).get(level, {}).get(op, {}).get(precision, {}).get(shape or "any")
     unmeasured = dtype == torch.float64 or (device == "cuda" and op == "conv3d" and dtype != torch.float32)

@@ -560,6 +560,14 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
   }
 }
 
+// What transforms on the way forward, of all arithmetics: signed sums cancel, and what is rounded of transformed numbers is of
+// the size of the largest nearby.
+Engine<float, float> floats_of(const Engine<bfloat16, float>& engine) {
+  for (const Engine<float, float>& found : engines<float, float>())
+    if (found.loops == engine.loops) return found;
+  throw std::logic_error("an instruction set for bfloat16 multiplies floats, too");
+}
+
 template <typename Operand, typename Sum>
 void forward(const Conv3dForward& problem, const Engine<Operand, Sum>& engine, const Arithmetic& arithmetic,
              ParallelFor parallel_for) {
@@ -581,8 +589,19 @@ void forward(const Conv3dForward& problem, const Engine<Operand, Sum>& engine, c
     const Keep<Sum> keep{loops, skip_examples(problem.out, problem.element, n), problem.element, problem.relu, stream};
     const InTime times = has_table ? in_time(conv, problem.reads, {}, n) : InTime{};
     const Sweep sweep = has_table ? by_table(forward_sweep(conv), conv, times.reads) : forward_sweep(conv);
-    const Task task{{sweep}, arithmetic.forward, 1, 1, x, weights, {false, false}, arithmetic.transformed};
-    run_task(task, engine, problem.bias != nullptr ? bias.data() : nullptr, keep, parallel_for);
+    const Sum* const start = problem.bias != nullptr ? bias.data() : nullptr;
+    const Use use{false, false};
+    if constexpr (std::is_same_v<Operand, bfloat16>) {
+      const Engine<float, float> floats = floats_of(engine);
+      const bool pays = arithmetic.transformed && winograd_pays(sweep, 1, 1, tiling_of(*floats.tile));
+      if (pays) {
+        run_task({{sweep}, ieee().forward, 1, 1, x, weights, use, true}, floats, start, keep, parallel_for);
+      } else {
+        run_task({{sweep}, arithmetic.forward, 1, 1, x, weights, use, false}, engine, start, keep, parallel_for);
+      }
+    } else {
+      run_task({{sweep}, arithmetic.forward, 1, 1, x, weights, use, arithmetic.transformed}, engine, start, keep, parallel_for);
+    }
   }
 }
 
