@@ -105,6 +105,11 @@ def directly(kernel: str) -> str:
     return kernel.replace("/winograd_bf16", "/bf16").replace("/winograd", "/ieee")
 
 
+def in_floats(kernel: str, arithmetic: str) -> str:
+    """What multiplies floats where a kernel's instruction set does not."""
+    return f"{kernel.partition('/')[0].replace('amx', 'avx512')}/{arithmetic}"
+
+
 def of_all(kernel: str) -> float:
     return OF_ALL[kernel.partition("/")[2]]
 
@@ -134,7 +139,7 @@ def test_convolutions_agree_with_the_definition(kernel: str, case: Case, layout:
     assert off(actual, expected) <= OF_ALL["winograd"]
     definition = ops.conv3d(x, weight, bias, **options(case, directly(kernel)))
     assert not torch.equal(actual, definition), "the transforms did not serve"
-    as_floats = ops.conv3d(x, weight, bias, **options(case, kernel.replace("winograd_bf16", "winograd")))
+    as_floats = ops.conv3d(x, weight, bias, **options(case, in_floats(kernel, "winograd")))
     assert torch.equal(actual, as_floats), "forward nothing transformed is rounded"
 
 
@@ -267,7 +272,7 @@ def test_an_example_that_is_mostly_noise_is_computed_by_definition_and_no_other(
     def back(s: Tensor, name: str) -> Tensor:
         return ops.z_plus_conv3d(bright, weight, s, non_negative=True, divided=True, **options(case, name))
 
-    for compute, by_definition in ((forward, kernel.partition("/")[0] + "/ieee"), (back, directly(kernel))):
+    for compute, by_definition in ((forward, in_floats(kernel, "ieee")), (back, directly(kernel))):
         found, alone, definition = compute(points, kernel), compute(bright, kernel), compute(points, by_definition)
         assert torch.equal(found[1], definition[1])
         for example in (0, 2):
