@@ -199,13 +199,18 @@ def test_what_several_outputs_pass_to_one_time_is_added_before_it_is_rounded(cpu
         assert torch.equal(shared, x * 2**-9), kernel
 
 
-def test_what_is_multiplied_by_planes_is_not_rounded(cpu_kernels: Any) -> None:
-    """An adjoint to a single channel is, in every arithmetic: of 1 + 2^-9 a bfloat16 would be 1."""
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_what_is_multiplied_by_planes_is_rounded_where_two_channels_are_multiplied_at_once(
+    cpu_kernels: Any, channels: int
+) -> None:
+    """An adjoint to a single channel is multiplied by planes, of one channel or of two: of 1 + 2^-9 a bfloat16 is 1."""
     x = torch.ones(1, 1, 1, 16, 16)
-    relevance = torch.full_like(x, 1 + 2**-9)
+    relevance = torch.full((1, channels, 1, 16, 16), 1 + 2**-9)
+    weight = torch.ones(channels, 1, 1, 1, 1)
+    rounded = 1.0 if channels % 2 == 0 else 1 + 2**-9
     for kernel in bfloat16_kernels("z_plus_conv3d"):
-        shared = ops.z_plus_conv3d(x, torch.ones(1, 1, 1, 1, 1), relevance, non_negative=True, kernel=kernel)
-        assert torch.equal(shared, relevance), kernel
+        shared = ops.z_plus_conv3d(x, weight, relevance, non_negative=True, kernel=kernel)
+        assert torch.equal(shared, x * channels * rounded), kernel
 
 
 @pytest.mark.parametrize(("op", "case"), EVERY)

@@ -136,12 +136,13 @@ const std::vector<Arithmetic>& full_arithmetics() {
 
 const Arithmetic& ieee() { return full_arithmetics()[0]; }
 
-// What computes in one instruction set. Where few channels are written, `planar` serves every arithmetic, since its own is the
-// accumulator's: more exact than any.
+// What computes in one instruction set. Where few channels are written, `pairs` serves arithmetics that multiply nothing but
+// rounded numbers, and `planar` every other, since its own is the accumulator's: more exact than any.
 template <typename Operand, typename Sum>
 struct Engine {
   const MicroKernel<Operand, Sum>* tile;
-  const PlanarKernel<Sum>* planar;
+  const PlanarKernel<Sum, Sum>* planar;
+  const PlanarKernel<Operand, Sum>* pairs;  // null but of bfloat16
   const Loops<Sum>* loops;
   const WinogradKernel<Operand, Sum>* winograd;  // null where there is none
   double rate;  // of the tile's products, compared with those of the accumulator's type in the same instruction set
@@ -162,24 +163,27 @@ std::vector<Engine<Operand, Sum>> engines();
 template <>
 std::vector<Engine<float, float>> engines() {
   return runnable<float, float>(
-      {{float_kernel_avx512(), float_planar_avx512(), float_loops_avx512(), float_winograd_avx512(), 1},
-       {float_kernel_avx2(), float_planar_avx2(), float_loops_avx2(), float_winograd_avx2(), 1},
-       {float_kernel_generic(), float_planar_generic(), float_loops_generic(), float_winograd_generic(), 1}});
+      {{float_kernel_avx512(), float_planar_avx512(), nullptr, float_loops_avx512(), float_winograd_avx512(), 1},
+       {float_kernel_avx2(), float_planar_avx2(), nullptr, float_loops_avx2(), float_winograd_avx2(), 1},
+       {float_kernel_generic(), float_planar_generic(), nullptr, float_loops_generic(), float_winograd_generic(), 1}});
 }
 
 template <>
 std::vector<Engine<double, double>> engines() {
-  return runnable<double, double>({{double_kernel_avx512(), double_planar_avx512(), double_loops_avx512(), nullptr, 1},
-                                   {double_kernel_avx2(), double_planar_avx2(), double_loops_avx2(), nullptr, 1},
-                                   {double_kernel_generic(), double_planar_generic(), double_loops_generic(), nullptr, 1}});
+  return runnable<double, double>(
+      {{double_kernel_avx512(), double_planar_avx512(), nullptr, double_loops_avx512(), nullptr, 1},
+       {double_kernel_avx2(), double_planar_avx2(), nullptr, double_loops_avx2(), nullptr, 1},
+       {double_kernel_generic(), double_planar_generic(), nullptr, double_loops_generic(), nullptr, 1}});
 }
 
 template <>
 std::vector<Engine<bfloat16, float>> engines() {
-  return runnable<bfloat16, float>(
-      {{bfloat16_kernel_amx(), float_planar_avx512(), float_loops_avx512(), bfloat16_winograd_avx512(), 16},
-       {bfloat16_kernel_avx512(), float_planar_avx512(), float_loops_avx512(), bfloat16_winograd_avx512(), 2},
-       {bfloat16_kernel_generic(), float_planar_generic(), float_loops_generic(), bfloat16_winograd_generic(), 1}});
+  return runnable<bfloat16, float>({{bfloat16_kernel_amx(), float_planar_avx512(), bfloat16_planar_avx512(), float_loops_avx512(),
+                                     bfloat16_winograd_avx512(), 16},
+                                    {bfloat16_kernel_avx512(), float_planar_avx512(), bfloat16_planar_avx512(),
+                                     float_loops_avx512(), bfloat16_winograd_avx512(), 2},
+                                    {bfloat16_kernel_generic(), float_planar_generic(), bfloat16_planar_generic(),
+                                     float_loops_generic(), bfloat16_winograd_generic(), 1}});
 }
 
 std::string kernel_name(const char* isa, const char* arithmetic) { return std::string(isa) + "/" + arithmetic; }
@@ -267,6 +271,13 @@ bool runs_planar(const Sweep& sweep, int output_parts, const std::vector<Product
   return planar_pays(sweep, output_parts, engine.tile->channels, engine.rate / static_cast<double>(products.size()));
 }
 
+// Whether a planar sweep multiplies rounded numbers, two channels at once.
+template <typename Operand, typename Sum>
+bool multiplies_pairs(const Sweep& sweep, const std::vector<Product>& products, const Engine<Operand, Sum>& engine) {
+  const auto are_rounded = [](const Product& product) { return product.operand == Digit::High && product.weight == Digit::High; };
+  return engine.pairs != nullptr && sweep.c_in % 2 == 0 && std::all_of(products.begin(), products.end(), are_rounded);
+}
+
 template <typename Operand, typename Sum, typename Epilogue>
 void run_directly(const Task& task, const std::vector<Sweep>& sweeps, const Engine<Operand, Sum>& engine, const Sum* start,
                   const Epilogue& epilogue, ParallelFor parallel_for) {
@@ -287,10 +298,16 @@ void run_directly(const Task& task, const std::vector<Sweep>& sweeps, const Engi
   }
   if (!tiled.empty()) run_tiles(tiled);
   if (planar.empty()) return;
-  const int channels = planar_channels(planar[0], task.output_parts, PlanarKernel<Sum>::kMaxChannels);
-  const Plans plans =
-      make_plans(planar, task.input_parts, task.output_parts, ieee().forward, {true, channels, 1, 1, sizeof(Sum)});
-  run_plans<Sum, Sum>(task, plans, *engine.planar, *engine.loops, start, epilogue, parallel_for);
+  const int channels = planar_channels(planar[0], task.output_parts, PlanarKernel<Sum, Sum>::kMaxChannels);
+  if (multiplies_pairs(planar[0], task.products, engine)) {
+    const Tiling pairs{true, channels, 2, 2, sizeof(Operand)};
+    const Plans plans = make_plans(planar, task.input_parts, task.output_parts, task.products, pairs);
+    run_plans<Operand, Sum>(task, plans, *engine.pairs, *engine.loops, start, epilogue, parallel_for);
+  } else {
+    const Tiling whole{true, channels, 1, 1, sizeof(Sum)};
+    const Plans plans = make_plans(planar, task.input_parts, task.output_parts, ieee().forward, whole);
+    run_plans<Sum, Sum>(task, plans, *engine.planar, *engine.loops, start, epilogue, parallel_for);
+  }
 }
 
 // What cannot be trusted is computed again by definition: position by position, or the whole example where that is much of it.
@@ -461,8 +478,8 @@ Sweep by_table(Sweep sweep, const Conv3d& conv, const TimeSums& sums) {
   return sweep;
 }
 
-// Whether the adjoint reads nothing of s but its nearest bfloat16, however s is kept: where it adds several times up, or runs
-// planar, it reads all of it.
+// Whether the adjoint reads nothing of s but its nearest bfloat16, however s is kept: where it adds several times up, or
+// multiplies whole numbers, it reads all of it.
 template <typename Operand, typename Sum>
 bool reads_rounded_shares(const Conv3dRelevance& problem, const std::vector<InTime>& times, const Arithmetic& arithmetic,
                           const Engine<Operand, Sum>& engine) {
@@ -470,13 +487,15 @@ bool reads_rounded_shares(const Conv3dRelevance& problem, const std::vector<InTi
   if (arithmetic.transformed) return false;  // what is rounded are the transformed numbers
   const auto& products = arithmetic.adjoint;
   const auto is_rounded = [](const Product& product) { return product.operand == Digit::High; };
-  const auto is_planar = [&](const Sweep& phase) { return runs_planar(phase, parts(problem.lift), products, engine); };
+  const auto reads_all = [&](const Sweep& phase) {
+    return runs_planar(phase, parts(problem.lift), products, engine) && !multiplies_pairs(phase, products, engine);
+  };
   const auto adds_up = [](const InTime& example) {
     const auto& frames = example.gives.frames;
     return std::any_of(frames.begin(), frames.end(), [](const auto& frame) { return frame.size() > 1; });
   };
   const std::vector<Sweep> phases = adjoint_sweeps(problem.conv);
-  return std::all_of(products.begin(), products.end(), is_rounded) && std::none_of(phases.begin(), phases.end(), is_planar) &&
+  return std::all_of(products.begin(), products.end(), is_rounded) && std::none_of(phases.begin(), phases.end(), reads_all) &&
          std::none_of(times.begin(), times.end(), adds_up);
 }
 

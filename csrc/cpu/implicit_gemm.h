@@ -49,7 +49,7 @@ class SweepRunner {
       : plan_(plan), kernel_(kernel), loops_(loops), weights_(weights), start_(start), epilogue_(epilogue) {}
 
   // A planar kernel reads on to the end of its last vector.
-  static constexpr int64_t kOverrun = std::is_same_v<Kernel, PlanarKernel<Sum>> ? 64 : 0;
+  static constexpr int64_t kOverrun = std::is_same_v<Kernel, PlanarKernel<Operand, Sum>> ? 64 : 0;
 
   void reserve(Scratch& mine) const {
     mine.sums.reserve(static_cast<size_t>(sums_per_block()) * sizeof(Sum));
@@ -76,7 +76,7 @@ class SweepRunner {
   }
 
  private:
-  static constexpr bool kPlanar = std::is_same_v<Kernel, PlanarKernel<Sum>>;
+  static constexpr bool kPlanar = std::is_same_v<Kernel, PlanarKernel<Operand, Sum>>;
 
   struct Position {
     int64_t n, at[3];
@@ -456,12 +456,12 @@ class SweepRunner {
           const int64_t n = i / here.count[0], t = i % here.count[0];
           const Taps taps = taps_within(here, i * plane, (i + 1) * plane - 1);
           const auto add = [&](int64_t time, const Taps& own, const std::vector<int64_t>& offsets, int64_t first_weight) {
-            const Operand* a = slab + (n * plan_.extent[0] + time) * plan_.extent[1] * plan_.extent[2];
+            const Operand* a = slab + (n * plan_.extent[0] + time) * plan_.extent[1] * plan_.extent[2] * plan_.position_pitch;
             for (int64_t piece = 0; piece < pieces; ++piece) {
               const int64_t first = vectors * piece / pieces, last = vectors * (piece + 1) / pieces;
               each_stretch(own, [&](int64_t tap, int64_t tap_count) {
-                kernel_.run(channels, static_cast<int>(last - first), a + first * kernel_.lanes, plan_.depth_pitch,
-                            offsets.data() + tap, tap_count, plan_.kernel_depth,
+                kernel_.run(channels, static_cast<int>(last - first), a + first * kernel_.lanes * plan_.position_pitch,
+                            plan_.depth_pitch, offsets.data() + tap, tap_count, plan_.kernel_depth,
                             weights + (first_weight + tap) * plan_.kernel_depth * channels,
                             sums + i * line + first * kernel_.lanes, pitch, true);
               });

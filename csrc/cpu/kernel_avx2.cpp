@@ -12,21 +12,21 @@ namespace captum_dtd::cpu {
 #ifdef __AVX2__
 
 const MicroKernel<float, float>* float_kernel_avx2() { return features().avx2 ? &kTile<float> : nullptr; }
-const PlanarKernel<float>* float_planar_avx2() { return features().avx2 ? &kPlanar<float> : nullptr; }
+const PlanarKernel<float, float>* float_planar_avx2() { return features().avx2 ? &kPlanar<float> : nullptr; }
 const Loops<float>* float_loops_avx2() { return features().avx2 ? &kLoops<float> : nullptr; }
 const WinogradKernel<float, float>* float_winograd_avx2() { return features().avx2 ? &kWinograd<float> : nullptr; }
 const MicroKernel<double, double>* double_kernel_avx2() { return features().avx2 ? &kTile<double> : nullptr; }
-const PlanarKernel<double>* double_planar_avx2() { return features().avx2 ? &kPlanar<double> : nullptr; }
+const PlanarKernel<double, double>* double_planar_avx2() { return features().avx2 ? &kPlanar<double> : nullptr; }
 const Loops<double>* double_loops_avx2() { return features().avx2 ? &kLoops<double> : nullptr; }
 
 #else  // compiled for another architecture
 
 const MicroKernel<float, float>* float_kernel_avx2() { return nullptr; }
-const PlanarKernel<float>* float_planar_avx2() { return nullptr; }
+const PlanarKernel<float, float>* float_planar_avx2() { return nullptr; }
 const Loops<float>* float_loops_avx2() { return nullptr; }
 const WinogradKernel<float, float>* float_winograd_avx2() { return nullptr; }
 const MicroKernel<double, double>* double_kernel_avx2() { return nullptr; }
-const PlanarKernel<double>* double_planar_avx2() { return nullptr; }
+const PlanarKernel<double, double>* double_planar_avx2() { return nullptr; }
 const Loops<double>* double_loops_avx2() { return nullptr; }
 
 #endif

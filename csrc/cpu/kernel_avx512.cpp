@@ -12,21 +12,21 @@ namespace captum_dtd::cpu {
 #ifdef __AVX512F__
 
 const MicroKernel<float, float>* float_kernel_avx512() { return features().avx512 ? &kTile<float> : nullptr; }
-const PlanarKernel<float>* float_planar_avx512() { return features().avx512 ? &kPlanar<float> : nullptr; }
+const PlanarKernel<float, float>* float_planar_avx512() { return features().avx512 ? &kPlanar<float> : nullptr; }
 const Loops<float>* float_loops_avx512() { return features().avx512 ? &kLoops<float> : nullptr; }
 const WinogradKernel<float, float>* float_winograd_avx512() { return features().avx512 ? &kWinograd<float> : nullptr; }
 const MicroKernel<double, double>* double_kernel_avx512() { return features().avx512 ? &kTile<double> : nullptr; }
-const PlanarKernel<double>* double_planar_avx512() { return features().avx512 ? &kPlanar<double> : nullptr; }
+const PlanarKernel<double, double>* double_planar_avx512() { return features().avx512 ? &kPlanar<double> : nullptr; }
 const Loops<double>* double_loops_avx512() { return features().avx512 ? &kLoops<double> : nullptr; }
 
 #else  // compiled for another architecture
 
 const MicroKernel<float, float>* float_kernel_avx512() { return nullptr; }
-const PlanarKernel<float>* float_planar_avx512() { return nullptr; }
+const PlanarKernel<float, float>* float_planar_avx512() { return nullptr; }
 const Loops<float>* float_loops_avx512() { return nullptr; }
 const WinogradKernel<float, float>* float_winograd_avx512() { return nullptr; }
 const MicroKernel<double, double>* double_kernel_avx512() { return nullptr; }
-const PlanarKernel<double>* double_planar_avx512() { return nullptr; }
+const PlanarKernel<double, double>* double_planar_avx512() { return nullptr; }
 const Loops<double>* double_loops_avx512() { return nullptr; }
 
 #endif

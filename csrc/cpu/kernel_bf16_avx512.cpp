@@ -6,6 +6,7 @@
 
 #include "features.h"
 #include "microkernel.h"
+#include "planar_kernel.h"
 
 namespace captum_dtd::cpu {
 namespace {
@@ -77,10 +78,70 @@ void run(int positions, const bfloat16* a, int64_t position_stride, const int64_
   tile_of(positions, std::make_integer_sequence<int, kPositions>{})(a, position_stride, offsets, taps, depth, b, sum, accumulate);
 }
 
+// Positions in lanes: a vector has two neighbouring channels of sixteen of them.
+constexpr int kRegisters = 32;
+
+template <int channels, int vectors>
+void run_planes(const bfloat16* a, int64_t plane, const int64_t* offsets, int64_t taps, int64_t depth, const bfloat16* b,
+                float* sum, int64_t pitch, bool accumulate) {
+  __m512 sums[channels][vectors];
+#pragma GCC unroll 8
+  for (int o = 0; o < channels; ++o)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v)
+      sums[o][v] = accumulate ? _mm512_loadu_ps(sum + o * pitch + v * kLanes) : _mm512_setzero_ps();
+
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const bfloat16* row = a + offsets[tap];
+    for (int64_t k = 0; k < depth; k += 2) {
+      __m512bh inputs[vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) inputs[v] = load_pairs(row + v * 2 * kLanes);
+#pragma GCC unroll 8
+      for (int o = 0; o < channels; ++o) {
+        const __m512bh weight = broadcast_pair(b + 2 * o);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) sums[o][v] = _mm512_dpbf16_ps(sums[o][v], inputs[v], weight);
+      }
+      row += plane;
+      b += 2 * channels;
+    }
+  }
+
+#pragma GCC unroll 8
+  for (int o = 0; o < channels; ++o)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) _mm512_storeu_ps(sum + o * pitch + v * kLanes, sums[o][v]);
+}
+
+using RunPlanes = void (*)(const bfloat16*, int64_t, const int64_t*, int64_t, int64_t, const bfloat16*, float*, int64_t, bool);
+
+template <int channels, int... indices>
+RunPlanes planes_of(int vectors, std::integer_sequence<int, indices...>) {
+  static constexpr RunPlanes tiles[] = {run_planes<channels, indices + 1>...};
+  return tiles[vectors - 1];
+}
+
+template <int channels = PlanarKernel<bfloat16, float>::kMaxChannels>
+void run_planar(int wanted, int vectors, const bfloat16* a, int64_t plane, const int64_t* offsets, int64_t taps, int64_t depth,
+                const bfloat16* b, float* sum, int64_t pitch, bool accumulate) {
+  if (wanted == channels) {
+    constexpr auto kVectorCounts = std::make_integer_sequence<int, planar_vectors(kRegisters, channels)>{};
+    planes_of<channels>(vectors, kVectorCounts)(a, plane, offsets, taps, depth, b, sum, pitch, accumulate);
+  } else if constexpr (channels > 1) {
+    run_planar<channels - 1>(wanted, vectors, a, plane, offsets, taps, depth, b, sum, pitch, accumulate);
+  }
+}
+
+constexpr int most(int channels) { return planar_vectors(kRegisters, channels); }
+
+constexpr PlanarKernel<bfloat16, float> kPlanar = {kLanes, {0, most(1), most(2), most(3), most(4), most(5), most(6)}, run_planar};
+
 constexpr MicroKernel<bfloat16, float> kKernel = {"avx512", kPositions, kChannels, 2, run};
 
 }  // namespace
 
 const MicroKernel<bfloat16, float>* bfloat16_kernel_avx512() { return features().avx512_bf16 ? &kKernel : nullptr; }
+const PlanarKernel<bfloat16, float>* bfloat16_planar_avx512() { return features().avx512_bf16 ? &kPlanar : nullptr; }
 
 }  // namespace captum_dtd::cpu

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "microkernel.h"
+#include "planar_kernel.h"
 
 namespace captum_dtd::cpu {
 namespace {
@@ -47,10 +48,31 @@ void run(int positions, const bfloat16* a, int64_t position_stride, const int64_
   tiles[positions - 1](a, position_stride, offsets, taps, depth, b, sum, accumulate);
 }
 
+// Positions in lanes.
+constexpr int kLanes = 4;
+
+void run_planar(int channels, int vectors, const bfloat16* a, int64_t plane, const int64_t* offsets, int64_t taps, int64_t depth,
+                const bfloat16* b, float* sum, int64_t pitch, bool accumulate) {
+  const int positions = vectors * kLanes;
+  for (int o = 0; o < channels; ++o)
+    for (int p = 0; p < positions && !accumulate; ++p) sum[o * pitch + p] = 0;
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const bfloat16* row = a + offsets[tap];
+    for (int64_t k = 0; k < depth; k += 2, row += plane, b += 2 * channels)
+      for (int o = 0; o < channels; ++o) {
+        const float even = widened(b[2 * o]), odd = widened(b[2 * o + 1]);
+        for (int p = 0; p < positions; ++p) sum[o * pitch + p] += widened(row[2 * p]) * even + widened(row[2 * p + 1]) * odd;
+      }
+  }
+}
+
+constexpr PlanarKernel<bfloat16, float> kPlanar = {kLanes, {0, 4, 4, 4, 4, 4, 4}, run_planar};
+
 constexpr MicroKernel<bfloat16, float> kKernel = {"generic", kPositions, kChannels, 2, run};
 
 }  // namespace
 
 const MicroKernel<bfloat16, float>* bfloat16_kernel_generic() { return &kKernel; }
+const PlanarKernel<bfloat16, float>* bfloat16_planar_generic() { return &kPlanar; }
 
 }  // namespace captum_dtd::cpu

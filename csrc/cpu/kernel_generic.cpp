@@ -8,12 +8,12 @@ constexpr int kRegisters = 16;
 namespace captum_dtd::cpu {
 
 const MicroKernel<float, float>* float_kernel_generic() { return &kTile<float>; }
-const PlanarKernel<float>* float_planar_generic() { return &kPlanar<float>; }
+const PlanarKernel<float, float>* float_planar_generic() { return &kPlanar<float>; }
 const Loops<float>* float_loops_generic() { return &kLoops<float>; }
 const WinogradKernel<float, float>* float_winograd_generic() { return &kWinograd<float>; }
 const WinogradKernel<bfloat16, float>* bfloat16_winograd_generic() { return &kWinograd<bfloat16>; }
 const MicroKernel<double, double>* double_kernel_generic() { return &kTile<double>; }
-const PlanarKernel<double>* double_planar_generic() { return &kPlanar<double>; }
+const PlanarKernel<double, double>* double_planar_generic() { return &kPlanar<double>; }
 const Loops<double>* double_loops_generic() { return &kLoops<double>; }
 
 }  // namespace captum_dtd::cpu

@@ -82,7 +82,7 @@ class Planner {
     const int64_t depth = shifts * channels;
     const int64_t lane_bytes = tiling.channels * tiling.operand_bytes;
     const int64_t column = std::max<int64_t>(windows ? plan_.tap_volume() : most_taps, 1) * lane_bytes;
-    const int64_t longest = tiling.planar ? kPlanes : kChunkBytes / tiling.operand_bytes;
+    const int64_t longest = tiling.planar ? kPlanes * tiling.pair : kChunkBytes / tiling.operand_bytes;
     int64_t most = std::max<int64_t>(std::min(kWeightBytes / column, longest), 16);
     if (tiling.near_bytes > 0) {
       const int64_t plane = std::max<int64_t>(plan_.taps[1] * plan_.taps[2], 1) * lane_bytes;
@@ -157,9 +157,9 @@ class Planner {
       return elements * bytes % kAliasing == 0 ? elements + kCacheLine / bytes : elements;
     };
     if (plan_.tiling.planar) {
-      plan_.position_pitch = 1;
-      plan_.depth_pitch = apart(plan_.slab_positions());
-      plan_.chunk_elements = plan_.chunk * plan_.depth_pitch;
+      plan_.position_pitch = plan_.tiling.pair;
+      plan_.depth_pitch = apart(plan_.slab_positions() * plan_.tiling.pair);
+      plan_.chunk_elements = plan_.chunk / plan_.tiling.pair * plan_.depth_pitch;
     } else {
       plan_.position_pitch = apart(plan_.chunk);
       plan_.depth_pitch = 1;

@@ -33,7 +33,7 @@ enum class Cut { Fitting, OfOneExample, SinglePositions };
 
 // What a kernel asks of a plan.
 struct Tiling {
-  bool planar;         // a plane of positions for each channel, instead of all channels of each position
+  bool planar;         // a plane of positions for each channel or pair of them, instead of all channels of each position
   int channels;        // of one block
   int depth_multiple;  // of a chunk
   int pair;            // neighbours in depth that packed weights keep together
@@ -65,8 +65,11 @@ struct Plan : Blocks {
 
   std::vector<Run> runs;
   int64_t chunk, chunks;                // depth of one, and how many
-  int64_t position_pitch, depth_pitch;  // elements of a slab from position to position, and from channel to channel
+  int64_t position_pitch, depth_pitch;  // elements of a slab from position to position, and from channel or plane to the next
   int64_t chunk_elements;               // of a slab
+
+  // Elements of a chunk that come before a channel's, at the first position.
+  int64_t channel_at(int64_t channel) const { return tiling.planar ? channel / tiling.pair * depth_pitch : channel; }
 
   int64_t block_channels, channel_blocks;  // output channels of one block, and blocks in a group
 

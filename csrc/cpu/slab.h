@@ -189,7 +189,7 @@ class SlabPacker {
         clear(row + last, row + width);
       }
       const int64_t channel = region.group * plan_.sweep.c_in + run.channel;
-      Operand* to = slab_ + run.depth / plan_.chunk * plan_.chunk_elements + run.depth % plan_.chunk * plan_.depth_pitch;
+      Operand* to = slab_ + run.depth / plan_.chunk * plan_.chunk_elements + plan_.channel_at(run.depth % plan_.chunk);
       const int64_t most = kBuffered / run.channels;
       for (int64_t w = first; w < last; w += most)
         pack_run(
@@ -205,7 +205,8 @@ class SlabPacker {
     for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
       Operand* slab = slab_ + chunk * plan_.chunk_elements;
       if (plan_.tiling.planar) {
-        for (int64_t depth = 0; depth < plan_.chunk; ++depth) fill_zeros(slab + depth * plan_.depth_pitch + from, to - from);
+        for (int64_t channel = 0; channel < plan_.chunk; channel += plan_.tiling.pair)
+          fill_zeros(slab + plan_.channel_at(channel) + from * plan_.position_pitch, (to - from) * plan_.position_pitch);
       } else {
         fill_zeros(slab + from * plan_.position_pitch, (to - from) * plan_.position_pitch);
       }
@@ -226,10 +227,25 @@ class SlabPacker {
       load_lifted(loops_, source_, run.part, spot, more_, bound_, spot.columns());
       loops_.add(spot.rows() * spot.columns(), more_, lifted_);
     }
+    if (spot.planar && plan_.tiling.pair == 2) return write_pairs(run.product.operand, spot, to, pitch);
     if constexpr (std::is_same_v<Operand, Sum>) {
       loops_.store(element_of<Sum>(), lifted_, spot.columns(), spot.rows(), spot.columns(), to, pitch, 1, false);
     } else {
       loops_.round(run.product.operand, spot.rows(), spot.columns(), lifted_, spot.columns(), to, pitch);
+    }
+  }
+
+  // Two neighbouring channels of a position next to each other.
+  void write_pairs(Digit digit, const Spot& spot, Operand* to, int64_t pitch) {
+    if constexpr (std::is_same_v<Operand, bfloat16>) {
+      const int64_t columns = spot.columns();
+      loops_.round(digit, spot.rows(), columns, lifted_, columns, rounded_, columns);
+      for (int64_t row = 0; row < spot.rows(); row += 2)
+        for (int64_t column = 0; column < columns; ++column) {
+          Operand* const pair = to + row / 2 * pitch + 2 * column;
+          pair[0] = rounded_[row * columns + column];
+          pair[1] = rounded_[(row + 1) * columns + column];
+        }
     }
   }
 
@@ -240,6 +256,7 @@ class SlabPacker {
       return true;
     } else {
       const Place from = place(source_.x, source_.element, spot);
+      if (spot.planar) return pack_pairs_as_they_are(digit, from, spot, to, pitch);
       if (from.column_stride != 1) return false;
       if (source_.element == element_of<Sum>()) {
         const Sum* const numbers = reinterpret_cast<const Sum*>(from.data);
@@ -254,10 +271,20 @@ class SlabPacker {
     }
   }
 
+  // Pairs that lie next to each other in memory, too, are moved like floats.
+  bool pack_pairs_as_they_are(Digit digit, const Place& from, const Spot& spot, Operand* to, int64_t pitch) const {
+    const bool are_pairs = source_.element == Element::BFloat16 && from.row_stride == 1 && from.column_stride % 2 == 0;
+    if (!are_pairs || digit != Digit::High || sizeof(Sum) != 2 * sizeof(Operand)) return false;
+    loops_.load(Element::Float32, from.data, 1, from.column_stride / 2, spot.rows() / 2, spot.columns(),
+                reinterpret_cast<Sum*>(to), pitch / 2);
+    return true;
+  }
+
   const Plan& plan_;
   const Loops<Sum>& loops_;
   const Source& source_;
   Operand* slab_;
+  alignas(64) bfloat16 rounded_[kBuffered];
   alignas(64) Sum lifted_[kBuffered];
   alignas(64) Sum more_[kBuffered];
   alignas(64) Sum bound_[kBuffered];

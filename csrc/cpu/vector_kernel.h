@@ -136,13 +136,9 @@ void planar_tile(const T* a, int64_t plane, const int64_t* offsets, int64_t taps
     for (int v = 0; v < kColumns; ++v) store_vector(sums[o][v], sum + o * pitch + v * kStep);
 }
 
-// As many vectors of positions as leave a register for a weight.
-constexpr int max_columns(int channels) {
-  const int columns = (kRegisters - 1) / (channels + 1);
-  return columns < 8 ? columns : 8;
-}
+constexpr int max_columns(int channels) { return planar_vectors(kRegisters, channels); }
 
-template <typename T, int kChannels = PlanarKernel<T>::kMaxChannels, int kColumns = max_columns(kChannels)>
+template <typename T, int kChannels = PlanarKernel<T, T>::kMaxChannels, int kColumns = max_columns(kChannels)>
 void run_planar(int channels, int vectors, const T* a, int64_t plane, const int64_t* offsets, int64_t taps, int64_t depth,
                 const T* b, T* sum, int64_t pitch, bool accumulate) {
   if (channels != kChannels) {
@@ -634,7 +630,7 @@ template <typename T>
 constexpr MicroKernel<T, T> kTile{CAPTUM_DTD_ISA, kMaxPositions, kLanes<T> * kVectors, 1, run_tile<T>};
 
 template <typename T>
-constexpr PlanarKernel<T> kPlanar{
+constexpr PlanarKernel<T, T> kPlanar{
     kLanes<T>,
     {0, max_columns(1), max_columns(2), max_columns(3), max_columns(4), max_columns(5), max_columns(6)},
     run_planar<T>};
