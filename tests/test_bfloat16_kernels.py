@@ -307,8 +307,8 @@ def test_amx_spills_no_tile(assembly: Callable[[str], str]) -> None:
 
 
 def test_avx512_spills_no_sum(assembly: Callable[[str], str]) -> None:
-    """Every number of positions has its own loop, with two products a position and nothing moved to the stack; and where positions
-    are in lanes, every number of channels and vectors, as many as leave a register for a weight."""
+    """Every number of positions has its own loop, with two products a position and nothing moved to the stack; and where
+    positions are in lanes, every number of channels and vectors, as many as leave a register for a weight."""
     text = assembly("avx512")
     of_positions = 2 * sum(range(1, 14 + 1))
     of_planes = sum(channels * sum(range(1, min(8, 31 // (channels + 1)) + 1)) for channels in range(1, 6 + 1))
