@@ -214,3 +214,38 @@ def test_nvcc_is_that_of_cuda_home_before_the_path(
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(setup["LeftOutError"], match="no CUDA compiler"):
         setup["nvcc"]()
+
+
+@pytest.mark.slow
+def test_the_whole_module_is_right_on_emulated_tiles(checkout: Path, tmp_path: Path, cpu_kernels: Any) -> None:
+    """AMX beyond its register tile, on processors that have all else it needs: a compiler that is told what tiles do."""
+    if "avx512_bf16" not in cpu_kernels.cpu_features().split():
+        pytest.skip(
+            "kernels for AMX end in AVX-512 and its bfloat16, which this processor lacks: here they cannot be run"
+        )
+    for tests in ("tests", "benchmarks"):
+        shutil.copytree(ROOT / tests, checkout / tests, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    pretended = tmp_path / "pretended.h"
+    pretended.write_text(
+        "#include <cpuid.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n"
+        "#define __get_cpuid_count(leaf, part, a, b, c, d) (*(d) = ~0u, 1)\n#define syscall(...) 0\n"
+    )
+    compiler = script(
+        tmp_path / "compiler",
+        f'case "$*" in\n'
+        f'*kernel_bf16_amx.cpp*) exec g++ -include {ROOT / "tests" / "emulator" / "amx_emulation.h"} "$@" ;;\n'
+        f'*features.cpp*) exec g++ -include {pretended} "$@" ;;\n'
+        f'*) exec g++ "$@" ;;\nesac',
+    )
+    built = run(
+        "setup.py",
+        *("-q", "build_ext", "--inplace"),
+        cwd=checkout,
+        CXX=compiler,
+        CAPTUM_DTD_CUDA="0",
+        CAPTUM_DTD_REQUIRE_EXT="1",
+    )
+    assert built.returncode == 0, built.stderr
+    tested = run("-m", "pytest", "-q", "-k", "amx", "tests/test_winograd.py", "tests/test_fused.py", cwd=checkout)
+    assert tested.returncode == 0, tested.stdout
+    assert " passed" in tested.stdout and "skipped" not in tested.stdout, tested.stdout
