@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -191,6 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="file for the record")
     given = parser.parse_args(arguments)
     protocol = protocol_of(given, parser)
+    # Contenders of several precisions take turns here: none's weights shall make room for another's.
+    os.environ.setdefault(memory.WEIGHT_CACHE, "8192")
     begun = time.monotonic()
     about = machine()
     old = json.loads(given.compare.read_text()) if given.compare else None

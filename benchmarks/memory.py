@@ -32,6 +32,9 @@ RESET = Path("/proc/self/clear_refs")
 
 MEASURABLE = os.access(RESET, os.W_OK)
 
+WEIGHT_CACHE = "CAPTUM_DTD_WEIGHT_CACHE_MB"
+"""Limits what packed weights take."""
+
 RIVALS = ("zennit", "captum LRP", "plain torch")
 """Peers whose memory is measured."""
 
@@ -52,7 +55,9 @@ def peak(workload: Workload, contender: str, kind: str, small: bool) -> dict[str
         RuntimeError: if the process that measures fails; the message is what it said.
     """
     command = [sys.executable, __file__, str(workload), contender, kind, *(["--small"] if small else [])]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop(WEIGHT_CACHE, None)  # as somebody has it who explains in one precision
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"the memory of {contender} on {workload} was not measured: {done.stderr[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
