@@ -257,6 +257,19 @@ def test_quotients_of_very_different_size_do_not_disturb_each_other(kernel: str,
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_a_black_hole_stays_black_where_all_channels_are_alike(kernel: str) -> None:
+    """Then rounding errs alike in every channel, and does not average out."""
+    weight = torch.rand(32, 32, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    u = torch.ones(12, 32, 1, 16, 16)
+    levels = torch.linspace(0.5, 1, len(u)).view(-1, 1, 1, 1, 1)
+    for y, x in itertools.product(range(2, 6), repeat=2):
+        s = levels.expand(-1, 32, 1, 16, 16).clone()
+        s[..., y : y + 3, x : x + 3] = 0
+        shared = ops.z_plus_conv3d(u, weight, s, padding=(0, 1, 1), non_negative=True, divided=True, kernel=kernel)
+        assert not shared[..., y + 1, x + 1].any()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_an_example_that_is_mostly_noise_is_computed_by_definition_and_no_other(kernel: str) -> None:
     """A few bright points on black, beside examples that are bright all over."""
     case = Case("batch", (3, 32, 4, 16, 16), (32, 32, 3, 3, 3))
@@ -355,8 +368,9 @@ def test_it_serves_float32_and_never_ieee(op: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rows_too_long_for_the_caches_are_computed_by_definition(kernel: str) -> None:
-    x, v = torch.rand(1, 256, 1, 8, 6900), torch.rand(8, 256, 1, 3, 3)
-    found = [ops.conv3d(x, v, padding=(0, 1, 1), kernel=name) for name in (kernel, directly(kernel))]
+    u, weight, s = torch.ones(1, 16, 1, 4, 6900), torch.rand(256, 16, 1, 3, 3), torch.rand(1, 256, 1, 4, 6900)
+    options: dict[str, Any] = {"padding": (0, 1, 1), "non_negative": True, "divided": True}
+    found = [ops.z_plus_conv3d(u, weight, s, kernel=name, **options) for name in (kernel, directly(kernel))]
     assert torch.equal(*found)
 
 

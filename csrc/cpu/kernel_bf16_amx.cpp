@@ -6,10 +6,12 @@
 //      second half tile 5  tile 2    tile 3
 //
 // Numbers of tiles are part of the instructions: the intrinsics take literals only.
-#include <immintrin.h>
-
 #include "features.h"
 #include "microkernel.h"
+
+#if defined(__AMX_BF16__) || defined(EMULATE_AMX)
+
+#include <immintrin.h>
 
 namespace captum_dtd::cpu {
 namespace {
@@ -154,3 +156,13 @@ constexpr MicroKernel<bfloat16, float> kKernel = {"amx", kPositions, kChannels, 
 const MicroKernel<bfloat16, float>* bfloat16_kernel_amx() { return features().amx_bf16 ? &kKernel : nullptr; }
 
 }  // namespace captum_dtd::cpu
+
+#else  // compiled for another architecture
+
+namespace captum_dtd::cpu {
+
+const MicroKernel<bfloat16, float>* bfloat16_kernel_amx() { return nullptr; }
+
+}  // namespace captum_dtd::cpu
+
+#endif

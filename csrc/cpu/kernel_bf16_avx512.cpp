@@ -1,12 +1,14 @@
 // bfloat16 products by AVX512_BF16: vdpbf16ps adds the products of two neighbouring channels of the depth at once.
-#include <immintrin.h>
-
 #include <cstring>
 #include <utility>
 
 #include "features.h"
 #include "microkernel.h"
 #include "planar_kernel.h"
+
+#ifdef __AVX512BF16__
+
+#include <immintrin.h>
 
 namespace captum_dtd::cpu {
 namespace {
@@ -145,3 +147,14 @@ const MicroKernel<bfloat16, float>* bfloat16_kernel_avx512() { return features()
 const PlanarKernel<bfloat16, float>* bfloat16_planar_avx512() { return features().avx512_bf16 ? &kPlanar : nullptr; }
 
 }  // namespace captum_dtd::cpu
+
+#else  // compiled for another architecture
+
+namespace captum_dtd::cpu {
+
+const MicroKernel<bfloat16, float>* bfloat16_kernel_avx512() { return nullptr; }
+const PlanarKernel<bfloat16, float>* bfloat16_planar_avx512() { return nullptr; }
+
+}  // namespace captum_dtd::cpu
+
+#endif

@@ -273,7 +273,9 @@ class SlabPacker {
 
   // Pairs that lie next to each other in memory, too, are moved like floats.
   bool pack_pairs_as_they_are(Digit digit, const Place& from, const Spot& spot, Operand* to, int64_t pitch) const {
-    const bool are_pairs = source_.element == Element::BFloat16 && from.row_stride == 1 && from.column_stride % 2 == 0;
+    const bool is_aligned = reinterpret_cast<uintptr_t>(from.data) % sizeof(Sum) == 0;
+    const bool are_pairs =
+        source_.element == Element::BFloat16 && from.row_stride == 1 && from.column_stride % 2 == 0 && is_aligned;
     if (!are_pairs || digit != Digit::High || sizeof(Sum) != 2 * sizeof(Operand)) return false;
     loops_.load(Element::Float32, from.data, 1, from.column_stride / 2, spot.rows() / 2, spot.columns(),
                 reinterpret_cast<Sum*>(to), pitch / 2);

@@ -1,6 +1,7 @@
 #include "winograd.h"
 
 #include <cstring>
+#include <type_traits>
 
 #include "parallel.h"
 
@@ -60,6 +61,8 @@ class Packer {
             transforms_.transform_filter(&taps[static_cast<size_t>(row * lanes)], kRows * lanes, lanes,
                                          &numbers[static_cast<size_t>(row * lanes)], kRows * lanes, smallest.data(),
                                          largest.data());
+          if constexpr (!std::is_same_v<Operand, float>)
+            for (auto bound = numbers.end() - kRows * lanes; bound != numbers.end(); ++bound) *bound *= Winograd::kOfRounded;
           for (int64_t plane = 0; plane < Winograd::kPlanes; ++plane)
             write_packed(loops_, Digit::High, rows, lanes, &numbers[static_cast<size_t>(plane * kRows * lanes)],
                          to + plane * plan_.packed_plane() + tap * plan_.depth * lanes, plan_.tiling,
@@ -67,13 +70,14 @@ class Packer {
         }
 
     // Sums over weights of either sign cancel by their nature, so what is small is nothing special. What lies in the dark beside
-    // the bright is: its sum is zero, or as small as rounding alone could make it.
-    Operand* const bounds = to + (Winograd::kPlanes - 1) * plan_.packed_plane();
-    const int64_t pair = plan_.tiling.pair;
-    for (int64_t lane = 0; lane < lanes; ++lane)
-      if (smallest[static_cast<size_t>(lane)] < 0 && largest[static_cast<size_t>(lane)] > 0)
-        for (int64_t row = 0; row < plan_.sweep.taps[0] * plan_.depth; ++row)
-          scale(bounds[(row / pair * lanes + lane) * pair + row % pair], static_cast<float>(Winograd::kOfEitherSign));
+    // the bright is: its sum is zero, or as small as rounding alone could make it. Rounded operands have one sign always.
+    if constexpr (std::is_same_v<Operand, float>) {
+      float* const bounds = to + (Winograd::kPlanes - 1) * plan_.packed_plane();
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        if (smallest[static_cast<size_t>(lane)] < 0 && largest[static_cast<size_t>(lane)] > 0)
+          for (int64_t row = 0; row < plan_.sweep.taps[0] * plan_.depth; ++row)
+            bounds[row * lanes + lane] *= static_cast<float>(Winograd::kOfEitherSign);
+    }
   }
 
  private:
@@ -86,16 +90,6 @@ class Packer {
     int64_t lane, lanes;           // the first output channel, and how many
     int part;
   };
-
-  static void scale(float& number, float by) { number *= by; }
-  static void scale(bfloat16& number, float by) {  // a power of two: nothing is rounded
-    uint32_t bits = uint32_t{number.bits} << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    value *= by;
-    std::memcpy(&bits, &value, sizeof(bits));
-    number.bits = static_cast<uint16_t>(bits >> 16);
-  }
 
   void load(const Piece& piece, float* weights) const {
     const Sweep& sweep = plan_.sweep;

@@ -43,6 +43,10 @@ struct Winograd {
   // 1e-6. It grows with the depth, as that of any sum does, the more so the more alike the channels are.
   static constexpr double kTooSmall = 0x1p-7;
   static constexpr double kOfEitherSign = 0x1p-12;
+
+  // How much larger the bound is where bfloat16 is multiplied. Noise was at most 3/128 of the true one, where all channels are
+  // alike and it does not average out; 1/128 where they are not.
+  static constexpr float kOfRounded = 4;
 };
 
 // `Operand` is what is multiplied. The filter's numbers are rounded to it where they are packed.
