@@ -610,17 +610,18 @@ void forward(const Conv3dForward& problem, const Engine<Operand, Sum>& engine, c
     const Sweep sweep = has_table ? by_table(forward_sweep(conv), conv, times.reads) : forward_sweep(conv);
     const Sum* const start = problem.bias != nullptr ? bias.data() : nullptr;
     const Use use{false, false};
-    if constexpr (std::is_same_v<Operand, bfloat16>) {
-      const Engine<float, float> floats = floats_of(engine);
-      const bool pays = arithmetic.transformed && winograd_pays(sweep, 1, 1, tiling_of(*floats.tile));
-      if (pays) {
-        run_task({{sweep}, ieee().forward, 1, 1, x, weights, use, true}, floats, start, keep, parallel_for);
-      } else {
-        run_task({{sweep}, arithmetic.forward, 1, 1, x, weights, use, false}, engine, start, keep, parallel_for);
+    constexpr bool kIsRounded = std::is_same_v<Operand, bfloat16>;
+    if constexpr (kIsRounded) {
+      if (arithmetic.transformed) {
+        const Engine<float, float> floats = floats_of(engine);
+        if (winograd_pays(sweep, 1, 1, tiling_of(*floats.tile))) {
+          run_task({{sweep}, ieee().forward, 1, 1, x, weights, use, true}, floats, start, keep, parallel_for);
+          continue;
+        }
       }
-    } else {
-      run_task({{sweep}, arithmetic.forward, 1, 1, x, weights, use, arithmetic.transformed}, engine, start, keep, parallel_for);
     }
+    const Task task{{sweep}, arithmetic.forward, 1, 1, x, weights, use, arithmetic.transformed && !kIsRounded};
+    run_task(task, engine, start, keep, parallel_for);
   }
 }
 

@@ -30,16 +30,30 @@ __m512bh broadcast_pair(const bfloat16* pair) {
 
 __m512bh load_pairs(const bfloat16* pairs) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(pairs)); }
 
+// A tile's sums: zeros, or what is in memory.
+template <int rows, int vectors>
+[[gnu::always_inline]] inline void begin_sums(__m512 (&sums)[rows][vectors], const float* from, int64_t pitch, bool accumulate) {
+#pragma GCC unroll 14
+  for (int row = 0; row < rows; ++row)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v)
+      sums[row][v] = accumulate ? _mm512_loadu_ps(from + row * pitch + v * kLanes) : _mm512_setzero_ps();
+}
+
+template <int rows, int vectors>
+[[gnu::always_inline]] inline void store_sums(const __m512 (&sums)[rows][vectors], float* to, int64_t pitch) {
+#pragma GCC unroll 14
+  for (int row = 0; row < rows; ++row)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) _mm512_storeu_ps(to + row * pitch + v * kLanes, sums[row][v]);
+}
+
 template <int positions>
 void run_tile(const bfloat16* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth, const bfloat16* b,
               float* sum, bool accumulate) {
   constexpr int pointers = (positions + kPositionsPerPointer - 1) / kPositionsPerPointer;
   __m512 sums[positions][kVectors];
-#pragma GCC unroll 14
-  for (int p = 0; p < positions; ++p)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v)
-      sums[p][v] = accumulate ? _mm512_loadu_ps(sum + p * kChannels + v * kLanes) : _mm512_setzero_ps();
+  begin_sums(sums, sum, kChannels, accumulate);
 
   for (int64_t tap = 0; tap < taps; ++tap) {
     const bfloat16* row[pointers];
@@ -61,10 +75,7 @@ void run_tile(const bfloat16* a, int64_t position_stride, const int64_t* offsets
     }
   }
 
-#pragma GCC unroll 14
-  for (int p = 0; p < positions; ++p)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(sum + p * kChannels + v * kLanes, sums[p][v]);
+  store_sums(sums, sum, kChannels);
 }
 
 using RunTile = void (*)(const bfloat16*, int64_t, const int64_t*, int64_t, int64_t, const bfloat16*, float*, bool);
@@ -87,11 +98,7 @@ template <int channels, int vectors>
 void run_planes(const bfloat16* a, int64_t plane, const int64_t* offsets, int64_t taps, int64_t depth, const bfloat16* b,
                 float* sum, int64_t pitch, bool accumulate) {
   __m512 sums[channels][vectors];
-#pragma GCC unroll 8
-  for (int o = 0; o < channels; ++o)
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v)
-      sums[o][v] = accumulate ? _mm512_loadu_ps(sum + o * pitch + v * kLanes) : _mm512_setzero_ps();
+  begin_sums(sums, sum, pitch, accumulate);
 
   for (int64_t tap = 0; tap < taps; ++tap) {
     const bfloat16* row = a + offsets[tap];
@@ -110,10 +117,7 @@ void run_planes(const bfloat16* a, int64_t plane, const int64_t* offsets, int64_
     }
   }
 
-#pragma GCC unroll 8
-  for (int o = 0; o < channels; ++o)
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) _mm512_storeu_ps(sum + o * pitch + v * kLanes, sums[o][v]);
+  store_sums(sums, sum, pitch);
 }
 
 using RunPlanes = void (*)(const bfloat16*, int64_t, const int64_t*, int64_t, int64_t, const bfloat16*, float*, int64_t, bool);

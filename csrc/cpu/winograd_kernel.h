@@ -44,8 +44,8 @@ struct Winograd {
   static constexpr double kTooSmall = 0x1p-7;
   static constexpr double kOfEitherSign = 0x1p-12;
 
-  // How much larger the bound is where bfloat16 is multiplied. Noise was at most 3/128 of the true one, where all channels are
-  // alike and it does not average out; 1/128 where they are not.
+  // How much larger the bound is where bfloat16 is multiplied: where all channels are alike, what rounding leaves does not
+  // average out over them.
   static constexpr float kOfRounded = 4;
 };
 
