@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulator.build import compiler
 
 from captum_dtd import kernels, native
 from captum_dtd.ops import SCHEMAS
@@ -102,15 +103,13 @@ def test_kernels_can_be_turned_off() -> None:
     reason="setup.py builds kernels on Linux only: elsewhere no compiler is called that could fail",
 )
 @pytest.mark.parametrize(
-    ("compiler", "reason"),
+    ("cxx", "reason"),
     [("/bin/false", "its compilation failed"), ("no-such-compiler", "no C++ compiler was found")],
 )
-def test_without_a_working_compiler_the_package_is_pure_and_says_why(
-    checkout: Path, compiler: str, reason: str
-) -> None:
+def test_without_a_working_compiler_the_package_is_pure_and_says_why(checkout: Path, cxx: str, reason: str) -> None:
     for stale in ("_C.abi3.so", "_C_cuda.abi3.so"):
         (checkout / "captum_dtd" / stale).touch()
-    done = run("setup.py", "build_ext", "--inplace", cwd=checkout, CXX=compiler, CAPTUM_DTD_CUDA="0")
+    done = run("setup.py", "build_ext", "--inplace", cwd=checkout, CXX=cxx, CAPTUM_DTD_CUDA="0")
     assert done.returncode == 0, done.stderr
     assert "captum_dtd._C is left out, plain ATen will serve" in done.stderr
     assert not list(checkout.rglob("*.so"))
@@ -216,6 +215,24 @@ def test_nvcc_is_that_of_cuda_home_before_the_path(
         setup["nvcc"]()
 
 
+def test_files_of_an_instruction_set_compile_without_it(setup: dict[str, Any], tmp_path: Path) -> None:
+    """As on other architectures, which lack its header, too: one that did not would cost the whole module there."""
+    (tmp_path / "immintrin.h").write_text("#error not on this architecture\n")
+    for source in setup["X86_SOURCES"]:
+        command = [
+            compiler(),
+            "-std=c++17",
+            "-fsyntax-only",
+            "-w",
+            "-U__SSE2__",
+            "-I",
+            str(tmp_path),
+            str(ROOT / source),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_the_whole_module_is_right_on_emulated_tiles(checkout: Path, tmp_path: Path, cpu_kernels: Any) -> None:
     """AMX beyond its register tile, on processors that have all else it needs: a compiler that is told what tiles do."""
@@ -230,18 +247,18 @@ def test_the_whole_module_is_right_on_emulated_tiles(checkout: Path, tmp_path: P
         "#include <cpuid.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n"
         "#define __get_cpuid_count(leaf, part, a, b, c, d) (*(d) = ~0u, 1)\n#define syscall(...) 0\n"
     )
-    compiler = script(
-        tmp_path / "compiler",
+    told = script(
+        tmp_path / "told",
         f'case "$*" in\n'
-        f'*kernel_bf16_amx.cpp*) exec g++ -include {ROOT / "tests" / "emulator" / "amx_emulation.h"} "$@" ;;\n'
-        f'*features.cpp*) exec g++ -include {pretended} "$@" ;;\n'
-        f'*) exec g++ "$@" ;;\nesac',
+        f'*kernel_bf16_amx.cpp*) exec {compiler()} -include {ROOT / "tests" / "emulator" / "amx_emulation.h"} "$@" ;;\n'
+        f'*features.cpp*) exec {compiler()} -include {pretended} "$@" ;;\n'
+        f'*) exec {compiler()} "$@" ;;\nesac',
     )
     built = run(
         "setup.py",
         *("-q", "build_ext", "--inplace"),
         cwd=checkout,
-        CXX=compiler,
+        CXX=told,
         CAPTUM_DTD_CUDA="0",
         CAPTUM_DTD_REQUIRE_EXT="1",
     )
