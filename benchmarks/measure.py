@@ -192,8 +192,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="file for the record")
     given = parser.parse_args(arguments)
     protocol = protocol_of(given, parser)
-    # Contenders of several precisions take turns here: none's weights shall make room for another's.
-    os.environ.setdefault(memory.WEIGHT_CACHE, "8192")
     begun = time.monotonic()
     about = machine()
     old = json.loads(given.compare.read_text()) if given.compare else None
@@ -248,4 +246,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Contenders of several precisions take turns here: none's weights shall make room for another's.
+    os.environ.setdefault(memory.WEIGHT_CACHE, "8192")
     raise SystemExit(main())
