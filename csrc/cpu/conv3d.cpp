@@ -146,6 +146,7 @@ struct Engine {
   const Loops<Sum>* loops;
   const WinogradKernel<Operand, Sum>* winograd;  // null where there is none
   double rate;  // of the tile's products, compared with those of the accumulator's type in the same instruction set
+  const MicroKernel<Operand, Sum>* column = nullptr;  // for as many channels as it has, or fewer; null where `tile` is as fast
 };
 
 template <typename Operand, typename Sum>
@@ -179,7 +180,7 @@ std::vector<Engine<double, double>> engines() {
 template <>
 std::vector<Engine<bfloat16, float>> engines() {
   return runnable<bfloat16, float>({{bfloat16_kernel_amx(), float_planar_avx512(), bfloat16_planar_avx512(), float_loops_avx512(),
-                                     bfloat16_winograd_avx512(), 16},
+                                     bfloat16_winograd_avx512(), 16, bfloat16_column_kernel_amx()},
                                     {bfloat16_kernel_avx512(), float_planar_avx512(), bfloat16_planar_avx512(),
                                      float_loops_avx512(), bfloat16_winograd_avx512(), 2},
                                     {bfloat16_kernel_generic(), float_planar_generic(), bfloat16_planar_generic(),
@@ -281,7 +282,9 @@ bool multiplies_pairs(const Sweep& sweep, const std::vector<Product>& products, 
 template <typename Operand, typename Sum, typename Epilogue>
 void run_directly(const Task& task, const std::vector<Sweep>& sweeps, const Engine<Operand, Sum>& engine, const Sum* start,
                   const Epilogue& epilogue, ParallelFor parallel_for) {
-  const MicroKernel<Operand, Sum>& tile = *engine.tile;
+  if (sweeps.empty()) return;
+  const bool is_column = engine.column != nullptr && sweeps[0].c_out * task.output_parts <= engine.column->channels;
+  const MicroKernel<Operand, Sum>& tile = is_column ? *engine.column : *engine.tile;
   const Tiling tiling = tiling_of(tile);
   const auto run_tiles = [&](const std::vector<Sweep>& tiled) {
     const Plans plans = make_plans(tiled, task.input_parts, task.output_parts, task.products, tiling);

@@ -215,7 +215,8 @@ class SweepRunner {
           Sum* const sums = mine.sums.as<Sum>() + (outlast ? call.sums_at * channels : 0);
           const Taps taps = taps_in(call);
           const bool ends = chunk + 1 == plan_.chunks && &group == &groups.back();
-          if (ends) approach_end(here, block, calls.line, call);
+          if (ends && &call == calls.each.data()) approach_end(here, block, calls.line, call);
+          if (ends && &call != &calls.each.back()) approach_end(here, block, calls.line, (&call)[1]);
           const bool begins = call.taps.empty() ? &group == &groups.front() : !taps.empty() && taps.begin_with(call.taps);
           bool accumulate = !begins || begin_sums(here, block, chunk, sums, call.count, call.taps);
           each_stretch(taps, [&](int64_t tap, int64_t tap_count) {

@@ -1,9 +1,17 @@
-// bfloat16 products on AMX tiles: up to 32 positions times 32 channels, summed in four tiles.
+// bfloat16 products on AMX tiles, of up to 32 positions with 32 channels:
 //
 //               b: channels 0..15   16..31
 //                         tile 6    tile 7
 //   a: first half  tile 4  tile 0    tile 1
 //      second half tile 5  tile 2    tile 3
+//
+// or, where there are no more than 16 channels, of up to 64 positions, since a product takes as long whether or not its channels
+// are there:
+//
+//                              b: channels 0..15
+//                                        tile 6
+//   a: all parts but the last  tile 4, 5, 4  tiles 0, 1, 2
+//      the last part           tile 7        tile 3
 //
 // Numbers of tiles are part of the instructions: the intrinsics take literals only.
 #include "features.h"
@@ -12,6 +20,8 @@
 #if defined(__AMX_BF16__) || defined(EMULATE_AMX)
 
 #include <immintrin.h>
+
+#include <initializer_list>
 
 namespace captum_dtd::cpu {
 namespace {
@@ -33,48 +43,65 @@ struct TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-// Positions of the two halves; none in the second leaves its tiles unconfigured.
-struct Halves {
+// What tiles hold: the rows of two kinds of them, none in the second where there is but one kind, pairs of depth, columns of
+// sums.
+struct Layout {
   int first, second;
+  int pairs, columns;
+
+  bool operator==(const Layout& other) const {
+    return first == other.first && second == other.second && pairs == other.pairs && columns == other.columns;
+  }
 };
 
-// Halves are as equal as can be: a short product waits for the one before it.
-Halves halves_of(int positions) {
-  const int first = positions <= kRows ? positions : (positions + 1) / 2;
-  return {first, positions - first};
+// Parts are as equal as can be: a short product waits for the one before it.
+int part_of(int positions) {
+  const int parts = (positions + kRows - 1) / kRows;
+  return (positions + parts - 1) / parts;
 }
 
 // What this thread has loaded; whatever else runs on it may load something else (a matrix library, say).
-thread_local Halves loaded{0, 0};
-thread_local int loaded_depth = 0;
+thread_local Layout loaded{};
 
-void begin() { loaded_depth = 0; }
+void begin() { loaded = {}; }
 
 // Loading a configuration takes as long as several products.
-void configure(Halves halves, int depth) {
-  if (halves.first == loaded.first && halves.second == loaded.second && depth == loaded_depth) return;
-  loaded = halves;
-  loaded_depth = depth;
+void configure(const Layout& layout) {
+  if (layout == loaded) return;
+  loaded = layout;
   TileConfig wanted;
-  const auto set = [&wanted](int tile, int rows, int row_bytes) {
-    wanted.rows[tile] = static_cast<uint8_t>(rows);
-    wanted.row_bytes[tile] = static_cast<uint16_t>(rows > 0 ? row_bytes : 0);
+  const auto set = [&wanted](std::initializer_list<int> tiles, int rows, int row_bytes) {
+    for (int tile : tiles) {
+      wanted.rows[tile] = static_cast<uint8_t>(rows);
+      wanted.row_bytes[tile] = static_cast<uint16_t>(rows > 0 ? row_bytes : 0);
+    }
   };
-  const int pair_bytes = 2 * sizeof(bfloat16);
-  const int pairs = depth / 2;
-  for (int column = 0; column < 2; ++column) {
-    set(column, halves.first, kRowBytes);
-    set(2 + column, halves.second, kRowBytes);
-    set(6 + column, pairs, kRowBytes);
+  const int depth_bytes = layout.pairs * 2 * static_cast<int>(sizeof(bfloat16));
+  if (layout.columns == 2) {
+    set({0, 1}, layout.first, kRowBytes);
+    set({2, 3}, layout.second, kRowBytes);
+    set({4}, layout.first, depth_bytes);
+    set({5}, layout.second, depth_bytes);
+    set({6, 7}, layout.pairs, kRowBytes);
+  } else {
+    set({0, 1, 2}, layout.second, kRowBytes);
+    set({3}, layout.first, kRowBytes);
+    set({4, 5}, layout.second, depth_bytes);
+    set({7}, layout.first, depth_bytes);
+    set({6}, layout.pairs, kRowBytes);
   }
-  set(4, halves.first, pairs * pair_bytes);
-  set(5, halves.second, pairs * pair_bytes);
   // The intrinsic tells the compiler of eight bytes of a configuration only; this makes it keep the others in memory.
   asm volatile("" : : "r"(&wanted) : "memory");
   _tile_loadconfig(&wanted);
 }
 
-// Adds the products over `steps` tiles of b and a, as deep as configured: `step_depth`.
+// Weights that are needed later, those of one step.
+inline void prefetch(Ahead<bfloat16>& ahead) {
+  for (int64_t line = 0; line < ahead.each_step; line += kTileDepth) __builtin_prefetch(ahead.from + line, 0, 2);
+  ahead.from += ahead.each_step;
+}
+
+// Adds the products over `steps` tiles of b and a, as deep as configured: `step_depth`. `first` positions are in the first half.
 template <bool two_halves>
 void multiply(int first, const bfloat16* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t steps,
               int64_t step_depth, const bfloat16* b, int64_t tap_stride, float* sum, bool accumulate, Ahead<bfloat16>& ahead) {
@@ -102,8 +129,7 @@ void multiply(int first, const bfloat16* a, int64_t position_stride, const int64
     const bfloat16* second_row = row + first * position_stride;
     const bfloat16* block = b + tap * tap_stride;
     for (int64_t step = 0; step < steps; ++step) {
-      for (int64_t line = 0; line < ahead.each_step; line += kTileDepth) __builtin_prefetch(ahead.from + line, 0, 2);
-      ahead.from += ahead.each_step;
+      prefetch(ahead);
       _tile_loadd(6, block, pair_bytes);
       _tile_loadd(4, row, position_bytes);
       _tile_dpbf16ps(0, 4, 6);
@@ -127,33 +153,104 @@ void multiply(int first, const bfloat16* a, int64_t position_stride, const int64
   }
 }
 
+// The same of one column of channels, in so many parts of `part` positions; what is left is in the last.
+template <int kParts>
+void multiply_column(int part, const bfloat16* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t steps,
+                     int64_t step_depth, const bfloat16* b, int64_t tap_stride, float* sum, bool accumulate,
+                     Ahead<bfloat16>& ahead) {
+  constexpr int64_t row_bytes = kRowBytes;  // of sums, and of pairs of the depth
+  const int64_t position_bytes = position_stride * sizeof(bfloat16), part_stride = part * position_stride;
+  float* sums[kParts];
+  for (int i = 0; i < kParts; ++i) sums[i] = sum + i * part * kTileChannels;
+  if (accumulate) {
+    if constexpr (kParts > 1) _tile_loadd(0, sums[0], row_bytes);
+    if constexpr (kParts > 2) _tile_loadd(1, sums[1], row_bytes);
+    if constexpr (kParts > 3) _tile_loadd(2, sums[2], row_bytes);
+    _tile_loadd(3, sums[kParts - 1], row_bytes);
+  } else {
+    if constexpr (kParts > 1) _tile_zero(0);
+    if constexpr (kParts > 2) _tile_zero(1);
+    if constexpr (kParts > 3) _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const bfloat16* row = a + offsets[tap];
+    const bfloat16* block = b + tap * tap_stride;
+    for (int64_t step = 0; step < steps; ++step) {
+      prefetch(ahead);
+      _tile_loadd(6, block, row_bytes);
+      if constexpr (kParts > 1) {
+        _tile_loadd(4, row, position_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+      }
+      if constexpr (kParts > 2) {
+        _tile_loadd(5, row + part_stride, position_bytes);
+        _tile_dpbf16ps(1, 5, 6);
+      }
+      if constexpr (kParts > 3) {
+        _tile_loadd(4, row + 2 * part_stride, position_bytes);
+        _tile_dpbf16ps(2, 4, 6);
+      }
+      _tile_loadd(7, row + (kParts - 1) * part_stride, position_bytes);
+      _tile_dpbf16ps(3, 7, 6);
+      row += step_depth;
+      block += step_depth * kTileChannels;
+    }
+  }
+  if constexpr (kParts > 1) _tile_stored(0, sums[0], row_bytes);
+  if constexpr (kParts > 2) _tile_stored(1, sums[1], row_bytes);
+  if constexpr (kParts > 3) _tile_stored(2, sums[2], row_bytes);
+  _tile_stored(3, sums[kParts - 1], row_bytes);
+}
+
 // Steps as few as the depth allows; equal ones where they can be, for they share a configuration. Else they are full, and
-// what they leave is a step of its own after all others.
-void run(int positions, const bfloat16* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth,
-         const bfloat16* b, float* sum, bool accumulate, Ahead<bfloat16> ahead) {
-  const Halves halves = halves_of(positions);
-  const auto multiply_halves = halves.second > 0 ? multiply<true> : multiply<false>;
+// what they leave is a step of its own after all others. Calls multiply(taps' a, steps, their depth, their b, accumulate).
+template <int kColumns, typename Multiply>
+void in_steps(int first, int second, const bfloat16* a, int64_t depth, const bfloat16* b, bool accumulate, Multiply multiply) {
   const int64_t fewest = (depth + kTileDepth - 1) / kTileDepth;
   const int64_t step_depth = depth % (2 * fewest) == 0 ? depth / fewest : kTileDepth;
   const int64_t steps = depth / step_depth, rest = depth % step_depth;
-  const int64_t tap_stride = depth * kChannels;
-  configure(halves, static_cast<int>(step_depth));
-  multiply_halves(halves.first, a, position_stride, offsets, taps, steps, step_depth, b, tap_stride, sum, accumulate, ahead);
-  if (rest > 0) {
-    configure(halves, static_cast<int>(rest));
-    multiply_halves(halves.first, a + depth - rest, position_stride, offsets, taps, 1, rest, b + (depth - rest) * kChannels,
-                    tap_stride, sum, true, ahead);
-  }
+  configure({first, second, static_cast<int>(step_depth / 2), kColumns});
+  multiply(a, steps, step_depth, b, accumulate);
+  if (rest == 0) return;
+  configure({first, second, static_cast<int>(rest / 2), kColumns});
+  multiply(a + depth - rest, int64_t{1}, rest, b + (depth - rest) * kColumns * kTileChannels, true);
+}
+
+void run(int positions, const bfloat16* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth,
+         const bfloat16* b, float* sum, bool accumulate, Ahead<bfloat16> ahead) {
+  const int first = part_of(positions);
+  const auto multiply_halves = positions > first ? multiply<true> : multiply<false>;
+  in_steps<2>(first, positions - first, a, depth, b, accumulate,
+              [&](const bfloat16* from, int64_t steps, int64_t step_depth, const bfloat16* weights, bool adds) {
+                multiply_halves(first, from, position_stride, offsets, taps, steps, step_depth, weights, depth * kChannels, sum,
+                                adds, ahead);
+              });
+}
+
+void run_column(int positions, const bfloat16* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth,
+                const bfloat16* b, float* sum, bool accumulate, Ahead<bfloat16> ahead) {
+  constexpr decltype(&multiply_column<1>) of_parts[] = {multiply_column<1>, multiply_column<2>, multiply_column<3>,
+                                                        multiply_column<4>};
+  const int part = part_of(positions), parts = (positions + part - 1) / part, last = positions - (parts - 1) * part;
+  in_steps<1>(last, parts > 1 ? part : 0, a, depth, b, accumulate,
+              [&](const bfloat16* from, int64_t steps, int64_t step_depth, const bfloat16* weights, bool adds) {
+                of_parts[parts - 1](part, from, position_stride, offsets, taps, steps, step_depth, weights, depth * kTileChannels,
+                                    sum, adds, ahead);
+              });
 }
 
 // Loading four tiles and multiplying them takes 64 cycles, of however few rows: hence `spans_gaps`.
 constexpr int64_t kNearBytes = 36 << 10;  // of the first-level cache, 48 KB
 
 constexpr MicroKernel<bfloat16, float> kKernel = {"amx", kPositions, kChannels, 2, run, kTileDepth, begin, true, kNearBytes};
+constexpr MicroKernel<bfloat16, float> kColumnKernel = {"amx",      4 * kRows, kTileChannels, 2,         run_column,
+                                                        kTileDepth, begin,     true,          kNearBytes};
 
 }  // namespace
 
 const MicroKernel<bfloat16, float>* bfloat16_kernel_amx() { return features().amx_bf16 ? &kKernel : nullptr; }
+const MicroKernel<bfloat16, float>* bfloat16_column_kernel_amx() { return features().amx_bf16 ? &kColumnKernel : nullptr; }
 
 }  // namespace captum_dtd::cpu
 
@@ -162,6 +259,7 @@ const MicroKernel<bfloat16, float>* bfloat16_kernel_amx() { return features().am
 namespace captum_dtd::cpu {
 
 const MicroKernel<bfloat16, float>* bfloat16_kernel_amx() { return nullptr; }
+const MicroKernel<bfloat16, float>* bfloat16_column_kernel_amx() { return nullptr; }
 
 }  // namespace captum_dtd::cpu
 

@@ -73,6 +73,7 @@ const MicroKernel<double, double>* double_kernel_avx512();
 const MicroKernel<double, double>* double_kernel_avx2();
 const MicroKernel<double, double>* double_kernel_generic();
 const MicroKernel<bfloat16, float>* bfloat16_kernel_amx();
+const MicroKernel<bfloat16, float>* bfloat16_column_kernel_amx();  // of half as many channels
 const MicroKernel<bfloat16, float>* bfloat16_kernel_avx512();
 const MicroKernel<bfloat16, float>* bfloat16_kernel_generic();
 

@@ -72,6 +72,7 @@ void store(const Loops<Sum>& loops, const Sum* from, int64_t pitch, const View& 
 
 // Lets a spot come nearer that is read soon: a block's rows are too short for the processor to see what follows.
 inline void approach(const View& view, Element element, const Spot& spot) {
+  asm volatile("");  // GCC drops calls of functions without effects, and it knows none of prefetching
   const Place from = place(view, element, spot);
   if (from.column_stride != 1) return;
   const int64_t pitch = from.row_stride * element_bytes(element), bytes = spot.columns() * element_bytes(element);

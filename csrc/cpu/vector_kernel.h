@@ -284,19 +284,30 @@ void turn(const Source* from, int64_t from_pitch, int64_t rows, int64_t columns,
     }
 }
 
+// A block whose rows follow each other is one row: few columns would be too short for vectors.
+template <typename... Pitches>
+inline void join_rows(int64_t& rows, int64_t& columns, Pitches... pitches) {
+  if (!((pitches == columns) && ...)) return;
+  columns *= rows;
+  rows = 1;
+}
+
 // to[row * to_row + column * to_column] = from[row * from_row + column * from_column], whichever way is contiguous.
 template <typename T, typename Source, typename Target>
 void copy(const Source* from, int64_t from_row, int64_t from_column, int64_t rows, int64_t columns, Target* to, int64_t to_row,
           int64_t to_column) {
   if (from_column == 1 && to_column == 1) {
-    if (from_row == columns && to_row == columns) {
-      columns *= rows;
-      rows = 1;
-    }
+    join_rows(rows, columns, from_row, to_row);
+    const int64_t all = rows * columns;
+    const bool repeats = from_row == 0 && to_row == columns;  // as bounds of channels do
+    if (repeats && rows > 1) rows = 1;
     for (int64_t row = 0; row < rows; ++row)
 #pragma GCC ivdep
       for (int64_t column = 0; column < columns; ++column)
         narrow(T(widen(from[row * from_row + column])), to[row * to_row + column]);
+    if (repeats)
+      for (int64_t done = columns; done < all; done *= 2)
+        std::memcpy(to + done, to, static_cast<size_t>(done < all - done ? done : all - done) * sizeof(Target));
   } else if (from_row == 1 && to_column == 1) {
     turn<T>(from, from_column, columns, rows, to, to_row);
   } else if (from_column == 1 && to_row == 1) {
@@ -366,6 +377,7 @@ inline void each(int64_t rows, int64_t columns, Body body) {
 // Comparisons are written so that a NaN is kept.
 template <typename Sum>
 void lift(Lift lift, int part, int64_t rows, int64_t columns, const Sum* x, const Sum* bound, Sum* to, int64_t pitch) {
+  join_rows(rows, columns, pitch);
   if (lift == Lift::Signed && part == 0)
     each(rows, columns, [=](int64_t r, int64_t c) { to[r * pitch + c] = x[r * pitch + c] < 0 ? Sum(0) : x[r * pitch + c]; });
   if (lift == Lift::Signed && part == 1)
@@ -378,6 +390,7 @@ void lift(Lift lift, int part, int64_t rows, int64_t columns, const Sum* x, cons
 
 template <typename Sum>
 void round(Digit digit, int64_t rows, int64_t columns, const Sum* from, int64_t from_pitch, bfloat16* to, int64_t to_pitch) {
+  join_rows(rows, columns, from_pitch, to_pitch);
   if (digit == Digit::High) {
     each(rows, columns,
          [=](int64_t r, int64_t c) { narrow(static_cast<float>(from[r * from_pitch + c]), to[r * to_pitch + c]); });
