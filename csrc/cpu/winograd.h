@@ -337,8 +337,15 @@ class WinogradRunner {
         for (int64_t row = 0; row < here.count[1]; ++row) {
           const int64_t h = (here.first[1] + row) * Winograd::kTile, t = here.first[0] + time;
           const int64_t height = std::min<int64_t>(Winograd::kTile, sweep.grid[1] - h);
+          const auto approach = [&](int64_t tile) {
+            const int64_t w = tile * Winograd::kTile, width = std::min<int64_t>(Winograd::kTile, sweep.grid[2] - w);
+            for (int64_t r = 0; r < height; ++r)
+              epilogue_.approach(written(sweep, {here.n + n, first_channel, t, h + r, w, width, valid, 1, false}));
+          };
           here.find_row(time, n, row, output_plane_, plan_.lanes, planes);
+          approach(0);
           for (int64_t tile = 0; tile < plan_.grid[2]; ++tile) {
+            if (tile + 1 < plan_.grid[2]) approach(tile + 1);
             const auto transform = of_size(transforms_.transform_output, tile_height(here.first[1] + row), tile_width(tile));
             const uint32_t found =
                 transform(sums + tile * plan_.lanes, planes, plan_.lanes, start_ != nullptr ? start.data() : nullptr,
