@@ -77,9 +77,9 @@ GPU_PYTHON ?= python3
 gpu-check:
 	$(GPU_PYTHON) benchmarks/gpu_check.py
 
-# Times every kernel on the GPU and rewrites its part of captum_dtd/kernel_table.json.
+# Times every kernel on the GPU and rewrites its part of captum_dtd/kernel_table.json, or of a copy in the folder OUT.
 gpu-tune:
-	PYTHONPATH=build/gpu-site:. $(GPU_PYTHON) benchmarks/tune.py --device cuda
+	PYTHONPATH=build/gpu-site:. $(GPU_PYTHON) benchmarks/tune.py --device cuda $(if $(OUT),--out "$(OUT)/kernel_table.json")
 
 gpu-bench:
 	PYTHONPATH=build/gpu-site:. $(GPU_PYTHON) benchmarks/gpu_jobs.py --limit 150

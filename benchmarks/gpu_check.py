@@ -6,7 +6,7 @@
     python benchmarks/gpu_check.py -k "cuda or ops"  # what follows goes to pytest
     python benchmarks/gpu_check.py --smoke           # without a GPU: shows that everything runs
 
-What only a GPU shows comes first, compute-sanitizer beside it. A test that would begin later than --minutes after the start
+What only a GPU shows comes first, compute-sanitizer beside it. A test that would begin later than --minutes after the build
 fails instead, and after --limit more everything is stopped. What was found until then is in the record, and line by line in
 gpu_check_tests.jsonl beside it while tests still run. After an error that leaves the device unusable the process that made it
 ends, so that no other test fails for it.
@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -149,14 +150,16 @@ class Step:
         self._end = self._begun + seconds
         print(f"--- {name}: {' '.join(command)}", flush=True)
         with open(output, "w") if output else nullcontext() as to:
-            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=to, stderr=to)
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=to, stderr=to, start_new_session=True
+            )
 
     def told(self) -> dict[str, Any]:
         """How it went, once it has ended."""
         try:
             code: int | str = self._process.wait(max(1.0, self._end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)  # with all that it started, which would stay on the GPU
             code = "stopped: its time was over"
         found: dict[str, Any] = {"step": self._name, "exit_code": code}
         found["seconds"] = round(time.monotonic() - self._begun, 1)
@@ -182,7 +185,7 @@ def sanitizers(seconds: float) -> list[Step | dict[str, Any]]:
             folder() / f"{tool}.log",
             alone,
         )
-        for tool in ("memcheck", "racecheck")
+        for tool in ("memcheck", "synccheck", "racecheck")
     ]
 
 
@@ -207,7 +210,6 @@ def main() -> int:
     parser.add_argument("--built", action="store_true", help="build nothing: the kernels were brought along")
     parser.add_argument("--smoke", action="store_true", help="allow skips for lack of CUDA, and build nothing")
     given, for_pytest = parser.parse_known_args()
-    end = time.time() + 60 * given.minutes
     steps: list[dict[str, Any]] = []
     wheels = sorted(map(str, (ROOT / "wheels").glob("*.whl")))
     if wheels:
@@ -225,6 +227,7 @@ def main() -> int:
         steps.append(Step("wheels", [sys.executable, *install, str(SITE), *wheels], 120).told())
     if not given.smoke and not given.built:
         steps.append(Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], 300).told())
+    end = time.time() + 60 * given.minutes
     log = folder() / "gpu_check_tests.jsonl"
     log.unlink(missing_ok=True)
     log.touch()

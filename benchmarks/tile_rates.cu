@@ -5,11 +5,13 @@
 //   nvcc -O3 -std=c++17 -arch=native -I csrc/cuda -c csrc/cuda/conv3d.cu -o conv3d.o
 //   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -c csrc/cuda/warpgroup.cu -o warpgroup.o
 //   nvcc -O3 -std=c++17 -arch=native -I csrc/cuda benchmarks/tile_rates.cu conv3d.o warpgroup.o -o tile_rates && ./tile_rates
+//   [conv3b ...]
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -157,7 +159,11 @@ void measure(const Layer& layer, Element element) {
 
 }  // namespace
 
-int main() {
-  for (const Layer& layer : kLayers)
+// Of all layers, or of those whose names have one of the arguments in them.
+int main(int count, char** names) {
+  for (const Layer& layer : kLayers) {
+    const auto is_asked_for = [&](const char* part) { return std::strstr(layer.name, part) != nullptr; };
+    if (count > 1 && std::none_of(names + 1, names + count, is_asked_for)) continue;
     for (Element element : {Element::Float32, Element::BFloat16}) measure(layer, element);
+  }
 }

@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -155,8 +155,8 @@ def by_kind(layers: Iterable[Convolution]) -> dict[str, list[Convolution]]:
     return kinds
 
 
-def tuned(clock: Clock, batch: Batch, small: bool) -> Entries:
-    """Time everything on a device; what is fastest."""
+def tuned(clock: Clock, batch: Batch, small: bool) -> Iterator[Entries]:
+    """Time everything on a device; after each operation what is fastest so far."""
     found: defaultdict[tuple[str, Precision, str], list[Times]] = defaultdict(list)
     device = batch.device.type
     operations = {
@@ -176,6 +176,7 @@ def tuned(clock: Clock, batch: Batch, small: bool) -> Entries:
                 chosen = [workloads.reduced(layer) for layer in members] if small else members
                 runs = [_convolution(operation, layer, dtype, op == "z_beta_conv3d", batch) for layer in chosen]
                 _add(found, op, precisions, kind, compared(runs, usable, precisions, clock))
+            yield winners(found)
         for op, without_weights in (
             ("max_pool3d", [_pooling(workloads.pooled, pool, dtype, batch) for pool in reversed(pools)]),
             ("max_pool3d_relevance", [_pooling(workloads.max_pool, pool, dtype, batch) for pool in reversed(pools)]),
@@ -183,6 +184,11 @@ def tuned(clock: Clock, batch: Batch, small: bool) -> Entries:
         ):
             names = kernels.available(op, device, dtype)
             _add(found, op, precisions, "any", compared(without_weights, names, precisions, clock))
+        yield winners(found)
+
+
+def winners(found: Mapping[tuple[str, Precision, str], Sequence[Times]]) -> Entries:
+    """The fastest kernel of every operation, precision and kind of shape that was timed."""
     entries: Entries = {}
     for (op, precision, kind), times in found.items():
         if best := fastest(times, precision):
@@ -277,11 +283,16 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         batch, clock = ONE_CLIP, clock_of_cpu(protocol)
         measured_on = {key: about[key] for key in ("cpu", "threads")} | measured_on
-    with torch.no_grad():
-        entries = tuned(clock, batch, given.small)
     level = kernels.feature_level(given.device)
-    given.out.write_text(json.dumps(merged(table, given.device, level, entries, measured_on), indent=1) + "\n")
-    print(f"written to {given.out}")
+    before = table.get("kernels", {}).get(given.device, {}).get(level, {})
+    with torch.no_grad():
+        for entries in tuned(
+            clock, batch, given.small
+        ):  # if it is stopped what it found stays, and what it did not measure
+            given.out.write_text(
+                json.dumps(merged(table, given.device, level, {**before, **entries}, measured_on), indent=1) + "\n"
+            )
+            print(f"written to {given.out}: {', '.join(entries)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,8 @@ def _version(name: str) -> str | None:
 def _kernels(device: str) -> str:
     if device in native.missing:
         return f"reference (plain ATen), because compiled kernels are not at hand: {native.missing[device]}"
+    if reason := native.refusal(device):
+        return f"reference (plain ATen), because compiled kernels do not run on this GPU: {reason}"
     names = ", ".join(available("z_plus_conv3d", device, torch.float32))
     return names if device == "cpu" or torch.cuda.is_available() else f"compiled for {names}; idle, as there is no GPU"
 

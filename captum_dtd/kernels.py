@@ -87,7 +87,7 @@ def available(op: str, device: str, dtype: torch.dtype) -> list[str]:
         'reference'
     """
     module = native.loaded.get(device)
-    if module is None:
+    if module is None or native.refusal(device):
         return ["reference"]
     pools = dict.fromkeys(("max_pool3d", "max_pool3d_relevance"), module.max_pool3d_kernels)
     lists = {**pools, "z_plus_add": module.add_kernels}

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from captum_dtd import sources
 
-__all__ = ["MODULES", "digest", "load", "loaded", "missing", "unchanging"]
+__all__ = ["MODULES", "digest", "load", "loaded", "missing", "refusal", "unchanging"]
 
 MODULES = {"cpu": "captum_dtd._C", "cuda": "captum_dtd._C_cuda"}
 """Which module holds a device's kernels; importing it registers them with torch's dispatcher."""
@@ -60,6 +61,22 @@ def load() -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def refusal(device: str) -> str:
+    """Why a device's compiled kernels do not run on it, though they are at hand; empty where they do.
+
+    A GPU may be older than they are made for (compute capability 8.0), or its driver older than CUDA's runtime in them.
+    """
+    if device != "cuda" or device not in loaded or not torch.cuda.is_available():
+        return ""
+    return _refusal(torch.cuda.current_device())
+
+
+@cache
+def _refusal(_: int) -> str:
+    reason: str = loaded["cuda"].refusal()
+    return reason
 
 
 @contextmanager

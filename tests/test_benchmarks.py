@@ -443,8 +443,9 @@ def test_a_gpu_is_timed_by_its_own_clock(capsys: pytest.CaptureFixture[str]) -> 
     for times in (clock.look(runs), clock.race(runs)):
         assert set(times) == {"short", "long"} and 0.001 <= times["short"] < times["long"]
     assert capsys.readouterr().out.count("fails failed: RuntimeError: out of memory") == 2
-    entries = tune.tuned(clock, script("workloads").Batch(2, device), small=True)
-    assert set(entries["z_plus_conv3d"]) == set(TOLERANCE)
+    first, *_, last = tune.tuned(clock, script("workloads").Batch(2, device), small=True)
+    assert set(first) == {"z_plus_conv3d"}  # what was found is told at once, since time on a GPU may end
+    assert set(last["z_plus_conv3d"]) == set(TOLERANCE) and "z_plus_add" in last
 
 
 def test_the_table_keeps_what_other_devices_measured() -> None:

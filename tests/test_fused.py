@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_dtd import DeepTaylor, fused, kernels, native
+from captum_dtd import DeepTaylor, doctor, fused, kernels, native
 from captum_dtd.fused import FUSED
 from captum_dtd.layers import Call
 from captum_dtd.rules import Proportional, WinnerTakesAll, ZBeta, ZPlus
@@ -252,6 +253,33 @@ def test_warpgroups_serve_where_there_are_some(
     monkeypatch.setattr(kernels, "available", lambda *_: names)
     for op in ("conv3d", "z_plus_conv3d", "frozen_z_beta_conv3d"):
         assert kernels._choose.__wrapped__(op, "cuda", torch.float32, precision, "dense", "sm_90") == kernel
+
+
+def test_definitions_serve_on_a_gpu_that_kernels_do_not_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refusal() -> str:
+        asked.append(torch.cuda.current_device())
+        return "" if asked[-1] == 1 else "no kernel image is available for execution on the device"
+
+    lists = dict.fromkeys(("conv3d_kernels", "max_pool3d_kernels", "add_kernels"), lambda _: ["cuda/tf32x3"])
+    module: Any = SimpleNamespace(refusal=refusal, **lists)
+    monkeypatch.setitem(native.loaded, "cuda", module)
+    monkeypatch.delitem(native.missing, "cuda", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    native._refusal.cache_clear()
+    for device in (0, 1, 0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+        names = kernels.available("z_plus_conv3d", "cuda", torch.float32)
+        assert names == ["cuda/tf32x3", "reference"][device == 0 :]
+        assert doctor._kernels("cuda") == (
+            "cuda/tf32x3, reference"
+            if device
+            else "reference (plain ATen), because compiled kernels do not run on this GPU: no kernel image is available for "
+            "execution on the device"
+        )
+    native._refusal.cache_clear()
+    assert asked == [0, 1]  # once of each
 
 
 @pytest.mark.parametrize("shape", ["dense", "strided"])

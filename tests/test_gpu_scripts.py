@@ -18,7 +18,8 @@ SCRIPTS = ROOT / "benchmarks"
 
 def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join(filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH")]))
-    variables = {**os.environ, "OUT": str(folder), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("GPU_CHECK_")}
+    variables = {**inherited, "OUT": str(folder), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([sys.executable, *command], cwd=folder, env=variables, capture_output=True, text=True)
 
 

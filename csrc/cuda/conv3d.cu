@@ -555,6 +555,17 @@ std::vector<std::string> conv3d_kernels(Element element) {
   return names;
 }
 
+std::string refusal() {
+#ifdef __CUDACC__
+  cudaFuncAttributes found;
+  if (const cudaError_t error = cudaFuncGetAttributes(&found, add_splits); error != cudaSuccess) {
+    cudaGetLastError();  // nothing shall fail for having asked
+    return cudaGetErrorString(error);
+  }
+#endif
+  return {};
+}
+
 void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel, const Allocate& allocate, void* stream,
                       Tiling tiling) {
   const Kernel named = kernel_named(kernel, problem.element);

@@ -31,6 +31,9 @@ struct Tiling {
 // They need compute capability 8.0, those of warpgroups 9.0 (on others they are not listed).
 std::vector<std::string> conv3d_kernels(Element element);
 
+// Why neither these nor other kernels of ours run on the current device, as its driver says; empty where they do.
+std::string refusal();
+
 // Gives so many bytes of device memory, aligned to 256, that stay until the stream is done with what is launched now.
 using Allocate = std::function<void*(size_t)>;
 

@@ -64,9 +64,18 @@ struct Cuda {
   }
 };
 
+PyObject* refusal(PyObject*, PyObject*) {
+  const std::string reason = cuda::refusal();
+  return PyUnicode_FromStringAndSize(reason.data(), static_cast<Py_ssize_t>(reason.size()));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(captum_dtd, CUDA, library) { Operators<Cuda>::add_to(library); }
 
-PyMethodDef functions[] = {kConv3dKernels<Cuda>, kMaxPool3dKernels<Cuda>, kAddKernels<Cuda>, {nullptr, nullptr, 0, nullptr}};
+PyMethodDef functions[] = {kConv3dKernels<Cuda>,
+                           kMaxPool3dKernels<Cuda>,
+                           kAddKernels<Cuda>,
+                           {"refusal", refusal, METH_NOARGS, "Why no kernel runs on the current device; empty where they do."},
+                           {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT,
                       "_C_cuda",

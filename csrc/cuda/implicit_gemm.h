@@ -363,9 +363,12 @@ struct DenseLoader {
   // `first` is where this thread's first chunk of the stage stands.
   __device__ __forceinline__ void fetch(const Gemm& gemm, const Phase& phase, unsigned char* first) {
 #pragma unroll
-    for (int i = 0; i < Tile::kLoads; ++i)
-      copy_async<kChunk, true>(first + i * Tile::kNextChunk, reinterpret_cast<const void*>(window[i] + offset),
-                               inside(gemm, h[i], w[i]));
+    for (int i = 0; i < Tile::kLoads; ++i) {
+      const bool reached = inside(gemm, h[i], w[i]);
+      // Where nothing is read the address does not matter, but compute-sanitizer takes one outside for an error.
+      const void* const from = reached ? reinterpret_cast<const void*>(window[i] + offset) : gemm.dense.data;
+      copy_async<kChunk, true>(first + i * Tile::kNextChunk, from, reached);
+    }
     cursor.chunk += kStageChunks;
     offset += kStageChunks * kChunk;
     if (cursor.chunk < gemm.tap_chunks) return;
@@ -824,9 +827,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) multiply_sweep(
     for (int stage = 0; stage < count; ++stage) {
       wait_copies<kAhead - 1>();
       show_to_tensor_cores();
-      __syncthreads();  // this stage is there, and the one whose place is loaded next has been multiplied by all
+      __syncthreads();        // this stage is there, and the one whose place is loaded next has been multiplied by all
+      fetch(stage + kAhead);  // first: copies would wait behind products that are still to be issued
       multiply_by_group<Arithmetic, Tile>(current, further(left, place(stage)), further(right, place(stage)), stage % kPart == 0);
-      fetch(stage + kAhead);
       if (!kInParts || ((stage + 1) % kPart != 0 && stage + 1 < count)) {
         wait_products<Tile::kPending>();
       } else {
