@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from captum_dtd import native
 from captum_dtd.bounds import Bound, broadcast_bound, lies_within, without_repeats
-from captum_dtd.collapse import FrozenNetwork, Wanted, check_order
+from captum_dtd.collapse import FrozenNetwork, Wanted, check_order, check_winners
 from captum_dtd.composites import Composite, Selector, as_composite
 from captum_dtd.graph import (
     InputMismatchError,
@@ -305,8 +305,8 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             ValueError: if the model takes clips in another order, (N, T, C, H, W) say.
         """
         network = self._network(clips, extra)
-        note = check_order(network, clips[0].shape[1:])
-        self._warn_about([] if note is None else [note])
+        notes = check_order(network, clips[0].shape[1:]), check_winners(network, clips[0].shape[2])
+        self._warn_about([note for note in notes if note is not None])
         bounds = self.bounds_of(tuple(clip[:1] for clip in clips))
         if not network.any_batch or any(_varies_in_time(end) for pair in bounds for end in pair):
             return None
@@ -444,8 +444,9 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
                 for relevance, seed in self._walk(network, weights, tensors, extra, targets, bounds, rows):
                     sums = seed.reshape(len(seed), -1).sum(1)
                     delta = self.compute_convergence_delta(relevance, sums)
-                    if bool((delta.abs() > 0.5 * sums.abs()).any()):
-                        self._warn_about([_MOSTLY_LOST])
+                    is_kept = (delta.abs() <= 0.5 * sums.abs()) & delta.isfinite()
+                    if not bool(is_kept.all()):
+                        self._warn_about([_MOSTLY_LOST if bool(delta.isfinite().all()) else _NOT_FINITE])
                     chunk.append((relevance, delta))
                 chunks.append(chunk)
                 progress.update(rows.stop - rows.start)
@@ -644,6 +645,10 @@ _MOSTLY_LOST = (
     "more than half of the relevance was lost on the way to the input (see the convergence delta); "
     "DeepTaylor.ledger(inputs, target) shows where"
 )
+_NOT_FINITE = (
+    "scores or their relevance are NaN or infinite: weights are, or activations grow out of their type's range; "
+    "DeepTaylor.ledger(inputs, target) shows where"
+)
 
 
 def _level_of_caller() -> int:
@@ -721,6 +726,11 @@ def checked_inputs(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """
     tensors = as_tuple(inputs)
     for tensor in tensors:
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+            kind = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout} on {tensor.device}"
+            raise TypeError(
+                f"inputs must be dense tensors that hold numbers, got {kind}; convert with .to_dense(), or move it to a device"
+            )
         if not tensor.is_floating_point():
             raise ValueError(
                 f"inputs must be floating point, got {tensor.dtype} of shape {tuple(tensor.shape)}; convert with .float(), "
@@ -837,7 +847,7 @@ def _chosen(scores: Tensor, target: Target) -> Tensor:
 
     On the CPU, wherever the scores are: reading an index back from a GPU waits for all that it has yet to do.
     """
-    positions = torch.arange(scores.numel()).view(scores.shape)
+    positions = torch.arange(scores.numel(), device="cpu").view(scores.shape)
     count = len(scores)
     if target is None and scores.numel() != count:
         raise ValueError(
@@ -870,7 +880,7 @@ def _chosen(scores: Tensor, target: Target) -> Tensor:
             f"target {target!r} names {picked.numel() // max(count, 1)} of the {tuple(scores.shape[1:])} scores per example; "
             f"name one, with a tuple of {scores.ndim - 1} indices"
         )
-    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device="cpu")
     mask[picked.flatten()] = True
     return mask.view(scores.shape).to(scores.device, non_blocking=True)
 

@@ -69,6 +69,7 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node]) -> tuple[str, ...]:
             node.target, node.args = aten.mul.Tensor, (gate, 6.0)
     single_outputs(graph)
     notes = step_over_softmax(graph)
+    join_reshapes(graph)
     fold_batch_norm(graph)
     fold_channelwise(graph, inputs)
     drop_identity_windows(graph)
@@ -281,16 +282,65 @@ def step_over_softmax(graph: fx.Graph) -> tuple[str, ...]:
     node: Any = only_output(graph)
     while isinstance(node, fx.Node) and node.op == "call_function":
         source: Any = node.args[0]
-        if node.target is aten.sigmoid.default or (node.target in SOFTMAX and node.args[1] not in averaged):
+        over: Any = node.args[1] if node.target in SOFTMAX else None
+        is_softmax = over is not None and over % len(shape_of(node)) not in averaged
+        if node.target is aten.sigmoid.default or is_softmax:
             notes.append(f"the model ends in {operation_name(node)}: its logits are explained, not its probabilities")
             _replace(graph, node, source)
         elif node.target in REDUCTIONS:
             # A softmax over what is then averaged is not over classes.
-            averaged |= set(_integers(node.args[1]))
-        elif node.target not in SHAPE_ONLY | AVERAGE_POOLS | ADAPTIVE_AVERAGES:
+            averaged = _before_reduction(node, averaged)
+        elif node.target in SHAPE_ONLY:
+            averaged = {before for before, after in _moved_dims(node) if after in averaged}
+        elif node.target not in AVERAGE_POOLS | ADAPTIVE_AVERAGES:
             break
         node = source
     return tuple(notes)
+
+
+def _before_reduction(node: Any, averaged: Collection[int]) -> set[int]:
+    """Which dimensions of what is reduced are, or become, dimensions that are averaged."""
+    count = len(shape_of(node.args[0]))
+    own = {dim % count for dim in _integers(node.args[1])} if node.args[1:] and node.args[1] else set(range(count))
+    left = list(range(count)) if len(shape_of(node)) == count else [dim for dim in range(count) if dim not in own]
+    return own | {left[dim] for dim in averaged}
+
+
+def _moved_dims(node: Any) -> list[tuple[int, int]]:
+    """Pairs of a dimension before an operation that only moves values, and one after it that has some of its indices."""
+    before, after = shape_of(node.args[0]), shape_of(node)
+    if node.target is aten.permute.default:
+        return [(dim % len(before), place) for place, dim in enumerate(_integers(node.args[1]))]
+    if node.target is aten.transpose.int:
+        order = list(range(len(before)))
+        one, other = (dim % len(before) for dim in node.args[1:3])
+        order[one], order[other] = other, one
+        return [(dim, place) for place, dim in enumerate(order)]
+    pairs: list[tuple[int, int]] = []
+    i = j = 0
+    while i < len(before) and j < len(after):  # dimensions that are as large together
+        first, size, second, other = i, before[i], j, after[j]
+        i, j = i + 1, j + 1
+        while size != other:
+            if size < other and i < len(before):
+                size, i = size * before[i], i + 1
+            elif j < len(after):
+                other, j = other * after[j], j + 1
+            else:
+                break
+        pairs += [(one, two) for one in range(first, i) for two in range(second, j)]
+    return pairs
+
+
+def join_reshapes(graph: fx.Graph) -> None:
+    """Reshape once what is reshaped several times, so that what stands behind is seen to follow on what stands before."""
+    moves = (aten.reshape.default, aten.flatten.using_ints)
+    for node in list(graph.nodes):
+        while node.target is aten.reshape.default and node.args[0].target in moves:
+            source = node.args[0]
+            node.args = (source.args[0], *node.args[1:])
+            if not source.users:
+                graph.erase_node(source)
 
 
 def drop_identity_windows(graph: fx.Graph) -> None:
@@ -301,6 +351,9 @@ def drop_identity_windows(graph: fx.Graph) -> None:
             if not dims or any(shape_of(source)[dim] != 1 for dim in dims):
                 continue
             new = source if keep else _insert(graph, node, aten.squeeze.dims, (source, list(dims)), like=node)
+            dtype = node.meta["val"].dtype
+            if dtype != source.meta["val"].dtype:
+                new = _insert(graph, node, aten.to.dtype, (new, dtype), like=node)
             _replace(graph, node, new)
         elif node.target in AVERAGE_POOLS | MAX_POOLS | ADAPTIVE_AVERAGES | ADAPTIVE_MAXIMA:
             source, window = node.args[:2]

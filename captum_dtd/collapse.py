@@ -18,7 +18,7 @@ is one. Where no two times are equal, or by taps next to nothing would be saved,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -32,11 +32,10 @@ from captum_dtd import fused, room
 from captum_dtd.graph import operation_name
 from captum_dtd.layers import Arguments, Call, Limits, Weighted
 from captum_dtd.modes import exact_modes
-from captum_dtd.operations import aten
+from captum_dtd.operations import aten, maximum_over
 from captum_dtd.ops import Table
 from captum_dtd.propagate import Activations, Box, Network, Step, ValueOf, Values, elements
-from captum_dtd.reference import accumulator
-from captum_dtd.rules import Group, Rule, ZBeta, ZPlus
+from captum_dtd.rules import Group, Rule, WinnerTakesAll, ZBeta, ZPlus
 from captum_dtd.times import InTime, Times, in_time, time_axis
 
 Wanted: TypeAlias = Literal["all", "classes"] | Sequence[tuple[int, ...]]
@@ -655,7 +654,7 @@ class FrozenNetwork:
         for group in self.network.reference_rule(step).groups:
 
             def tap_call(take: Take, tap: int) -> _TapCall:
-                return _TapCall(self.network, step, along.call(tap, values, take, step.positions), limits, take)
+                return _TapCall(self.network, step, along.call(tap, values, take, step.positions), limits, take, dtype)
 
             z = along.sum_of_taps(lambda take, tap, g=group: tap_call(take, tap).denominator(g))  # type: ignore[misc]
             z = to_made.gather(z, 2)
@@ -754,18 +753,65 @@ def check_order(network: Network, sizes: tuple[int, ...]) -> str | None:
     return None
 
 
+def check_winners(network: Network, frames: int) -> str | None:
+    """What a user should know where one of several times of a frozen clip, which are all alike, gets all relevance.
+
+    Args:
+        network: traced on clips of so many frames.
+        frames: their number.
+    """
+    times = _followed(network, network.nodes, 2, frames)
+    # Frames that become examples, as in networks of pictures, are times again where a dimension is as long as the clip.
+    are_examples = any(
+        times.get(node.args[0]) is not None and times.get(node) is None
+        for node in network.nodes
+        if node.target is aten.reshape.default and node.meta["val"].shape[0] != node.args[0].meta["val"].shape[0]
+    )
+    for step in network.steps:
+        if not isinstance(step.rule, WinnerTakesAll) or frames == 1:
+            continue
+        (source,) = step.sources
+        before, shape, window = times.get(source), source.meta["val"].shape, in_time(step.node, times.get).window
+        if step.node.target is maximum_over:
+            over: Any = step.node.args[1]
+            reduced = {dim % len(shape) for dim in over}
+            competes = (
+                any(shape[dim] == frames for dim in reduced) and are_examples
+                if before is None
+                else before.dim in reduced
+            )
+        elif before is None:
+            competes = False
+        elif window is not None:
+            competes = window.taps > 1
+        else:
+            competes = step.node.meta["val"].shape[before.dim] != shape[before.dim]
+        if competes:
+            return (
+                f"{step.path} ({operation_name(step.node)}) gives everything to the largest of several times: in a frozen clip "
+                "they are alike, so that the first one wins, and what the others look like counts as temporal. Proportional() "
+                "pooling shares between them, and so does an average in place of a maximum over logits"
+            )
+    return None
+
+
 _ORDERS = {2: (0, 2, 1, 3, 4), 4: (0, 2, 3, 4, 1)}
 """By the dimension of channels: (N, T, C, H, W) and (N, T, H, W, C)."""
 
 
 def _follow(network: Network, to: fx.Node, dim: int, size: int) -> int | None:
     """Which dimension of a value a dimension of the inputs is, None if that cannot be told."""
+    found = _followed(network, network.pixels, dim, size).get(to)
+    return None if found is None else found.dim
+
+
+def _followed(network: Network, nodes: Collection[fx.Node], dim: int, size: int) -> dict[fx.Node, Times | None]:
+    """Where a dimension of the inputs is in some values, also where it is a part of another; None if that cannot be told."""
     times: dict[fx.Node, Times | None] = dict.fromkeys(network.inputs, Times(dim, (0,) * size))
     for node in network.nodes:
-        if node in network.pixels and node not in times:
+        if node in nodes and node not in times:
             times[node] = time_axis(node, times.get)
-    found = times.get(to)
-    return None if found is None else found.dim
+    return times
 
 
 class _Convolution:
@@ -858,6 +904,7 @@ class _TapCall:
     call: Call
     limits: Limits | None
     take: Take
+    dtype: torch.dtype  # of relevance
 
     @cached_property
     def _limits(self) -> Limits | None:
@@ -873,13 +920,13 @@ class _TapCall:
 
     def denominator(self, group: Group) -> Tensor:
         """This tap's part of a group's denominator."""
-        x, rule, layer = self.call.signals[0], self.step.rule, self.step.layer
+        rule, layer = self.step.rule, self.step.layer
         assert isinstance(rule, Rule) and isinstance(layer, Weighted)
         if self._kernel != "reference":
             return fused.denominator(
                 self.call, rule, self._limits, self.network.is_non_negative(self.step), self._kernel
             )
-        z = layer.denominator(self.call.to(accumulator(x.dtype)), group, self._limits)
+        z = layer.denominator(self.call.to(self.dtype), group, self._limits)
         assert z is not None
         return z
 

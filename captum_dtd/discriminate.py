@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from captum.attr import Attribution, DeepLiftShap, GradientShap
 from captum.log import log_usage
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from captum_dtd import native
@@ -44,7 +45,7 @@ from captum_dtd.attribution import (
 from captum_dtd.bounds import Bound
 from captum_dtd.collapse import Wanted
 from captum_dtd.frame_cache import FrameCache, digest, weights_of
-from captum_dtd.graph import ordinary, structure_of, unwrap
+from captum_dtd.graph import ordinary, structure_of, unwrap, value_of
 from captum_dtd.kernels import Precision
 from captum_dtd.tables import RuleTable
 
@@ -452,7 +453,7 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
             check_same_for_all_examples(name, bound)
         with native.unchanging(unwrap(self.method.model).parameters()):
             return self._attribute(
-                partial(self._read_distinct_times, frame_cache),
+                partial(self._read_distinct_times, frame_cache, internal_batch_size),
                 inputs,
                 [target.cpu() if isinstance(target, Tensor) else target for target in targets],
                 additional_forward_args,
@@ -485,15 +486,20 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
     def _read_distinct_times(
         self,
         cache: FrameCache | None,
+        internal_batch_size: int | None,
         clips: tuple[Tensor, ...],
         extra: tuple[Any, ...],
         targets: Sequence[Target],
         explain: _Explain,
     ) -> _Reader:
         """Explains frozen clips at distinct times only, and walks relevance back no further than it is read."""
-        frozen = self.method.frozen_clips(clips, extra)
-        fixed = self.method.fixed_batch(clips, extra) if frozen is None else None
         count, length = clips[0].shape[0], clips[0].shape[2]
+        first = slice(
+            0, min(internal_batch_size or count, count)
+        )  # as many as the model takes, where its code fixes that
+        some = tuple(clip[first] for clip in clips), take_arguments(extra, first, count)
+        frozen = self.method.frozen_clips(*some)
+        fixed = self.method.fixed_batch(*some) if frozen is None else None
 
         def arguments(jobs: Sequence[_Job], targets: Sequence[Target]) -> tuple[list[Target], tuple[Any, ...]]:
             rows = [job.row for job in jobs]
@@ -521,8 +527,10 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
         if cache is None:
             return read
         method = self.method
-        how = (method.composite, method.seed, method.backend, method.precision, method.low, method.high)
-        context = digest((*how, structure_of(unwrap(method.model)), weights_of(unwrap(method.model)), length))
+        model = unwrap(method.model)
+        others = tuple(value_of(leaf) for leaf in pytree.tree_leaves(extra) if not isinstance(leaf, Tensor))
+        how = (structure_of(model), others, method.composite, method.seed, method.backend, method.precision)
+        context = digest((cache.number_of(how), method.low, method.high, weights_of(model), length))
 
         def whole(jobs: list[_Job], target: Target) -> list[Tensor]:
             """Whole explanations of the jobs' frames (jobs, T, H, W), of every input, from the cache as far as they are there."""

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from captum_dtd import native
+
+# How many different methods and models a cache tells apart at once; of others it only forgets that it knew them.
+_MOST_CONTEXTS = 64
 
 
 class FrameCache:
@@ -53,6 +57,8 @@ class FrameCache:
         self.misses = 0
         self.bytes = 0
         self._kept: OrderedDict[bytes, tuple[Tensor, ...]] = OrderedDict()
+        self._numbers: OrderedDict[Hashable, int] = OrderedDict()
+        self._numbered = 0
 
     def __len__(self) -> int:
         """How many explanations are kept."""
@@ -83,6 +89,16 @@ class FrameCache:
             _, gone = self._kept.popitem(last=False)
             self.bytes -= _size(gone)
 
+    def number_of(self, context: Hashable) -> int:
+        """A number for what explanations depend on and no bytes can tell: that of an equal one, or one not given before."""
+        if context not in self._numbers:
+            self._numbered += 1
+            self._numbers[context] = self._numbered
+        self._numbers.move_to_end(context)
+        while len(self._numbers) > _MOST_CONTEXTS:
+            self._numbers.popitem(last=False)
+        return self._numbers[context]
+
     def clear(self) -> None:
         """Let all explanations go; the counts stay."""
         self._kept.clear()
@@ -90,12 +106,14 @@ class FrameCache:
 
 
 def digest(values: Iterable[Any]) -> bytes:
-    """A short name for what values are, tensors by their contents: equal for equal ones, different for any others."""
+    """A short name for what values are, tensors and arrays by their contents: equal for equal ones, different for any others."""
     code = hashlib.blake2b(digest_size=16)
     for value in values:
         leaves, spec = pytree.tree_flatten(value)
         code.update(repr(spec).encode())
         for leaf in leaves:
+            if isinstance(leaf, np.ndarray):
+                leaf = torch.from_numpy(np.array(leaf))
             if isinstance(leaf, Tensor):
                 code.update(repr((leaf.dtype, tuple(leaf.shape))).encode())
                 code.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -145,7 +163,7 @@ def _sums(tensor: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _factors(device: torch.device) -> Tensor:
     """Odd numbers of 64 bits, always the same ones."""
-    drawn = torch.empty(_ROW, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(0))
+    drawn = torch.empty(_ROW, dtype=torch.int64, device="cpu").random_(generator=torch.Generator().manual_seed(0))
     return (2 * drawn + 1).to(device)
 
 

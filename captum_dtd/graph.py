@@ -100,21 +100,31 @@ def unwrap(model: nn.Module) -> nn.Module:
 def structure_of(model: nn.Module) -> tuple[object, ...]:
     """A value that changes when modules are replaced or reconfigured, and does not when only weights change.
 
-    It covers what a trace depends on: the modules, their settings and other plain attributes, which parameters and buffers they
-    have, and hooks that run before their forward. Attributes are compared by value as far as they are numbers, strings, NumPy
-    arrays, and lists, dicts, sets, dataclasses and namespaces of such; tensors and other objects by identity.
+    It covers what a trace depends on: the modules, their settings and other plain attributes, those of their classes and the
+    methods among them, which parameters and buffers they have, and hooks that run before their forward. Attributes are compared
+    by value as far as they are numbers, strings, NumPy arrays, and lists, dicts, sets, dataclasses and namespaces of such;
+    tensors and other objects by identity. Globals that a forward reads are not covered.
     """
+    classes = {cls: _class_attributes(cls) for cls in set(map(type, model.modules()))}
     return tuple(
         (
             name,
             _Same(module),
+            classes[type(module)],
             module.extra_repr(),
             tuple((key, tensor is None) for key, tensor in (*module._parameters.items(), *module._buffers.items())),
             tuple(map(_Same, module._forward_pre_hooks.values())),
-            tuple((key, _value(value)) for key, value in vars(module).items() if key not in _OF_EVERY_MODULE),
+            tuple((key, value_of(value)) for key, value in vars(module).items() if key not in _OF_EVERY_MODULE),
         )
         for name, module in model.named_modules()
     )
+
+
+def _class_attributes(cls: type) -> tuple[object, ...]:
+    """What a module's class and its bases say; of torch's own which functions their forwards are."""
+    own = (base for base in cls.__mro__ if issubclass(base, nn.Module) and not base.__module__.startswith("torch."))
+    said = ((key, value_of(value)) for base in own for key, value in vars(base).items() if not key.startswith("__"))
+    return _Same(cls), _Same(cls.forward), *said  # type: ignore[attr-defined]
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
@@ -140,7 +150,7 @@ class _Same:
         return f"object {self._number}"
 
 
-def _value(value: Any, depth: int = 8) -> object:
+def value_of(value: Any, depth: int = 8) -> object:
     """What an attribute is compared by; below so many containers, which may hold each other, by identity."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return type(value), value
@@ -148,7 +158,7 @@ def _value(value: Any, depth: int = 8) -> object:
         return value.shape, str(value.dtype), value.tobytes()
     if depth == 0:
         return _Same(value)
-    inner = partial(_value, depth=depth - 1)
+    inner = partial(value_of, depth=depth - 1)
     if isinstance(value, (list, tuple)):
         return type(value), tuple(map(inner, value))
     if isinstance(value, (set, frozenset)):

@@ -300,7 +300,11 @@ class Network:
         """A node's value, by its kernel; ``args`` stand for its own arguments, nodes of the graph among them."""
         if node in self._overwrites:
             source = node.all_input_nodes[0]
-            return value_of(source) if self.rectifies(source) else value_of(source).relu_()
+            value = value_of(source)
+            if self.rectifies(source):
+                return value
+            is_repeated = 0 in value.stride()  # equal times of a frozen clip, in one place
+            return value.relu() if is_repeated else value.relu_()
         relu = self.rectifies(node)
         if self.precision is not None and fused.kind_of(node) in ("convolution", "linear", "max pool"):
             call = Call(node, (0,), value_of, args)

@@ -178,6 +178,19 @@ def test_bad_inputs(
         assert torch.equal(method.attribute(clip(), 1), expected)
 
 
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: clip().to("meta"), "on meta"),
+        (lambda: clip().to_sparse(), r"torch\.sparse_coo .* \.to_dense\(\)"),
+        (lambda: torch.nested.nested_tensor(list(clip())), "a nested tensor"),
+    ],
+)
+def test_inputs_that_are_no_dense_numbers(method: Attribution, make: Callable[[], Tensor], told: str) -> None:
+    with pytest.raises(TypeError, match=f"inputs must be dense tensors that hold numbers, got .*{told}"):
+        method.attribute(make(), 1)
+
+
 def test_inputs_of_different_batch_sizes() -> None:
     model = build(TwoInputs)
     method = DeepTaylor(model, (0, 0), (1, 1))

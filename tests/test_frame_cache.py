@@ -273,3 +273,47 @@ def test_hashes_see_the_last_bytes(hashing: None) -> None:
     a, b = torch.zeros(7, dtype=torch.uint8), torch.zeros(7, dtype=torch.uint8)
     b[6] = 1
     assert digest([a]) != digest([b])
+
+
+class Threshold:
+    """An object that a forward reads and nothing can look into."""
+
+    def __init__(self, k: float) -> None:
+        self.k = k
+
+
+class Configured(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act, self.fc = nn.Conv3d(3, 4, 3, padding=1), nn.ReLU(), nn.Linear(4, 3)
+        self.threshold = Threshold(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.act(self.stem(x) + self.threshold.k).mean((2, 3, 4)))
+
+
+def test_objects_that_replace_others_are_told_apart(video: Tensor) -> None:
+    """Also where Python gives them the place of those that are gone."""
+    model, cache, clip = Configured().double().eval(), FrameCache(), video[:, :, :8]
+    method = DiscriminativeDeepTaylor(model, LOW, HIGH)
+    changes: list[Callable[[int], None]] = [
+        lambda i: setattr(model, "threshold", Threshold(0.2 * i)),
+        lambda i: setattr(model, "act", (nn.Sigmoid, nn.Softplus)[i % 2]()),
+    ]
+    for change in changes:
+        for i in range(12):
+            change(i)
+            assert_same(method.attribute(clip, 1, frame_cache=cache), method.attribute(clip, 1))
+    hits = cache.hits
+    method.attribute(clip, 1, frame_cache=cache)
+    assert cache.hits == hits + 8
+
+
+def test_bounds_may_be_large_arrays(video: Tensor) -> None:
+    clip, cache = video[:, :, :8], FrameCache()
+    low = torch.full((1, 3, 1, 60, 60), LOW, dtype=torch.float64).numpy()
+    clip = clip.repeat(1, 1, 1, 10, 10)
+    for change in (0.0, 0.5):
+        low[0, 1, 0, 20:40] -= change
+        method = DiscriminativeDeepTaylor(build(), low, HIGH)
+        assert_same(method.attribute(clip, 1, frame_cache=cache), method.attribute(clip, 1))

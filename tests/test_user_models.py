@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn import functional as F
 
 import captum_dtd.attribution
-from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, UnsupportedOperationError
+from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, DiscriminativeRelevance, UnsupportedOperationError
+from captum_dtd.composites import DTD
+from captum_dtd.rules import Epsilon, Rule, ZPlus
 
 LOW, HIGH = -2.0, 2.0
 
@@ -871,3 +874,163 @@ def test_frames_of_one_channel_may_be_channels_of_a_2d_network() -> None:
     spatial, temporal, total = DiscriminativeDeepTaylor(model(stacked), LOW, HIGH).attribute(inputs, target=1)
     assert total.shape == (2, 3, 10, 10)
     torch.testing.assert_close(spatial + temporal, total)
+
+
+# ------------------------------------------------------------------------------------------------ in and around the forward
+
+
+class Sloped(nn.Module):
+    """What its class says is part of what it computes."""
+
+    slope = 0.1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv3d(3, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.leaky_relu(self.stem(x), self.slope).mean((2, 3, 4)))
+
+
+def test_what_a_class_says_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = Sloped().double().eval(), clips()
+    method = DeepTaylor(net, LOW, HIGH)
+
+    def assert_is_explained() -> Tensor:
+        relevance, score = method.attribute(x, 1), net(x)[:, 1]
+        torch.testing.assert_close(relevance.flatten(1).sum(1), score, rtol=1e-9, atol=0)
+        return score
+
+    first = assert_is_explained()
+    monkeypatch.setattr(Sloped, "slope", 1.0)
+    second = assert_is_explained()
+    monkeypatch.setattr(Sloped, "forward", lambda self, x: self.fc(F.softplus(self.stem(x)).mean((2, 3, 4))))
+    third = assert_is_explained()
+    assert not torch.isclose(first, second).any() and not torch.isclose(second, third).any()
+
+
+@pytest.mark.parametrize("rule", [ZPlus(), ZPlus("absorbed"), Epsilon(1e-9)])
+def test_addmm_scales_its_bias_and_its_product(rule: Rule) -> None:
+    def linear(m: Layers, x: Tensor) -> Tensor:
+        return F.linear(F.relu(m.stem(x)).mean((2, 3, 4)), 2 * m.fc.weight, 3 * m.fc.bias)
+
+    def addmm(m: Layers, x: Tensor) -> Tensor:
+        return torch.addmm(m.fc.bias, F.relu(m.stem(x)).mean((2, 3, 4)), m.fc.weight.t(), beta=3.0, alpha=2.0)
+
+    composite = dataclasses.replace(DTD, linear=rule)
+    found, expected = (
+        DeepTaylor(model(body), LOW, HIGH, composite=composite).attribute(clips(), 1) for body in (addmm, linear)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
+def framewise(m: Layers, x: Tensor) -> Tensor:
+    """(N, T, classes), of each frame's picture."""
+    frames = x.transpose(1, 2).flatten(0, 1)
+    return m.fc(F.relu(m.picture(frames)).mean((2, 3))).view(len(x), x.shape[2], 5)
+
+
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_a_softmax_of_frames_is_stepped_over_however_its_dimension_is_counted(dim: int) -> None:
+    def of_rows(m: Layers, x: Tensor) -> Tensor:
+        return framewise(m, x).flatten(0, 1).softmax(dim).view(len(x), x.shape[2], 5).mean(1)
+
+    x = clips()
+    with pytest.warns(UserWarning, match="logits are explained"):
+        found = DeepTaylor(model(of_rows), LOW, HIGH).attribute(x, 1)
+    expected = DeepTaylor(model(lambda m, x: framewise(m, x).mean(1)), LOW, HIGH).attribute(x, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda m, x: framewise(m, x).softmax(1).mean(1),
+        lambda m, x: framewise(m, x).permute(0, 2, 1).softmax(2).mean(2),
+        lambda m, x: framewise(m, x).unsqueeze(1).softmax(-2).sum(-2).squeeze(1),
+        lambda m, x: framewise(m, x).flatten(0, 1).softmax(0).view(len(x), -1, 5).mean(1),
+    ],
+)
+def test_a_softmax_over_what_is_averaged_then_is_not_over_classes(body: Callable[..., Tensor]) -> None:
+    with pytest.raises(UnsupportedOperationError, match="softmax"):
+        DeepTaylor(model(body), LOW, HIGH).attribute(clips(), 1)
+
+
+def test_a_mean_over_one_frame_still_casts() -> None:
+    def body(m: Layers, x: Tensor) -> Tensor:
+        return m.fc(F.relu(m.stem(x)).mean(2, dtype=torch.float64).mean((2, 3)))
+
+    net = model(body).float()
+    net.fc.double()
+    for frames in (1, 4):
+        x = clips()[:, :, :frames].float()
+        relevance, score = DeepTaylor(net, LOW, HIGH).attribute(x, 1), net(x)[:, 1]
+        torch.testing.assert_close(relevance.flatten(1).sum(1), score.to(relevance.dtype), rtol=1e-4, atol=0)
+
+
+def both(net: nn.Module, x: Tensor, target: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Spatial relevance at distinct times only, and by whole frozen clips."""
+    method = DiscriminativeDeepTaylor(net, LOW, HIGH, **options)
+    whole = DiscriminativeRelevance(DeepTaylor(net, LOW, HIGH, **options))
+    return method.attribute(x, target).spatial, whole.attribute(x, target).spatial
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_scores_of_frames_may_be_rectified_sums(backend: Any) -> None:
+    def body(m: Layers, x: Tensor) -> Tensor:
+        y = F.relu(m.stem(x)).mean((3, 4)).transpose(1, 2)
+        return F.relu(m.fc(y) + F.linear(y, m.fc.weight.abs()))
+
+    found, expected = both(model(body), clips(), (2, 1), backend=backend)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+    assert expected.abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_scores_may_be_of_a_wider_type_than_the_network(backend: Any) -> None:
+    net = model(lambda m, x: m.head(F.relu(m.stem(x))).double()).float()
+    found, expected = both(net, clips().float(), 1, backend=backend)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+    assert expected.abs().max() > 0
+
+
+@pytest.mark.parametrize("examples", [1, 2])
+def test_a_model_of_so_many_examples_is_given_so_many(examples: int) -> None:
+    def body(m: Layers, x: Tensor) -> Tensor:
+        return m.head(F.relu(m.stem(x.view(examples, 3, *x.shape[2:]))))
+
+    x, fixed = clips(2 * examples), DiscriminativeDeepTaylor(model(body), LOW, HIGH)
+    free = DiscriminativeDeepTaylor(model(lambda m, x: m.head(F.relu(m.stem(x)))), LOW, HIGH)
+    found = fixed.attribute(x, 1, internal_batch_size=examples)
+    for part, expected in zip(found, free.attribute(x, 1), strict=True):
+        torch.testing.assert_close(part, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("body", "composite", "place"),
+    [
+        (lambda m, x: m.head(F.max_pool3d(F.relu(m.stem(x)), 2)), "epsilon-gamma-box", "max_pool3d"),
+        (lambda m, x: framewise(m, x).amax(1), "dtd", "maximum_over"),
+        (lambda m, x: m.head(F.max_pool3d(F.relu(m.stem(x)), 2)), "dtd", None),
+        (lambda m, x: m.head(F.max_pool3d(F.relu(m.stem(x)), (1, 2, 2))), "epsilon-gamma-box", None),
+        (lambda m, x: m.logits(F.relu(m.stem(x)).mean(2, keepdim=True)).amax((3, 4)).squeeze(2), "dtd", None),
+    ],
+)
+def test_times_that_compete_in_a_frozen_clip_are_warned_of(
+    body: Callable[..., Tensor], composite: Any, place: str | None
+) -> None:
+    method = DiscriminativeDeepTaylor(model(body), LOW, HIGH, composite=composite)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        method.attribute(clips(), 1)
+        method.attribute(clips(), 2)
+    told = [str(each.message) for each in caught if "largest of several times" in str(each.message)]
+    assert len(told) == (place is not None)
+    assert place is None or place in told[0]
+
+
+def test_scores_that_are_no_numbers_are_warned_of() -> None:
+    net = model(lambda m, x: m.head(F.relu(m.stem(x))))
+    net.fc.weight.data[1, 0] = torch.nan
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        DeepTaylor(net, LOW, HIGH).attribute(clips(), 1)
