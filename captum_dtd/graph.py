@@ -122,7 +122,7 @@ def structure_of(model: nn.Module) -> tuple[object, ...]:
 
 def _class_attributes(cls: type) -> tuple[object, ...]:
     """What a module's class and its bases say; of torch's own which functions their forwards are."""
-    own = (base for base in cls.__mro__ if issubclass(base, nn.Module) and not base.__module__.startswith("torch."))
+    own = (base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "abc"))
     said = ((key, value_of(value)) for base in own for key, value in vars(base).items() if not key.startswith("__"))
     return _Same(cls), _Same(cls.forward), *said  # type: ignore[attr-defined]
 

@@ -879,10 +879,12 @@ def test_frames_of_one_channel_may_be_channels_of_a_2d_network() -> None:
 # ------------------------------------------------------------------------------------------------ in and around the forward
 
 
-class Sloped(nn.Module):
-    """What its class says is part of what it computes."""
-
+class Settings:
     slope = 0.1
+
+
+class Sloped(Settings, nn.Module):
+    """What its classes say is part of what it computes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -902,7 +904,7 @@ def test_what_a_class_says_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None
         return score
 
     first = assert_is_explained()
-    monkeypatch.setattr(Sloped, "slope", 1.0)
+    monkeypatch.setattr(Settings, "slope", 1.0)
     second = assert_is_explained()
     monkeypatch.setattr(Sloped, "forward", lambda self, x: self.fc(F.softplus(self.stem(x)).mean((2, 3, 4))))
     third = assert_is_explained()
