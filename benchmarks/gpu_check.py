@@ -27,9 +27,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -134,6 +134,8 @@ class Step:
         variables: of its environment.
     """
 
+    begun: ClassVar[list[Step]] = []
+
     def __init__(
         self,
         name: str,
@@ -147,6 +149,7 @@ class Step:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(variables or {})}
         environment |= {"CAPTUM_DTD_REQUIRE_EXT": "1", "OMP_NUM_THREADS": "1"}
         self._name, self._begun, self._output = name, time.monotonic(), output
+        Step.begun.append(self)
         self._end = self._begun + seconds
         print(f"--- {name}: {' '.join(command)}", flush=True)
         with open(output, "w") if output else nullcontext() as to:
@@ -159,13 +162,18 @@ class Step:
         try:
             code: int | str = self._process.wait(max(1.0, self._end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)  # with all that it started, which would stay on the GPU
+            self.stop()
             code = "stopped: its time was over"
         found: dict[str, Any] = {"step": self._name, "exit_code": code}
         found["seconds"] = round(time.monotonic() - self._begun, 1)
         if self._output is not None:
             found["output"] = self._output.read_text()[-4000:]
         return found
+
+    def stop(self) -> None:
+        """End it, with all that it started, which would stay on the GPU."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def sanitizers(seconds: float) -> list[Step | dict[str, Any]]:
@@ -210,6 +218,16 @@ def main() -> int:
     parser.add_argument("--built", action="store_true", help="build nothing: the kernels were brought along")
     parser.add_argument("--smoke", action="store_true", help="allow skips for lack of CUDA, and build nothing")
     given, for_pytest = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped from outside"))
+    try:
+        return check(given, for_pytest)
+    finally:
+        for step in Step.begun:
+            step.stop()
+
+
+def check(given: argparse.Namespace, for_pytest: list[str]) -> int:
+    """The same, given the options and what is pytest's."""
     steps: list[dict[str, Any]] = []
     wheels = sorted(map(str, (ROOT / "wheels").glob("*.whl")))
     if wheels:

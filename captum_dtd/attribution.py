@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from captum._utils.common import _select_targets
@@ -129,11 +130,14 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         self._lock = threading.Lock()
         self._networks: OrderedDict[object, Network] = OrderedDict()
         self._frozen: OrderedDict[Network, FrozenNetwork] = OrderedDict()
+        self._notes: WeakKeyDictionary[Network, list[str]] = WeakKeyDictionary()
         self._replay = Replay(lambda finding: self._warn_about([finding]))
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but traces and recordings, which are made again where they are needed."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_networks", "_frozen", "_replay")}
+        return {
+            k: v for k, v in self.__dict__.items() if k not in ("_lock", "_networks", "_frozen", "_notes", "_replay")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -305,8 +309,10 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             ValueError: if the model takes clips in another order, (N, T, C, H, W) say.
         """
         network = self._network(clips, extra)
-        notes = check_order(network, clips[0].shape[1:]), check_winners(network, clips[0].shape[2])
-        self._warn_about([note for note in notes if note is not None])
+        if network not in self._notes:
+            found = check_order(network, clips[0].shape[1:]), check_winners(network, clips[0].shape[2])
+            self._notes[network] = [note for note in found if note is not None]
+        self._warn_about(self._notes[network])
         bounds = self.bounds_of(tuple(clip[:1] for clip in clips))
         if not network.any_batch or any(_varies_in_time(end) for pair in bounds for end in pair):
             return None
@@ -550,6 +556,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
                 raise ValueError(f"inputs of shape {shapes}: {error}{layout_hint(model, inputs)}") from error
             precision = None if self.backend == "reference" else self.precision
             network = Network(model, traced, len(inputs), self.composite, precision)
+            key = (structure_of(model), *key[1:])  # a forward that counts its calls in its class has just been called
             self._networks[key if network.any_batch else (key, count)] = network
             while len(self._networks) > _MOST_TRACES:
                 self._networks.popitem(last=False)

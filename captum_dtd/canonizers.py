@@ -62,6 +62,8 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node]) -> tuple[str, ...]:
             _, lower, upper, training, *_ = given(node, 1, 1 / 8, 1 / 3, False)
             if not training:
                 node.target, node.args = aten.leaky_relu.default, (node.args[0], (lower + upper) / 2)
+        elif node.target is aten.addmm.default and node.kwargs:
+            node.args, node.kwargs = _scaled(graph, node), {}
         elif node.target is aten.diff.default:
             _replace(graph, node, _differences(graph, node))
         elif _is_shifted_relu6(node):
@@ -85,6 +87,19 @@ _OTHER_NAMES: dict[Any, Any] = {
     aten.max.other: aten.maximum.default,
     aten.min.other: aten.minimum.default,
 }
+
+
+def _scaled(graph: fx.Graph, node: fx.Node) -> tuple[Any, ...]:
+    """The arguments of an ``addmm`` with its factors, alpha and beta, multiplied into the weights and the bias."""
+    bias, x, weight = node.args
+    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    if alpha != 1:
+        weight = _insert(graph, node, aten.mul.Tensor, (weight, alpha), like=weight)  # type: ignore[arg-type]
+    if beta == 0:  # then it is not read
+        bias = _insert(graph, node, aten.zeros_like.default, (bias,), like=bias)  # type: ignore[arg-type]
+    elif beta != 1:
+        bias = _insert(graph, node, aten.mul.Tensor, (bias, beta), like=bias)  # type: ignore[arg-type]
+    return bias, x, weight
 
 
 def _differences(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -283,7 +298,7 @@ def step_over_softmax(graph: fx.Graph) -> tuple[str, ...]:
     while isinstance(node, fx.Node) and node.op == "call_function":
         source: Any = node.args[0]
         over: Any = node.args[1] if node.target in SOFTMAX else None
-        is_softmax = over is not None and over % len(shape_of(node)) not in averaged
+        is_softmax = over is not None and over % max(len(shape_of(node)), 1) not in averaged
         if node.target is aten.sigmoid.default or is_softmax:
             notes.append(f"the model ends in {operation_name(node)}: its logits are explained, not its probabilities")
             _replace(graph, node, source)
@@ -292,7 +307,9 @@ def step_over_softmax(graph: fx.Graph) -> tuple[str, ...]:
             averaged = _before_reduction(node, averaged)
         elif node.target in SHAPE_ONLY:
             averaged = {before for before, after in _moved_dims(node) if after in averaged}
-        elif node.target not in AVERAGE_POOLS | ADAPTIVE_AVERAGES:
+        elif node.target in AVERAGE_POOLS | ADAPTIVE_AVERAGES:
+            averaged |= {dim for dim, size in enumerate(shape_of(source)) if size != shape_of(node)[dim]}
+        else:
             break
         node = source
     return tuple(notes)
@@ -328,7 +345,8 @@ def _moved_dims(node: Any) -> list[tuple[int, int]]:
                 other, j = other * after[j], j + 1
             else:
                 break
-        pairs += [(one, two) for one in range(first, i) for two in range(second, j)]
+        longer = [dim for dim in range(second, j) if after[dim] != 1]  # one index is no part of others
+        pairs += [(one, two) for one in range(first, i) if before[one] != 1 for two in longer]
     return pairs
 
 

@@ -771,19 +771,20 @@ def check_winners(network: Network, frames: int) -> str | None:
         if not isinstance(step.rule, WinnerTakesAll) or frames == 1:
             continue
         (source,) = step.sources
-        before, shape, window = times.get(source), source.meta["val"].shape, in_time(step.node, times.get).window
+        before, shape = times.get(source), source.meta["val"].shape
+        over: Any = step.node.args[1]
         if step.node.target is maximum_over:
-            over: Any = step.node.args[1]
             reduced = {dim % len(shape) for dim in over}
+            again = are_examples and shape[0] == network.inputs[0].meta["val"].shape[0]
             competes = (
-                any(shape[dim] == frames for dim in reduced) and are_examples
-                if before is None
-                else before.dim in reduced
+                again and any(shape[dim] == frames for dim in reduced) if before is None else before.dim in reduced
             )
         elif before is None:
             competes = False
-        elif window is not None:
-            competes = window.taps > 1
+        elif step.node.target in _POOLED:
+            sizes = over if isinstance(over, (list, tuple)) else [over]
+            axis = before.dim - len(shape) + _POOLED[step.node.target]
+            competes = axis >= 0 and sizes[axis % len(sizes)] > 1
         else:
             competes = step.node.meta["val"].shape[before.dim] != shape[before.dim]
         if competes:
@@ -794,6 +795,9 @@ def check_winners(network: Network, frames: int) -> str | None:
             )
     return None
 
+
+_POOLED = {aten.max_pool1d.default: 1, aten.max_pool2d.default: 2, aten.max_pool3d.default: 3}
+"""Over how many of the last dimensions a max pooling's windows reach."""
 
 _ORDERS = {2: (0, 2, 1, 3, 4), 4: (0, 2, 3, 4, 1)}
 """By the dimension of channels: (N, T, C, H, W) and (N, T, H, W, C)."""

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from captum_dtd import native
+from captum_dtd.graph import own_classes
 
 # How many different methods and models a cache tells apart at once; of others it only forgets that it knew them.
-_MOST_CONTEXTS = 64
+_MOST_CONTEXTS = 16
 
 
 class FrameCache:
@@ -102,7 +103,12 @@ class FrameCache:
     def clear(self) -> None:
         """Let all explanations go; the counts stay."""
         self._kept.clear()
+        self._numbers.clear()
         self.bytes = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what models' objects are known by, which are others where it is read."""
+        return self.__dict__ | {"_numbers": OrderedDict()}
 
 
 def digest(values: Iterable[Any]) -> bytes:
@@ -131,7 +137,7 @@ def weights_of(model: nn.Module) -> bytes:
     known: list[Any] = []
     held = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():
-        plain = pytree.tree_leaves(list(vars(module).values()))
+        plain = pytree.tree_leaves([list(vars(each).values()) for each in (module, *own_classes(type(module)))])
         held.update((id(leaf), leaf) for leaf in plain if isinstance(leaf, Tensor))
     for tensor in held.values():
         version = None if tensor.is_inference() else tensor._version

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import inspect
 import io
 import itertools
@@ -105,12 +106,12 @@ def structure_of(model: nn.Module) -> tuple[object, ...]:
     by value as far as they are numbers, strings, NumPy arrays, and lists, dicts, sets, dataclasses and namespaces of such;
     tensors and other objects by identity. Globals that a forward reads are not covered.
     """
-    classes = {cls: _class_attributes(cls) for cls in set(map(type, model.modules()))}
-    return tuple(
+    classes = dict.fromkeys(map(type, model.modules()))
+    modules = tuple(
         (
             name,
             _Same(module),
-            classes[type(module)],
+            _Same(type(module)),
             module.extra_repr(),
             tuple((key, tensor is None) for key, tensor in (*module._parameters.items(), *module._buffers.items())),
             tuple(map(_Same, module._forward_pre_hooks.values())),
@@ -118,13 +119,20 @@ def structure_of(model: nn.Module) -> tuple[object, ...]:
         )
         for name, module in model.named_modules()
     )
+    return tuple(map(_class_attributes, classes)), modules
 
 
 def _class_attributes(cls: type) -> tuple[object, ...]:
     """What a module's class and its bases say; of torch's own which functions their forwards are."""
-    own = (base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "abc"))
-    said = ((key, value_of(value)) for base in own for key, value in vars(base).items() if not key.startswith("__"))
-    return _Same(cls), _Same(cls.forward), *said  # type: ignore[attr-defined]
+    said = ((key, value_of(value)) for base in own_classes(cls) for key, value in vars(base).items() if key[:2] != "__")
+    return _Same(inspect.getattr_static(cls, "forward")), *said
+
+
+def own_classes(cls: type) -> Iterator[type]:
+    """A module's class and its bases, but those of torch and of Python."""
+    return (
+        base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "abc")
+    )
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
@@ -155,7 +163,7 @@ def value_of(value: Any, depth: int = 8) -> object:
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return type(value), value
     if isinstance(value, np.ndarray) and value.dtype != object:
-        return value.shape, str(value.dtype), value.tobytes()
+        return value.shape, str(value.dtype), hashlib.blake2b(value.tobytes()).digest()
     if depth == 0:
         return _Same(value)
     inner = partial(value_of, depth=depth - 1)

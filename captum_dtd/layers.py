@@ -322,7 +322,7 @@ class Weighted(LinearMap):
         if not self._has_bias(call):
             return 0.0
         assert self.bias_position is not None
-        bias = weight_part(call.node.kwargs.get("beta", 1) * call.arguments[self.bias_position], part)
+        bias = weight_part(call.arguments[self.bias_position], part)
         spatial = call.arguments[self.weight].ndim - 2 if self.channel_dim == 1 else 0
         return bias.view(-1, *[1] * spatial)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -307,6 +308,33 @@ def test_objects_that_replace_others_are_told_apart(video: Tensor) -> None:
     hits = cache.hits
     method.attribute(clip, 1, frame_cache=cache)
     assert cache.hits == hits + 8
+
+
+def test_a_used_cache_can_be_sent_elsewhere(method: DiscriminativeDeepTaylor, video: Tensor) -> None:
+    cache, clip = FrameCache(), video[:, :, :8]
+    maps = method.attribute(clip, 1, frame_cache=cache)
+    sent = pickle.loads(pickle.dumps(cache))
+    assert len(sent) == 8 and sent.bytes == cache.bytes
+    assert_same(method.attribute(clip, 1, frame_cache=sent), maps)
+    assert method.attribute(clip, 1, frame_cache=cache) and cache.hits == 8
+
+
+def test_tensors_of_a_class_are_looked_at(video: Tensor) -> None:
+    class Shifted(nn.Module):
+        shift = torch.tensor(0.1, dtype=torch.float64)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.fc = nn.Conv3d(3, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.relu(self.stem(x) + self.shift).mean((2, 3, 4)))
+
+    cache, clip = FrameCache(), video[:, :, :8]
+    method = DiscriminativeDeepTaylor(Shifted().double().eval(), LOW, HIGH)
+    for value in (0.1, 5.0):
+        Shifted.shift.fill_(value)
+        assert_same(method.attribute(clip, 1, frame_cache=cache), method.attribute(clip, 1))
 
 
 def test_bounds_may_be_large_arrays(video: Tensor) -> None:

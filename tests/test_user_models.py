@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import sys
 import warnings
 from collections.abc import Callable
@@ -911,13 +912,38 @@ def test_what_a_class_says_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None
     assert not torch.isclose(first, second).any() and not torch.isclose(second, third).any()
 
 
+class Described(Sloped):
+    """Python makes its forward anew whenever it is asked for."""
+
+    forward = functools.partialmethod(Sloped.forward)
+
+
+class Counted(Sloped):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("cls", [Sloped, Described, Counted])
+def test_a_trace_is_found_again(cls: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    traces, real = [], captum_dtd.attribution.trace
+    monkeypatch.setattr(captum_dtd.attribution, "trace", lambda *given: traces.append(given) or real(*given))
+    method = DeepTaylor(cls().double().eval(), LOW, HIGH)
+    for _ in range(3):
+        method.attribute(clips(), 1)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(("beta", "alpha"), [(3.0, 2.0), (0, 1), (1, -2), (-0.5, 0.5)])
 @pytest.mark.parametrize("rule", [ZPlus(), ZPlus("absorbed"), Epsilon(1e-9)])
-def test_addmm_scales_its_bias_and_its_product(rule: Rule) -> None:
+def test_addmm_scales_its_bias_and_its_product(rule: Rule, beta: float, alpha: float) -> None:
     def linear(m: Layers, x: Tensor) -> Tensor:
-        return F.linear(F.relu(m.stem(x)).mean((2, 3, 4)), 2 * m.fc.weight, 3 * m.fc.bias)
+        return F.linear(F.relu(m.stem(x)).mean((2, 3, 4)), alpha * m.fc.weight, beta * m.fc.bias)
 
     def addmm(m: Layers, x: Tensor) -> Tensor:
-        return torch.addmm(m.fc.bias, F.relu(m.stem(x)).mean((2, 3, 4)), m.fc.weight.t(), beta=3.0, alpha=2.0)
+        return torch.addmm(m.fc.bias, F.relu(m.stem(x)).mean((2, 3, 4)), m.fc.weight.t(), beta=beta, alpha=alpha)
 
     composite = dataclasses.replace(DTD, linear=rule)
     found, expected = (
@@ -944,9 +970,20 @@ def test_a_softmax_of_frames_is_stepped_over_however_its_dimension_is_counted(di
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_softmax_before_an_average_of_few_is_stepped_over(length: int) -> None:
+    x = clips()[:, :, :length]
+    of_frames = model(lambda m, x: framewise(m, x).softmax(-1).view(len(x), x.shape[2], 5).mean(1))
+    of_clips = model(lambda m, x: m.head(F.relu(m.stem(x))).softmax(-1).unsqueeze(1).mean(1))
+    for net in (of_frames, of_clips):
+        with pytest.warns(UserWarning, match="logits are explained"):
+            assert DeepTaylor(net, LOW, HIGH).attribute(x, 1).abs().max() > 0
+
+
 @pytest.mark.parametrize(
     "body",
     [
+        lambda m, x: F.adaptive_avg_pool1d(framewise(m, x).transpose(1, 2).softmax(2), 1).flatten(1),
         lambda m, x: framewise(m, x).softmax(1).mean(1),
         lambda m, x: framewise(m, x).permute(0, 2, 1).softmax(2).mean(2),
         lambda m, x: framewise(m, x).unsqueeze(1).softmax(-2).sum(-2).squeeze(1),
@@ -956,6 +993,11 @@ def test_a_softmax_of_frames_is_stepped_over_however_its_dimension_is_counted(di
 def test_a_softmax_over_what_is_averaged_then_is_not_over_classes(body: Callable[..., Tensor]) -> None:
     with pytest.raises(UnsupportedOperationError, match="softmax"):
         DeepTaylor(model(body), LOW, HIGH).attribute(clips(), 1)
+
+
+def test_a_score_of_all_examples_is_refused_for_that() -> None:
+    with pytest.raises(UnsupportedOperationError, match="sum"):
+        DeepTaylor(model(lambda m, x: m.head(F.relu(m.stem(x))).sum().softmax(0)), LOW, HIGH).attribute(clips(), None)
 
 
 def test_a_mean_over_one_frame_still_casts() -> None:
@@ -996,6 +1038,18 @@ def test_scores_may_be_of_a_wider_type_than_the_network(backend: Any) -> None:
     assert expected.abs().max() > 0
 
 
+def along_time(y: Tensor) -> Tensor:
+    """Max pooling of every pixel's times by themselves, which leaves as many."""
+    n, c, t, h, w = y.shape
+    pooled = F.max_pool1d(y.permute(0, 3, 4, 1, 2).reshape(n, h * w * c, t), 3, 1, 1)
+    return pooled.view(n, h, w, c, t).permute(0, 3, 4, 1, 2)
+
+
+def pictures(m: Layers, x: Tensor) -> Tensor:
+    """Class maps of pictures as high and wide as a clip is long."""
+    return m.logits(F.relu(m.picture(x[..., :8, :8].transpose(1, 2).flatten(0, 1))).unsqueeze(2)).squeeze(2)
+
+
 @pytest.mark.parametrize("examples", [1, 2])
 def test_a_model_of_so_many_examples_is_given_so_many(examples: int) -> None:
     def body(m: Layers, x: Tensor) -> Tensor:
@@ -1011,6 +1065,8 @@ def test_a_model_of_so_many_examples_is_given_so_many(examples: int) -> None:
 @pytest.mark.parametrize(
     ("body", "composite", "place"),
     [
+        (lambda m, x: m.head(along_time(F.relu(m.stem(x)))), "epsilon-gamma-box", "max_pool1d"),
+        (lambda m, x: pictures(m, x).amax((2, 3)).view(len(x), x.shape[2], 5).mean(1), "dtd", None),
         (lambda m, x: m.head(F.max_pool3d(F.relu(m.stem(x)), 2)), "epsilon-gamma-box", "max_pool3d"),
         (lambda m, x: framewise(m, x).amax(1), "dtd", "maximum_over"),
         (lambda m, x: m.head(F.max_pool3d(F.relu(m.stem(x)), 2)), "dtd", None),
