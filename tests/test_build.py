@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import runpy
 import shutil
 import subprocess
@@ -231,6 +232,13 @@ def test_files_of_an_instruction_set_compile_without_it(setup: dict[str, Any], t
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_what_an_epilogue_reads_is_fetched_ahead() -> None:
+    """A compiler that sees no effect in prefetching may drop whatever does nothing else, and results would not tell."""
+    command = [compiler(), "-std=c++17", "-O3", "-S", "-o", "-", str(ROOT / "csrc" / "cpu" / "conv3d.cpp")]
+    assembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"\b(prefetch|prfm)", assembly)
 
 
 @pytest.mark.slow
