@@ -134,7 +134,7 @@ class Step:
         variables: of its environment.
     """
 
-    begun: ClassVar[list[Step]] = []
+    running: ClassVar[list[Step]] = []
 
     def __init__(
         self,
@@ -149,13 +149,13 @@ class Step:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(variables or {})}
         environment |= {"CAPTUM_DTD_REQUIRE_EXT": "1", "OMP_NUM_THREADS": "1"}
         self._name, self._begun, self._output = name, time.monotonic(), output
-        Step.begun.append(self)
         self._end = self._begun + seconds
         print(f"--- {name}: {' '.join(command)}", flush=True)
         with open(output, "w") if output else nullcontext() as to:
             self._process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=to, stderr=to, start_new_session=True
             )
+        Step.running.append(self)
 
     def told(self) -> dict[str, Any]:
         """How it went, once it has ended."""
@@ -164,6 +164,7 @@ class Step:
         except subprocess.TimeoutExpired:
             self.stop()
             code = "stopped: its time was over"
+        Step.running.remove(self)
         found: dict[str, Any] = {"step": self._name, "exit_code": code}
         found["seconds"] = round(time.monotonic() - self._begun, 1)
         if self._output is not None:
@@ -222,7 +223,7 @@ def main() -> int:
     try:
         return check(given, for_pytest)
     finally:
-        for step in Step.begun:
+        for step in Step.running:
             step.stop()
 
 
