@@ -760,6 +760,8 @@ def check_winners(network: Network, frames: int) -> str | None:
         network: traced on clips of so many frames.
         frames: their number.
     """
+    if frames == 1:
+        return None
     times = _followed(network, network.nodes, 2, frames)
     # Frames that become examples, as in networks of pictures, are times again where a dimension is as long as the clip.
     are_examples = any(
@@ -768,7 +770,7 @@ def check_winners(network: Network, frames: int) -> str | None:
         if node.target is aten.reshape.default and node.meta["val"].shape[0] != node.args[0].meta["val"].shape[0]
     )
     for step in network.steps:
-        if not isinstance(step.rule, WinnerTakesAll) or frames == 1:
+        if not isinstance(step.rule, WinnerTakesAll):
             continue
         (source,) = step.sources
         before, shape = times.get(source), source.meta["val"].shape

@@ -494,9 +494,8 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
     ) -> _Reader:
         """Explains frozen clips at distinct times only, and walks relevance back no further than it is read."""
         count, length = clips[0].shape[0], clips[0].shape[2]
-        first = slice(
-            0, min(internal_batch_size or count, count)
-        )  # as many as the model takes, where its code fixes that
+        # As many as are explained at once: the model's code may fix how many it takes.
+        first = slice(0, min(internal_batch_size or count, count))
         some = tuple(clip[first] for clip in clips), take_arguments(extra, first, count)
         frozen = self.method.frozen_clips(*some)
         fixed = self.method.fixed_batch(*some) if frozen is None else None
