@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -26,7 +27,7 @@ def pixel_bounds(mean: Sequence[float], std: Sequence[float], scale: float = 1.0
         ``(low, high)``, two float64 tensors with one value per channel: what ``DeepTaylor(model, low, high)`` takes.
 
     Raises:
-        ValueError: if ``mean`` and ``std`` differ in length, or ``std`` or ``scale`` is not positive.
+        ValueError: if ``mean`` and ``std`` differ in length, ``std`` or ``scale`` is not positive, or any of them not finite.
 
     Example:
         >>> low, high = pixel_bounds(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -37,8 +38,10 @@ def pixel_bounds(mean: Sequence[float], std: Sequence[float], scale: float = 1.0
         raise ValueError(f"mean has {len(mean)} channels and std has {len(std)}; give one value per channel in both")
     deviations = torch.tensor([float(value) for value in std], dtype=torch.float64)
     means = torch.tensor([float(value) for value in mean], dtype=torch.float64)
-    if not bool((deviations > 0).all()) or not scale > 0:
-        raise ValueError(f"std and scale must be positive, got std={tuple(std)} and scale={scale}")
+    if not bool(torch.isfinite(means).all()):
+        raise ValueError(f"mean must be finite, got {tuple(mean)}")
+    if not bool(((deviations > 0) & torch.isfinite(deviations)).all()) or not 0 < scale < math.inf:
+        raise ValueError(f"std and scale must be positive and finite, got std={tuple(std)} and scale={scale}")
     return -means / deviations, (scale - means) / deviations
 
 

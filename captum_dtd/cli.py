@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.set_defaults(run=_explain)
     explain.add_argument("video", metavar="VIDEO", help=f"a file, or generated[:ACTION] ({', '.join(ACTIONS)})")
     explain.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder (default: captum_dtd_VIDEO)")
-    explain.add_argument("--target", metavar="NAME|INDEX", help="class to explain (default: the model's top class)")
+    explain.add_argument("--target", metavar="NAME|INDEX", help="class to explain (default: the clip's top class, under --preset the video's)")
     explain.add_argument("--start", type=float, metavar="SECONDS", help="of the clip (default: in the middle)")
     explain.add_argument("--percentile", type=float, default=99.5, help="of |relevance| that gets full colour")
     explain.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     dataset.add_argument(
         "--target",
         metavar="WHICH",
-        help="class to explain: label, top1 of the clip, video (top-1 of its clips' mean), column:NAME (default: top1)",
+        help="class to explain: label, top1 of the clip, video (top-1 of its clips' mean), column:NAME (default: top1, under --preset video)",
     )
     dataset.add_argument("--clip-stride", type=int, metavar="N", help="frames from clip to clip (default: no overlap)")
     dataset.add_argument(
@@ -258,7 +258,7 @@ def _explain(args: argparse.Namespace) -> int:
         outputs = explainer.outputs(inputs)
         if args.target is not None:
             target = class_index(args.target, classes, outputs.shape[1])
-        elif args.preset == "hiley2019":
+        elif explainer.recipe.default_target == "video":
             target = int(_mean_outputs(explainer, source, args.quiet).argmax())
         else:
             target = int(outputs.argmax())
@@ -293,9 +293,9 @@ def _explain(args: argparse.Namespace) -> int:
             "score": float(explainer.scores(inputs, outputs)[0, target]),
             "probability": float(_probabilities(outputs)[0, target]),
             "preset": args.preset or "none",
-            "readout": args.readout or ("first" if args.preset else "own"),
-            "normalize": args.normalize or ("max" if args.preset else "none"),
-            "seed": "one" if args.preset else "logit",
+            "readout": explainer.method.readout,
+            "normalize": explainer.method.normalize,
+            "seed": explainer.method.method.seed,
             "composite": args.composite,
             "precision": explainer.method.method.precision,
             "kernels": sorted({row.kernel for row in explainer.method.method.rule_table(inputs).rows}),
@@ -321,7 +321,7 @@ def _dataset(args: argparse.Namespace) -> int:
             args.root,
             args.output,
             _recipe(args),
-            target=args.target or ("video" if args.preset == "hiley2019" else "top1"),
+            target=args.target,
             lists=args.list,
             clip_stride=args.clip_stride,
             maps=() if args.maps == "none" else tuple(args.maps.split(",")),

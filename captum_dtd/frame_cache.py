@@ -8,6 +8,7 @@ windows need no bookkeeping: the same frame in another clip, at another time or 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from functools import lru_cache
@@ -30,10 +31,17 @@ class FrameCache:
 
     A whole explanation costs more than what one read-out needs of it, so a cache pays where every frame is in more than two
     windows. What is found is exactly what was computed when the frame was first explained, which may differ in
-    rounding from what other company in its batch would have given.
+    rounding from what other company in its batch would have given. Threads may share a cache. A copy that is sent elsewhere
+    (pickled, or by ``copy.deepcopy``) begins empty: models are known by their objects, which are others there.
 
     Args:
         max_bytes: the most that the explanations may take.
+
+    Attributes:
+        max_bytes: as given.
+        bytes: what the explanations take now.
+        hits: how many frames were found so far.
+        misses: how many were not.
 
     Raises:
         ValueError: if ``max_bytes`` is negative.
@@ -60,6 +68,7 @@ class FrameCache:
         self._kept: OrderedDict[bytes, tuple[Tensor, ...]] = OrderedDict()
         self._numbers: OrderedDict[Hashable, int] = OrderedDict()
         self._numbered = 0
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """How many explanations are kept."""
@@ -73,58 +82,66 @@ class FrameCache:
 
     def get(self, key: bytes) -> tuple[Tensor, ...] | None:
         """The explanation (T, H, W) of every input, if it is there; counted as a hit or a miss."""
-        found = self._kept.get(key)
-        if found is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._kept.move_to_end(key)
-        return found
+        with self._lock:
+            found = self._kept.get(key)
+            if found is None:
+                self.misses += 1
+                return None
+            self.hits += 1
+            self._kept.move_to_end(key)
+            return found
 
     def put(self, key: bytes, explanation: tuple[Tensor, ...]) -> None:
         """Keep an explanation, and let others go where it does not fit beside them."""
         own = tuple(part.clone() for part in explanation)
-        self.bytes += _size(own) - _size(self._kept.pop(key, ()))
-        self._kept[key] = own
-        while self.bytes > self.max_bytes:
-            _, gone = self._kept.popitem(last=False)
-            self.bytes -= _size(gone)
+        with self._lock:
+            self.bytes += _size(own) - _size(self._kept.pop(key, ()))
+            self._kept[key] = own
+            while self.bytes > self.max_bytes:
+                _, gone = self._kept.popitem(last=False)
+                self.bytes -= _size(gone)
 
     def number_of(self, context: Hashable) -> int:
         """A number for what explanations depend on and no bytes can tell: that of an equal one, or one not given before."""
-        if context not in self._numbers:
-            self._numbered += 1
-            self._numbers[context] = self._numbered
-        self._numbers.move_to_end(context)
-        while len(self._numbers) > _MOST_CONTEXTS:
-            self._numbers.popitem(last=False)
-        return self._numbers[context]
+        with self._lock:
+            if context not in self._numbers:
+                self._numbered += 1
+                self._numbers[context] = self._numbered
+            self._numbers.move_to_end(context)
+            while len(self._numbers) > _MOST_CONTEXTS:
+                self._numbers.popitem(last=False)
+            return self._numbers[context]
 
     def clear(self) -> None:
         """Let all explanations go; the counts stay."""
-        self._kept.clear()
-        self._numbers.clear()
-        self.bytes = 0
+        with self._lock:
+            self._kept.clear()
+            self._numbers.clear()
+            self.bytes = 0
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but what models' objects are known by, which are others where it is read."""
-        return self.__dict__ | {"_numbers": OrderedDict()}
+    def __reduce__(self) -> tuple[type[FrameCache], tuple[int]]:
+        return type(self), (self.max_bytes,)
 
 
 def digest(values: Iterable[Any]) -> bytes:
     """A short name for what values are, tensors and arrays by their contents: equal for equal ones, different for any others."""
     code = hashlib.blake2b(digest_size=16)
+
+    def tell(text: str) -> None:
+        told = text.encode()
+        code.update(len(told).to_bytes(8, "little") + told)  # so that where one ends is told too
+
     for value in values:
         leaves, spec = pytree.tree_flatten(value)
-        code.update(repr(spec).encode())
+        tell(repr(spec))
         for leaf in leaves:
             if isinstance(leaf, np.ndarray):
                 leaf = torch.from_numpy(np.array(leaf))
             if isinstance(leaf, Tensor):
-                code.update(repr((leaf.dtype, tuple(leaf.shape))).encode())
+                tell(repr((leaf.dtype, tuple(leaf.shape))))
                 code.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             else:
-                code.update(repr(leaf).encode())
+                tell(repr(leaf))
     return code.digest()
 
 

@@ -50,6 +50,11 @@ class Recipe:
     composite: str = "dtd"
     precision: str | None = None
 
+    @property
+    def default_target(self) -> str:
+        """What to explain where nobody says: ``"video"``, as the preset's authors do (see `explain_dataset`), else ``"top1"``."""
+        return "video" if self.preset == "hiley2019" else "top1"
+
     def load(self, device: str | torch.device) -> Explainer:
         """The model on a device, and what else it takes to explain its clips.
 

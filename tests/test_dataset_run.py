@@ -197,6 +197,18 @@ def test_targets(root: Path) -> None:
             assert total + row["delta"] == pytest.approx(float(clip[expected]), abs=1e-5)
 
 
+def test_the_preset_explains_the_videos_class_unless_told_otherwise(root: Path) -> None:
+    """As the command line does, and the scripts that the preset is named after."""
+    preset = replace(RECIPE, preset="hiley2019")
+    for out, recipe, options in [
+        ("video", preset, {}),
+        ("top1", RECIPE, {}),
+        ("label", preset, {"target": "label"}),
+    ]:
+        explain_dataset(root, out, recipe, **SETTINGS, **options, maps=())
+        assert data_sets.configuration(Path(out))["target"] == out
+
+
 def test_a_tables_column_says_what_is_explained(root: Path, folder: Path) -> None:
     (folder / "clips.csv").write_text(
         "path,start,label,aim\nroot/walk/d.avi,0.21,walk,jack\nroot/bend/a.avi,,0,2\nroot/walk/d.avi,0.21,,bend\n"

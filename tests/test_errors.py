@@ -15,7 +15,7 @@ from captum.attr import Attribution, Saliency
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, DiscriminativeRelevance
+from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, DiscriminativeRelevance, pixel_bounds
 from captum_dtd.bounds import lies_within
 from captum_dtd.graph import UnsupportedOperationError
 
@@ -310,6 +310,23 @@ BAD_BOUNDS = [
     pytest.param(0, None, ["high", "None"], id="None"),
     pytest.param((0, 0), (1, 1), ["low", "2"], id="bounds of two inputs"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mean": (0.5, math.nan, 0.5)}, ["mean", "nan"]),
+        ({"std": (0.5, 0.0, 0.5)}, ["std", "0.0"]),
+        ({"std": (0.5, math.inf, 0.5)}, ["std", "inf"]),
+        ({"scale": math.inf}, ["scale", "inf"]),
+        ({"scale": -1}, ["scale", "-1"]),
+        ({"std": (0.5,)}, ["mean has 3", "std has 1"]),
+    ],
+)
+def test_bad_settings_of_pixel_bounds(settings: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        pixel_bounds(**{"mean": (0.5,) * 3, "std": (0.25,) * 3} | settings)
+    assert all(word in str(error.value) for word in words), error.value
 
 
 @pytest.mark.parametrize(("low", "high", "words"), BAD_BOUNDS)

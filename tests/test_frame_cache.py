@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -266,7 +268,8 @@ def test_what_is_put_again_is_counted_once_and_kept_apart() -> None:
 
 def test_digests_tell_structure_shape_and_type_apart() -> None:
     zeros = [torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(6, dtype=torch.int32), torch.zeros(6)]
-    values: list[object] = [*([z] for z in zeros), [[1, 2], [3]], [[1], [2, 3]], [(1, 2), [3]]]
+    nested: list[object] = [[[1, 2], [3]], [[1], [2, 3]], [(1, 2), [3]]]
+    values: list[object] = [*([z] for z in zeros), *nested, [(1, 23)], [(12, 3)], ["1", 2, 3], ["12", 3]]
     assert len({digest(value) for value in values}) == len(values)
 
 
@@ -310,13 +313,54 @@ def test_objects_that_replace_others_are_told_apart(video: Tensor) -> None:
     assert cache.hits == hits + 8
 
 
-def test_a_used_cache_can_be_sent_elsewhere(method: DiscriminativeDeepTaylor, video: Tensor) -> None:
+def test_targets_of_the_same_digits_are_told_apart(video: Tensor) -> None:
+    """A target of two indices is explained by itself, though written without what is between them it reads like another."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.fc = nn.Conv3d(3, 4, 3), nn.Linear(4, 13 * 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.relu(self.stem(x)).mean((2, 3, 4))).view(-1, 13, 24)
+
     cache, clip = FrameCache(), video[:, :, :8]
+    method = DiscriminativeDeepTaylor(Table().double().eval(), LOW, HIGH)
+    for target in ((1, 23), (12, 3)):
+        assert_same(method.attribute(clip, target, frame_cache=cache), method.attribute(clip, target))
+    assert (cache.hits, cache.misses) == (0, 16)
+
+
+def test_a_used_cache_can_be_sent_elsewhere(method: DiscriminativeDeepTaylor, video: Tensor) -> None:
+    """Without what it keeps: nobody would find it there."""
+    cache, clip = FrameCache(max_bytes=12345678), video[:, :, :8]
     maps = method.attribute(clip, 1, frame_cache=cache)
     sent = pickle.loads(pickle.dumps(cache))
-    assert len(sent) == 8 and sent.bytes == cache.bytes
-    assert_same(method.attribute(clip, 1, frame_cache=sent), maps)
-    assert method.attribute(clip, 1, frame_cache=cache) and cache.hits == 8
+    assert (len(sent), sent.bytes, sent.max_bytes) == (0, 0, cache.max_bytes)
+    for hits in (0, 8):
+        assert_same(method.attribute(clip, 1, frame_cache=sent), maps)
+        assert (sent.hits, sent.misses, sent.bytes) == (hits, 8, cache.bytes)
+
+
+def test_threads_may_share_a_cache() -> None:
+    part = torch.zeros(64)
+    cache, interval = FrameCache(max_bytes=3 * 256), sys.getswitchinterval()
+
+    def use(thread: int) -> None:
+        for i in range(400):
+            key = bytes([(thread * 7 + i) % 5])
+            found = cache.get(key)
+            assert found is None or len(found) == 1
+            cache.put(key, (part,))
+
+    try:
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(use, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert (len(cache), cache.bytes, cache.hits + cache.misses) == (3, 3 * 256, 8 * 400)
 
 
 def test_tensors_of_a_class_are_looked_at(video: Tensor) -> None:

@@ -88,7 +88,7 @@ def explain_dataset(
     out: str | os.PathLike[str],
     recipe: Recipe,
     *,
-    target: str = "top1",
+    target: str | None = None,
     lists: Sequence[str] = (),
     clip_stride: int | None = None,
     maps: Sequence[str] = ("spatial", "temporal"),
@@ -113,7 +113,8 @@ def explain_dataset(
         out: folder of the store; made if it is not there.
         recipe: model, preprocessing and method.
         target: what is explained: "label"; "top1", the model's class for the clip; "video", its class for the mean over
-            the video's clips, as the method's authors do; or "column:NAME" of a table, a class name or index.
+            the video's clips, as the method's authors do; or "column:NAME" of a table, a class name or index. By default
+            "top1", and "video" where the recipe's preset is "hiley2019".
         lists: as for ``find_videos``.
         clip_stride: frames of the video from the start of one clip to the start of the next; by default clips follow each
             other without overlap.
@@ -154,6 +155,7 @@ def explain_dataset(
     if decoders is not None and decoders < 0:
         raise ValueError(f"decoders must be at least 0, not {decoders}")
     out = Path(out)
+    target = recipe.default_target if target is None else target
     source = find_videos(root, lists, target_column(target))
     with _engine(engine)(recipe, devices, decoders) as team:
         explainer, prepare = team.explainer, team.explainer.prepare

@@ -38,14 +38,16 @@ struct Divide {
   View relevance, shares;
   Element element;  // of the shares
   Sum stabilizer;
+  bool stream;
 
   void approach(const Spot& spot) const { cpu::approach(relevance, element_of<Sum>(), spot); }
 
   void operator()(const Spot& spot, const Sums<Sum>& sums) const {
     const Block<const Sum> given = loaded(loops, relevance, element_of<Sum>(), spot, sums.room);
     const Block<Sum> to = block_of(shares, element, spot, sums.room);
-    loops.divide(spot.rows(), spot.columns(), sums.data, sums.pitch, stabilizer, given.data, given.pitch, to.data, to.pitch);
-    if (to.data == sums.room) store(loops, sums.room, to.pitch, shares, element, spot, false);
+    loops.divide(spot.rows(), spot.columns(), sums.data, sums.pitch, stabilizer, given.data, given.pitch, to.data, to.pitch,
+                 stream && to.data != sums.room);
+    if (to.data == sums.room) store(loops, sums.room, to.pitch, shares, element, spot, stream);
   }
 };
 
@@ -564,7 +566,8 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
     const int64_t* const stored = has_tables ? here->stored.data() : nullptr;
 
     if (!problem.divided) {
-      const Divide<Sum> divide{loops, given, channels_last, kept, static_cast<Sum>(problem.stabilizer)};
+      const Divide<Sum> divide{
+          loops, given, channels_last, kept, static_cast<Sum>(problem.stabilizer), is_big(conv.n * c_out, conv.out, kept)};
       const Sweep all = has_tables ? by_table(forward_sweep(conv), conv, here->reads) : forward_sweep(conv);
       const Task denominator{{all},   arithmetic.forward, parts(problem.lift),   1, x,
                              weights, {false, true},      arithmetic.transformed};

@@ -87,7 +87,7 @@ class LinearLayer {
           for (int part = 0; part < parts; ++part)
             loops_.dot(weights_.element, weights(channel), count, c_in_, sign(part), positions_, &u[part][input(0, group)],
                        conv_.c_in, z, kRows);
-          loops_.divide(positions_, count, z, kRows, stabilizer, s, kRows, s, kRows);
+          loops_.divide(positions_, count, z, kRows, stabilizer, s, kRows, s, kRows, false);
         }
         for (int part = 0; part < parts; ++part)
           loops_.spread(weights_.element, weights(channel), count, c_in_, sign(part), positions_, s, kRows,

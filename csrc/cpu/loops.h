@@ -40,7 +40,7 @@ struct Loops {
 
   // to = relevance / (sums + stabilizer * sign): what an output position passes to each unit of its denominator.
   void (*divide)(int64_t rows, int64_t columns, const Sum* sums, int64_t sums_pitch, Sum stabilizer, const Sum* relevance,
-                 int64_t pitch, Sum* to, int64_t to_pitch);
+                 int64_t pitch, Sum* to, int64_t to_pitch, bool stream);
 
   // to = u * sums, or with `add` to += u * sums.
   void (*multiply)(int64_t rows, int64_t columns, const Sum* sums, int64_t sums_pitch, const Sum* u, int64_t pitch, bool add,

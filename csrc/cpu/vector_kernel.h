@@ -410,23 +410,27 @@ constexpr Sum smallest_normal() {
   return sizeof(Sum) == sizeof(double) ? Sum(0x1p-1022) : Sum(0x1p-126);
 }
 
-// A subnormal denominator counts as zero, since the quotient would overflow; nothing is passed where it vanishes.
+// R / z, of scalars or vectors. A subnormal denominator counts as zero, since the quotient would overflow; nothing is passed
+// where it vanishes.
+template <typename Sum, typename Value>
+inline Value quotient(Value relevance, Value z, Sum stabilizer) {
+  const Value zero{}, one = zero + Sum(1), added = zero + stabilizer;
+  if (stabilizer != 0) return relevance / (z < zero ? z - added : z + added);
+  const auto vanishes = (z < zero ? -z : z) < zero + smallest_normal<Sum>();
+  const Value passed = relevance / (vanishes ? one : z);
+  return vanishes ? zero : passed;
+}
+
 template <typename Sum>
 void divide(int64_t rows, int64_t columns, const Sum* sums, int64_t sums_pitch, Sum stabilizer, const Sum* relevance,
-            int64_t pitch, Sum* to, int64_t to_pitch) {
-  if (stabilizer != 0) {
-    each(rows, columns, [=](int64_t r, int64_t c) {
-      const Sum z = sums[r * sums_pitch + c];
-      to[r * to_pitch + c] = relevance[r * pitch + c] / (z < 0 ? z - stabilizer : z + stabilizer);
-    });
-  } else {
-    each(rows, columns, [=](int64_t r, int64_t c) {
-      const Sum z = sums[r * sums_pitch + c];
-      const bool vanishes = (z < 0 ? -z : z) < smallest_normal<Sum>();
-      const Sum quotient = relevance[r * pitch + c] / (vanishes ? Sum(1) : z);
-      to[r * to_pitch + c] = vanishes ? Sum(0) : quotient;
-    });
-  }
+            int64_t pitch, Sum* to, int64_t to_pitch, bool stream) {
+  if (stream && streamed(rows, columns, to, to_pitch, [=](int64_t row, int64_t column) {
+        return quotient(load_vector(relevance + row * pitch + column), load_vector(sums + row * sums_pitch + column), stabilizer);
+      }))
+    return;
+  each(rows, columns, [=](int64_t r, int64_t c) {
+    to[r * to_pitch + c] = quotient(relevance[r * pitch + c], sums[r * sums_pitch + c], stabilizer);
+  });
 }
 
 template <typename Sum>
