@@ -39,7 +39,7 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(filter-out %.md,$(KERNELS) $(wildcard tests/emulator/*.h tests/emulator/*.cpp benchmarks/*.cu))
+	$(VENV)/bin/clang-format --dry-run --Werror $(KERNELS) $(wildcard tests/emulator/*.h tests/emulator/*.cpp benchmarks/*.cu)
 
 # Times every kernel on this machine and rewrites its part of captum_dtd/kernel_table.json: minutes.
 tune: $(VENV)/.ready

@@ -312,7 +312,7 @@ class BuildKernels(build_ext):
             else:
                 for place in places:
                     _replace(library, place / filename)
-        digest = runpy.run_path(str(ROOT / "captum_dtd" / "sources.py"))["digest"]
+        digest = runpy.run_path(str(ROOT / "captum_dtd" / "kernel_sources.py"))["digest"]
         record = {"missing": missing, "sources": digest(ROOT / "csrc")}
         for place in places:
             (place / RECORD).write_text(json.dumps(record, indent=2) + "\n")

@@ -24,15 +24,14 @@ from captum_dtd.operations import (
     REDUCTIONS,
     SHAPE_ONLY,
     SOFTMAX,
+    aten,
     batch_norm,
     maximum_over,
 )
 
-aten = torch.ops.aten
-
 
 def canonize(graph: fx.Graph, inputs: Collection[fx.Node]) -> tuple[str, ...]:
-    """Apply every canonizer, in order, and return what a user should know about (a softmax that was stepped over).
+    """Apply every canonizer, in order, and return a note for every softmax or sigmoid at the end that was stepped over.
 
     Args:
         graph: changed in place.
@@ -70,7 +69,7 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node]) -> tuple[str, ...]:
             gate = _insert(graph, node, aten.hardsigmoid.default, (node.args[0].args[0],), like=node)
             node.target, node.args = aten.mul.Tensor, (gate, 6.0)
     single_outputs(graph)
-    notes = step_over_softmax(graph)
+    stepped_over = step_over_softmax(graph)
     join_reshapes(graph)
     fold_batch_norm(graph)
     fold_channelwise(graph, inputs)
@@ -78,7 +77,7 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node]) -> tuple[str, ...]:
     average_before_linear(graph)
     graph.eliminate_dead_code()
     graph.lint()
-    return notes
+    return stepped_over
 
 
 _OTHER_NAMES: dict[Any, Any] = {

@@ -102,7 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     explain.set_defaults(run=_explain)
     explain.add_argument("video", metavar="VIDEO", help=f"a file, or generated[:ACTION] ({', '.join(ACTIONS)})")
     explain.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder (default: captum_dtd_VIDEO)")
-    explain.add_argument("--target", metavar="NAME|INDEX", help="class to explain (default: the clip's top class, under --preset the video's)")
+    explain.add_argument(
+        "--target",
+        metavar="NAME|INDEX",
+        help="class to explain (default: the clip's top class, under --preset the video's)",
+    )
     explain.add_argument("--start", type=float, metavar="SECONDS", help="of the clip (default: in the middle)")
     explain.add_argument("--percentile", type=float, default=99.5, help="of |relevance| that gets full colour")
     explain.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -118,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     dataset.add_argument(
         "--target",
         metavar="WHICH",
-        help="class to explain: label, top1 of the clip, video (top-1 of its clips' mean), column:NAME (default: top1, under --preset video)",
+        help="label, top1 of the clip, video (top-1 of its clips' mean), column:NAME (default: top1, or video by --preset)",
     )
     dataset.add_argument("--clip-stride", type=int, metavar="N", help="frames from clip to clip (default: no overlap)")
     dataset.add_argument(

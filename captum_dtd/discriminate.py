@@ -26,11 +26,12 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from captum_dtd import native
-from captum_dtd.attribution import (
-    Backend,
-    CompositeLike,
-    DeepTaylor,
-    Seed,
+from captum_dtd.attribution import Backend, CompositeLike, DeepTaylor, Seed
+from captum_dtd.bounds import Bound
+from captum_dtd.collapse import Wanted
+from captum_dtd.frame_cache import FrameCache, digest, weights_of
+from captum_dtd.graph import ordinary, structure_of, unwrap, value_of
+from captum_dtd.inputs import (
     Target,
     as_arguments,
     as_tuple,
@@ -42,10 +43,6 @@ from captum_dtd.attribution import (
     take_arguments,
     take_target,
 )
-from captum_dtd.bounds import Bound
-from captum_dtd.collapse import Wanted
-from captum_dtd.frame_cache import FrameCache, digest, weights_of
-from captum_dtd.graph import ordinary, structure_of, unwrap, value_of
 from captum_dtd.kernels import Precision
 from captum_dtd.tables import RuleTable
 

@@ -15,10 +15,15 @@ from captum_dtd.kernels import available
 
 __all__ = ["run", "self_check"]
 
-_NEEDED = ("torch", "captum", "numpy", "safetensors", "tqdm", "PIL", "matplotlib")
+_NEEDED = ("torch", "captum", "numpy", "safetensors", "tqdm")
 _OPTIONAL = {
     "av": ("reads and writes video", "pip install 'captum_dtd[video]'"),
-    "torchvision": ("has r3d_18, mc3_18, r2plus1d_18, s3d", "pip install torchvision"),
+    "matplotlib": ("draws pictures", "pip install 'captum_dtd[video]'"),
+    "PIL": ("draws pictures", "pip install 'captum_dtd[video]'"),
+    "torchvision": ("has r3d_18, mc3_18, r2plus1d_18, s3d", "pip install 'captum_dtd[models]'"),
+    "zarr": ("stores the maps of data sets, on Python 3.11 or newer", "pip install 'captum_dtd[dataset]'"),
+    "pyarrow": ("stores the rows of data sets", "pip install 'captum_dtd[dataset]'"),
+    "ray": ("explains data sets on a cluster", "pip install 'captum_dtd[ray]'"),
 }
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile", "asimd", "sve", "bf16")
 
@@ -27,14 +32,11 @@ def run() -> int:
     """Print the report; returns 0 if the self-check passed, else 1."""
     print(f"captum_dtd {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for name in (*_NEEDED, *_OPTIONAL):
-        version = _version(name)
-        if version is not None:
-            print(f"  {name:12} {version}")
-        elif name in _OPTIONAL:
+        try:
+            print(f"  {name:12} {getattr(importlib.import_module(name), '__version__', '(version unknown)')}")
+        except ImportError:
             purpose, install = _OPTIONAL[name]
             print(f"  {name:12} not installed ({purpose}): {install}")
-        else:
-            print(f"  {name:12} MISSING: pip install captum_dtd")
     print("devices")
     print(f"  cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads, {', '.join(_cpu_features())}")
     for index in range(torch.cuda.device_count()):
@@ -84,13 +86,6 @@ def self_check() -> list[tuple[str, bool]]:
         (f"relevance sums to the logit (off by {lost:.1e}, at most 1e-4)", lost <= 1e-4),
         (f"a frozen clip has no temporal relevance ({motion:.1e} of the total, at most 1e-5)", motion <= 1e-5),
     ]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return str(getattr(importlib.import_module(name), "__version__", "(version unknown)"))
-    except ImportError:
-        return None
 
 
 def _kernels(device: str) -> str:

@@ -47,14 +47,12 @@ from captum_dtd.operations import (
     REDUCTIONS,
     SHAPE_ONLY,
     SOFTMAX,
+    aten,
     batch_norm,
     maximum_over,
 )
 from captum_dtd.reference import divide
 from captum_dtd.rules import Group, MaxPoolRule, Rule, WeightPart, WinnerTakesAll
-
-aten = torch.ops.aten
-
 
 # Under which name a node keeps its `Arguments`.
 _FLAT = "captum_dtd arguments"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_dtd import sources
+from captum_dtd import kernel_sources
 
 __all__ = ["MODULES", "digest", "load", "loaded", "missing", "refusal", "unchanging"]
 
@@ -53,7 +53,7 @@ def load() -> None:
         loaded
         and record
         and (_CHECKOUT / "setup.py").exists()
-        and record.get("sources") != sources.digest(_CHECKOUT / "csrc")
+        and record.get("sources") != kernel_sources.digest(_CHECKOUT / "csrc")
     ):
         warnings.warn(
             f"{' and '.join(MODULES[device] for device in loaded)}: not built from what {_CHECKOUT / 'csrc'} holds now. Build "

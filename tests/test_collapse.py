@@ -782,5 +782,5 @@ def test_nor_does_the_walk_of_whole_clips(without_data: tuple[DeepTaylor, Tensor
     bounds = method.bounds_of((clips,))
     for target in (1, [3, 1], torch.tensor([3, 1])):
         with WatchedForWaiting() as watched:
-            method.relevance(network, partial(network.weights, method.model), [clips], [target], bounds, None)
+            method.relevance(network, partial(network.weights, method.model), [clips], [target], bounds)
         assert not watched.waits

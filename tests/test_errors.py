@@ -324,9 +324,8 @@ BAD_BOUNDS = [
     ],
 )
 def test_bad_settings_of_pixel_bounds(settings: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=".*".join(words)):
         pixel_bounds(**{"mean": (0.5,) * 3, "std": (0.25,) * 3} | settings)
-    assert all(word in str(error.value) for word in words), error.value
 
 
 @pytest.mark.parametrize(("low", "high", "words"), BAD_BOUNDS)

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import nn
 
-from captum_dtd.attribution import check_option
+from captum_dtd.inputs import check_option
 from captum_dtd.recipe import Recipe
 
 __all__ = ["MAPS", "Configuration", "Encoding", "target_column", "weights_digest"]

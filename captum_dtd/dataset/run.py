@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from captum_dtd.attribution import check_option
 from captum_dtd.dataset.clips import (
     Clip,
     Probe,
@@ -47,6 +46,7 @@ from captum_dtd.dataset.store import (
     write_configuration,
 )
 from captum_dtd.dataset.work import Work, decode, explain, plan, undecodable
+from captum_dtd.inputs import check_option
 from captum_dtd.recipe import Explainer, Recipe
 from captum_dtd.version import __version__
 
