@@ -581,6 +581,9 @@ class SelectiveRelevance:
     Args:
         sigma: how many standard deviations the derivative must exceed; zero or positive.
 
+    Raises:
+        ValueError: if ``sigma`` is negative.
+
     Example:
         >>> import torch
         >>> relevance = torch.zeros(1, 8, 16, 16)

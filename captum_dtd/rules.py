@@ -168,6 +168,9 @@ class Gamma(Rule):
         stabilizer: added to the denominator, away from zero.
         bias: ``"absorbed"`` or ``"ignored"``.
 
+    Raises:
+        ValueError: if ``gamma`` is negative, the stabilizer negative or not finite, or the bias option does not exist.
+
     Example:
         >>> Gamma(0.5).groups[0].terms[1]
         Term(input='x+', weight='v+', scale=0.5)

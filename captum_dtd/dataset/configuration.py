@@ -44,6 +44,9 @@ class Configuration:
         shard_clips: clips committed together, a multiple of ``batch_clips``.
         device: "cpu" or "cuda": their results differ in the last bits.
         version: of captum_dtd.
+
+    Raises:
+        ValueError: an option that does not exist, a number below 1, or shards that batches would cross.
     """
 
     recipe: Recipe

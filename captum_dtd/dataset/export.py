@@ -72,6 +72,10 @@ def export_safetensors(
     Raises:
         ValueError: the store keeps no maps, or has no such row.
         OSError: a file cannot be written; those before it stay.
+
+    Example::
+
+        export_mp4(captum_dtd.dataset.open("out"), "videos", rows=[0, 7])
     """
     exported, chosen = _chosen(store, rows)
     by_video: dict[bytes, list[dict[str, Any]]] = {}
@@ -147,6 +151,10 @@ def export_mp4(
     Raises:
         ValueError: the store keeps no maps, has no such row, or the videos are not there.
         OSError: a file cannot be written; those before it stay.
+
+    Example::
+
+        export_mp4(captum_dtd.dataset.open("out"), "videos", rows=[0, 7])
     """
     source = os.fspath(store.root if videos is None else videos)
     if not os.path.isdir(source):

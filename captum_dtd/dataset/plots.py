@@ -26,6 +26,10 @@ def write_plots(summary: Summary, folder: str | os.PathLike[str]) -> list[Path]:
 
     Raises:
         OSError: the folder cannot be written.
+
+    Example::
+
+        write_plots(captum_dtd.dataset.summarize(captum_dtd.dataset.open("out")), "plots")
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

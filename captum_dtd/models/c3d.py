@@ -22,10 +22,15 @@ class C3D(nn.Module):
     :class:`captum_dtd.video.Preprocessing`).
     Output: logits (N, num_classes).
 
-    Example::
+    Raises:
+        ValueError: if there are no classes, or fewer than 16 frames.
 
-        model = C3D(num_classes=101).eval()
-        model(torch.zeros(1, 3, 16, 112, 112)).shape           # (1, 101)
+    Example:
+        >>> import torch
+        >>> with torch.device("meta"):  # 300 MB of weights, left out
+        ...     model, clip = C3D(num_classes=101).eval(), torch.empty(1, 3, 16, 112, 112)
+        >>> model(clip).shape
+        torch.Size([1, 101])
     """
 
     def __init__(self, num_classes: int = 101, frames: int = 16) -> None:

@@ -20,10 +20,13 @@ class C3DMini(nn.Module):
 
     Input (N, in_channels, T, H, W) with T >= 2 and H, W >= 8; output: logits (N, num_classes).
 
-    Example::
+    Raises:
+        ValueError: if there are no classes or channels.
 
-        model = C3DMini(num_classes=10).eval()
-        model(torch.rand(2, 3, 16, 56, 56)).shape              # (2, 10)
+    Example:
+        >>> import torch
+        >>> C3DMini(num_classes=10).eval()(torch.rand(2, 3, 16, 56, 56)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
@@ -63,5 +66,13 @@ def _block(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def c3d_mini(num_classes: int = 10, in_channels: int = 3) -> C3DMini:
-    """A :class:`C3DMini` with random weights; :func:`captum_dtd.models.bundled` gives a trained one."""
+    """A :class:`C3DMini` with random weights; :func:`captum_dtd.models.bundled` gives a trained one.
+
+    Raises:
+        ValueError: as ``C3DMini``.
+
+    Example:
+        >>> c3d_mini(num_classes=5).fc2.out_features
+        5
+    """
     return C3DMini(num_classes, in_channels)

@@ -77,10 +77,10 @@ def bundled(name: str = BUNDLED[0]) -> tuple[C3DMini, dict[str, Any]]:
     Raises:
         ValueError: no checkpoint of that name.
 
-    Example::
-
-        model, info = bundled("weizmann")
-        info["classes"][1]                                     # "jack"
+    Example:
+        >>> model, info = bundled("weizmann")
+        >>> info["classes"][1]
+        'jack'
     """
     if name not in BUNDLED:
         raise ValueError(f"no bundled checkpoint {name!r}: there are {', '.join(BUNDLED)}")

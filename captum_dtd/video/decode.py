@@ -99,6 +99,10 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     Raises:
         VideoError: the file is missing, or no video that can be read.
         ImportError: PyAV is not installed.
+
+    Example::
+
+        probe("hammer.avi")                                    # VideoInfo(duration=4.4, fps=25.0, width=320, height=240)
     """
     container, stream = _open(path)
     with container:
@@ -114,6 +118,11 @@ def iter_frames(path: str | os.PathLike[str], start: float = 0.0) -> Generator[t
     Raises:
         VideoError: the file is missing, is no video, has no frame that can be decoded, or ends before ``start``.
         ImportError: PyAV is not installed.
+
+    Example::
+
+        for seconds, frame in iter_frames("hammer.avi", start=2.0):
+            ...
     """
     for shown, image in _images(path, start):
         yield shown.time, image
@@ -253,7 +262,11 @@ def read_windows(path: str | os.PathLike[str], starts: Sequence[int], length: in
 
 
 def require_av() -> Any:
-    """The ``av`` module, or an ImportError that says how to install it."""
+    """The ``av`` module.
+
+    Raises:
+        ImportError: it is not installed; the message says how to.
+    """
     try:
         import av
     except ImportError as error:

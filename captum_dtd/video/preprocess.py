@@ -39,13 +39,16 @@ class Preprocessing:
     Raises:
         ValueError: at construction, a value is out of its range.
 
-    Example::
-
-        prepare = Preprocessing(
-            frames=16, crop=(112, 112), resize=(128, 171), mean=(90, 98, 102), std=(1, 1, 1), scale=255
-        )
-        x = prepare(clip.frames)[None]                         # (1, 3, 16, 112, 112)
-        low, high = prepare.bounds
+    Example:
+        >>> from captum_dtd.video.synthetic import moving_figure
+        >>> prepare = Preprocessing(
+        ...     frames=16, crop=(112, 112), resize=(128, 171), mean=(90, 98, 102), std=(1, 1, 1), scale=255
+        ... )
+        >>> prepare(moving_figure(frames=16).numpy())[None].shape
+        torch.Size([1, 3, 16, 112, 112])
+        >>> low, high = prepare.bounds
+        >>> high.tolist()
+        [165.0, 157.0, 153.0]
     """
 
     frames: int

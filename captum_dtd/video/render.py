@@ -37,6 +37,10 @@ def shared_scale(maps: Iterable[Map], percentile: float = 99.5) -> float:
 
     Raises:
         ValueError: ``percentile`` is not in (0, 100].
+
+    Example:
+        >>> shared_scale([np.array([0.0, 0.0, -2.0]), np.array([1.0, 0.0, 0.0])], percentile=100)
+        2.0
     """
     if not 0 < percentile <= 100:
         raise ValueError(f"percentile must be above 0 and at most 100, not {percentile:g}")
@@ -57,6 +61,12 @@ def overlay_frames(frames: Frames, maps: Mapping[str, Map], scale: float, captio
     Returns:
         uint8 (T, height, width, 3), height and width even. A panel has the frames' size, times a whole number if that
         is under 160 pixels, so that its title can be read, and divided by one if the picture would pass 4096.
+
+    Example:
+        >>> from captum_dtd.video.synthetic import moving_figure
+        >>> frames = moving_figure(frames=2, size=(160, 200)).numpy()
+        >>> overlay_frames(frames, {"total": np.zeros((2, 40, 50))}, scale=1.0, caption=["jack"]).shape
+        (2, 214, 404, 3)
     """
     height, width = _panel_size(frames.shape[1], frames.shape[2], 1 + len(maps))
     size = max(12, min(width // 11, 40))

@@ -98,10 +98,13 @@ def iter_clips(frames: Iterable[NDArray[np.uint8]], length: int, stride: int = 1
         uint8 (length, H, W, 3). What is left over at the end is dropped; a video in which not even one clip begins and
         ends is looped to one, as :func:`sample_clip` does.
 
-    Example::
+    Raises:
+        ValueError: ``length`` or ``stride`` is below 1.
 
-        for clip in iter_clips(video.frames, 16):
-            ...
+    Example:
+        >>> from captum_dtd.video.synthetic import moving_figure
+        >>> [clip.shape for clip in iter_clips(moving_figure("walk", frames=40).numpy(), 16)]
+        [(16, 144, 180, 3), (16, 144, 180, 3)]
     """
     if length < 1 or stride < 1:
         raise ValueError(f"a clip needs length >= 1 and stride >= 1, not length={length}, stride={stride}")

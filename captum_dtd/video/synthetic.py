@@ -165,10 +165,9 @@ def moving_figure(action: str = "jack", frames: int = 32, size: tuple[int, int] 
     Raises:
         ValueError: an unknown action, no frames, or a size too small for a figure.
 
-    Example::
-
-        clip = moving_figure("walk", frames=48)
-        clip.shape                                             # (48, 144, 180, 3)
+    Example:
+        >>> moving_figure("walk", frames=48).shape
+        torch.Size([48, 144, 180, 3])
     """
     if action not in ACTIONS:
         raise ValueError(f"action must be one of {', '.join(ACTIONS)}, not {action!r}")
