@@ -27,6 +27,8 @@ from explanations import contenders, discriminator, explainer, warm_up
 from networks import OUTER, Workload
 from peers import PEERS
 
+from captum_dtd.kernels import Precision
+
 RESET = Path("/proc/self/clear_refs")
 """A process that writes 5 to it counts its peak from there."""
 
@@ -35,13 +37,16 @@ MEASURABLE = os.access(RESET, os.W_OK)
 WEIGHT_CACHE = "CAPTUM_DTD_WEIGHT_CACHE_MB"
 """Limits what packed weights take."""
 
+MEASURED: tuple[Precision, ...] = (*OUTER, "float32")
+"""Precisions whose memory is measured."""
+
 RIVALS = ("zennit", "captum LRP", "plain torch")
 """Peers whose memory is measured."""
 
 
 def peaks(workload: Workload, small: bool) -> dict[str, dict[str, dict[str, float]]]:
     """Memory in MiB by kind and contender: of ours, explanation and job, and of peers' explanations."""
-    names = [name for name in contenders(workload, compiled=False) if name in RIVALS or name.endswith(OUTER)]
+    names = [name for name in contenders(workload, compiled=False) if name in RIVALS or name.endswith(MEASURED)]
     return {
         "explanation": {name: peak(workload, name, "explanation", small) for name in names},
         "job": {name: peak(workload, name, "job", small) for name in names if name not in PEERS},
