@@ -407,7 +407,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             output: the relevance that the walk started with, (N,): the target's score, or 1 with ``seed="one"``.
         """
         parts = attributions if isinstance(attributions, tuple) else (attributions,)
-        return output.flatten() - torch.stack([part.flatten(1).sum(1) for part in parts]).sum(0)
+        return output.flatten() - torch.stack([part.sum(tuple(range(1, part.ndim))) for part in parts]).sum(0)
 
     def affordable_batch(
         self, inputs: tuple[Tensor, ...], additional_forward_args: Any = None, enough: tuple[int, int] | None = None
@@ -475,7 +475,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         for of_target in zip(*chunks, strict=True):
             relevances, deltas = zip(*of_target, strict=True)
             results.append(
-                (tuple(torch.cat(parts).contiguous() for parts in zip(*relevances, strict=True)), torch.cat(deltas))
+                (tuple(_joined(parts).contiguous() for parts in zip(*relevances, strict=True)), torch.cat(deltas))
             )
         return results
 
@@ -664,6 +664,11 @@ class FrozenClips:
         leaves = pytree.tree_leaves((*frames, *extra))
         explained = self.method.relevance(self.network, self.weights, leaves, targets, bounds, wanted=wanted)
         return [relevance for relevance, _ in explained]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Chunks of examples as one tensor; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _varies_in_time(bound: Tensor) -> bool:
