@@ -284,7 +284,7 @@ def _explain(args: argparse.Namespace) -> int:
         record = {
             "version": __version__,
             "torch": torch.__version__,
-            "source": Path(args.video).name,
+            "source": os.fsencode(Path(args.video).name).decode(errors="backslashreplace"),
             "fps": video.fps,
             "start": float(video.times[clip.indices[0]]),
             "times": [round(float(video.times[index]), 6) for index in clip.indices],
@@ -359,13 +359,15 @@ def _summary(args: argparse.Namespace) -> int:
     from captum_dtd import dataset
 
     summary = dataset.summarize(dataset.open(args.store), args.top)
-    print(summary)
+    # Files first: whoever reads what is printed may stop.
     if args.csv:
         summary.write_csv(args.csv)
     if args.json:
         summary.write_json(args.json)
-    if args.plots:
-        print("\n" + "\n".join(map(str, dataset.write_plots(summary, args.plots))))
+    plots = dataset.write_plots(summary, args.plots) if args.plots else []
+    print(summary)
+    if plots:
+        print("\n" + "\n".join(map(str, plots)))
     return 0
 
 

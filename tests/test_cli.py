@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 from pathlib import Path
@@ -165,6 +166,14 @@ def test_the_maps_are_those_of_the_library(folder: Path) -> None:
     expected = explainer.attribute(clip, target=1)
     for name, values in maps.items():
         torch.testing.assert_close(values, getattr(expected, name)[0], rtol=1e-4, atol=1e-7)
+
+
+def test_a_name_that_is_no_text_is_escaped(folder: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.mp4")
+    (folder / "clip.mp4").rename(folder / name)
+    assert main(["explain", name, *OWN, "-o", "out"]) == 0
+    _, record = read(folder / "out")
+    assert record["source"] == r"caf\xe9.mp4"
 
 
 def test_the_top_class_is_explained_and_hileys_preset_takes_the_videos(folder: Path) -> None:

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from data_sets import CLASSES, FRAMES, OPTIONS, RECIPE, frames_of, make_tree, same, stored, write_avi
 
 import captum_dtd.dataset as dataset
+import captum_dtd.dataset.clips
 import captum_dtd.dataset.work
 from captum_dtd import DiscriminativeDeepTaylor, FrameCache
 from captum_dtd.cli import main
@@ -226,6 +227,83 @@ def test_a_tables_column_says_what_is_explained(root: Path, folder: Path) -> Non
     explain_dataset(folder / "clips.parquet", "again", RECIPE, **{**SETTINGS, "batch_clips": 1}, target="column:aim")
     (row,), _ = stored(Path("again"))
     assert row["score"] == pytest.approx(rows[0]["score"], rel=1e-6)
+
+
+def test_whatever_goes_wrong_with_a_file_is_its_own_affair(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a library raises about a broken file is not always an error that it promised."""
+    counted, read = captum_dtd.dataset.clips.frame_times, captum_dtd.dataset.work.read_windows
+
+    def frame_times(path: Path) -> Any:
+        if path.name == "b.avi":
+            raise IndexError("list index out of range")
+        return counted(path)
+
+    def read_windows(path: str, *arguments: Any) -> Any:
+        if path.endswith("c.avi"):
+            raise MemoryError("Unable to allocate 8.00 GiB")
+        return read(path, *arguments)
+
+    monkeypatch.setattr(captum_dtd.dataset.clips, "frame_times", frame_times)
+    monkeypatch.setattr(captum_dtd.dataset.work, "read_windows", read_windows)
+    outcome = explain_dataset(root, "out", RECIPE, **SETTINGS)
+    errors = {row["path"]: row["error"] for row in stored(Path("out"))[0] if row["status"] == "failed"}
+    assert errors == {
+        "bend/b.avi": "IndexError: list index out of range",
+        "jack/c.avi": "MemoryError: Unable to allocate 8.00 GiB",
+    }
+    assert (outcome.clips, outcome.failed) == (9, 2)
+
+
+def test_a_clip_of_a_table_begins_with_the_frame_that_is_shown_then(
+    root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a file's frames are others than its packets, so that they cannot be counted before they are decoded."""
+    (folder / "clips.csv").write_text("path,start\nroot/walk/d.avi,0.21\n")
+    explain_dataset(folder / "clips.csv", "right", RECIPE, **SETTINGS)
+    monkeypatch.setattr(captum_dtd.dataset.clips, "frame_at", lambda *_: 9)
+    outcome = explain_dataset(folder / "clips.csv", "counted", RECIPE, **SETTINGS)
+    ((right,), maps), ((counted,), other) = stored(Path("right")), stored(Path("counted"))
+    assert (right["start"], right["frame"], counted["start"], counted["frame"]) == (0.2, 5, 0.2, 9)
+    assert right["warning"] is None
+    assert "not exact" in counted["warning"]
+    assert outcome.warnings == 1
+    assert np.array_equal(maps["spatial"], other["spatial"])
+
+
+def test_folders_are_called_by_names_of_classes(folder: Path) -> None:
+    """However these are written; numbers are names, too, in the order of numbers."""
+    names = ("a\u3000b", "\u00a0c", "d\\e")
+    make_tree(folder / "root", {f"{name}/v.avi": FRAMES for name in names} | {"1/v.avi": FRAMES})
+    explain_dataset("root", "out", replace(RECIPE, classes=names), **SETTINGS, maps=())
+    rows, _ = stored(Path("out"))
+    assert {row["label"]: row["label_index"] for row in rows} == {
+        "a\\u3000b": 0,
+        "\\xa0c": 1,
+        "d\\\\e": 2,
+        "1": None,
+    }
+    make_tree(folder / "numbers", {f"{number}/v.avi": FRAMES for number in (10, 2, 0)})
+    explain_dataset("numbers", "numbered", replace(RECIPE, classes=None), **SETTINGS, maps=(), target="label")
+    rows, _ = stored(Path("numbered"))
+    assert {row["label"]: row["label_index"] for row in rows} == {"0": 0, "2": 1, "10": 2}
+
+
+def test_videos_in_the_folder_itself_have_no_class(root: Path) -> None:
+    write_avi(root / "loose.avi", 2 * FRAMES)
+    explain_dataset(root, "out", RECIPE, **SETTINGS, maps=())
+    rows = [row for row in stored(Path("out"))[0] if row["path"] == "loose.avi"]
+    assert [(row["frame"], row["label"], row["status"]) for row in rows] == [(0, None, "ok"), (FRAMES, None, "ok")]
+
+
+def test_weights_may_lie_elsewhere_and_so_may_the_videos(root: Path, folder: Path) -> None:
+    torch.save(load_model(RECIPE.model).model.state_dict(), "my.pth")
+    explain_dataset(root, "out", replace(RECIPE, weights="my.pth"), **SETTINGS)
+    assert explain_dataset(root, "out", replace(RECIPE, weights="./my.pth"), **SETTINGS).new == 0
+    moved = folder / "moved\u3000to"
+    root.rename(moved)
+    assert explain_dataset(moved, "out", replace(RECIPE, weights="my.pth"), **SETTINGS).new == 0
+    assert dataset.open("out").root == str(moved)
+    assert dataset.export_mp4(dataset.open("out"), "videos", [0]).clips == 1
 
 
 def test_decoding_in_processes_and_several_devices_give_the_same(root: Path) -> None:

@@ -122,12 +122,22 @@ def test_a_folder_for_each_class(tmp_path: Path) -> None:
     assert [entry.path for entry in source.entries] == [
         b"jack/z.mkv",
         b"linked/y.avi",
+        b"loose.avi",
         b"walk/a.webm",
         b"walk/b.MP4",
         b"walk/deep/er/c.avi",
     ]
+    assert [entry.label for entry in source.entries] == ["jack", "linked", None, "walk", "walk", "walk"]
     assert source.classes == ("jack", "linked", "walk")
     assert source.passed_over == 1
+
+
+def test_folders_that_are_numbers_are_in_their_order(tmp_path: Path) -> None:
+    root = touch(tmp_path / "root", *(f"{number}/v.avi" for number in range(12)), "readme.txt")
+    source = find_videos(root)
+    assert source.classes == tuple(map(str, range(12)))
+    assert source.passed_over == 1
+    assert find_videos(touch(root, "x/v.avi")).classes == ("0", "1", "10", "11", *map(str, range(2, 10)), "x")
 
 
 def test_a_folder_that_is_no_class_of_the_index(tmp_path: Path) -> None:
@@ -190,6 +200,9 @@ def test_numbers_of_a_column_with_gaps_are_whole(tmp_path: Path) -> None:
     """As pandas writes them."""
     pq.write_table(pa.table({"path": ["a", "b", "c"], "label": [1.0, None, float("nan")]}), tmp_path / "t.parquet")
     assert [entry.label for entry in find_videos(tmp_path / "t.parquet").entries] == ["1", None, None]
+    (tmp_path / "t.csv").write_text("path,label,aim\na,1.0,4.0\nb,,\nc,v1.0,1.5\n")
+    entries = find_videos(tmp_path / "t.csv", target_column="aim").entries
+    assert [(entry.label, entry.target) for entry in entries] == [("1", "4"), (None, None), ("v1.0", "1.5")]
 
 
 def test_a_start_in_words_is_named(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_maps_are_indexed_like_arrays(store: dataset.Relevance) -> None:
         assert got.dtype == np.float32
         np.testing.assert_array_equal(got, expected[index if not (isinstance(index, list) and not index) else slice(0)])
     np.testing.assert_allclose(store.total[:], store.spatial[:] + store.temporal[:])
-    for wrong in (7, [0, 9], np.zeros((2, 2), int)):
+    for wrong in (7, [0, 9], np.zeros((2, 2), int), (3, 0), (0, slice(None))):
         with pytest.raises(IndexError):
             maps[wrong]  # type: ignore[index]
 

@@ -25,7 +25,7 @@ from PIL import Image
 import captum_dtd.dataset as dataset
 from captum_dtd.cli import main
 from captum_dtd.dataset import explain_dataset, summarize
-from captum_dtd.dataset.plots import write_plots
+from captum_dtd.dataset.plots import _confusion, write_plots
 
 TREE = {f"{name}/{number}.avi": 8 + number for name in CLASSES for number in range(3)}
 
@@ -183,6 +183,14 @@ def test_plots_draw_names_of_classes_as_they_are(store: dataset.Relevance) -> No
         confusion=tuple(replace(pair, label=rf"{pair.label}$\low$") for pair in summary.confusion),
     )
     assert len(write_plots(summary, "plots")) == 3  # matplotlib knows no formula \low
+
+
+def test_classes_of_one_name_are_drawn_as_one(store: dataset.Relevance) -> None:
+    summary = summarize(store)
+    alike = replace(summary, confusion=tuple(replace(pair, label="a", prediction="b") for pair in summary.confusion))
+    figure = _confusion(alike)
+    drawn = [text.get_text() for text in figure.axes[0].texts]
+    assert drawn == [str(sum(pair.clips for pair in summary.confusion))]
 
 
 def test_an_unfinished_store_and_what_cannot_be_summarized(

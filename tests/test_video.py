@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -363,6 +363,151 @@ def test_packed_frames_are_counted_once(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "b.avi")) as container:
         assert container.streams.video[0].frames == 13
     assert frame_times(tmp_path / "b.avi") == pytest.approx(np.arange(12) / 25)
+
+
+def test_sound_that_joins_late_ends_no_video(tmp_path: Path) -> None:
+    """As in live recordings: a stream that turns up after the file was opened confuses PyAV once all packets were given."""
+    whole, late = tmp_path / "whole.flv", tmp_path / "late.flv"
+    with av.open(str(whole), "w") as container:
+        picture = container.add_stream("libx264", rate=25)
+        picture.height, picture.width, picture.pix_fmt, picture.options = 48, 64, "yuv420p", {"bf": "0", "crf": "4"}
+        sound = container.add_stream("aac", rate=44100)
+        for image in numbered(1000):
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(picture.encode(None))
+        for start in range(44100 * 30, 44100 * 40, 1024):
+            silence = av.AudioFrame(format="fltp", layout="stereo", samples=1024)
+            for plane in silence.planes:
+                plane.update(bytes(plane.buffer_size))
+            silence.sample_rate, silence.pts = 44100, start
+            container.mux(sound.encode(silence))
+        container.mux(sound.encode(None))
+    data, place = whole.read_bytes(), 13
+    kept, header = bytearray(data[:13]), None
+    kept[4] = 1  # says that there are pictures alone
+    while place < len(data) - 11:
+        kind, size = data[place], int.from_bytes(data[place + 1 : place + 4], "big")
+        tag = bytearray(data[place : place + 11 + size + 4])
+        place += len(tag)
+        if kind == 18:  # what a live recording does not know when it begins
+            continue
+        if kind == 8 and int.from_bytes(tag[4:7], "big") < 20000:
+            header = tag  # of the sound, moved to where it begins
+            continue
+        if kind == 8 and header is not None:
+            header[4:7] = tag[4:7]
+            kept += header
+            header = None
+        kept += tag
+    late.write_bytes(kept)
+    assert len(frame_times(late)) == 1000
+    video = read_video(late)
+    assert len(video) == 1000
+    assert (np.diff(brightness(video.frames)) > -2).all()
+    assert frame_at(late, 39.0) == 975
+
+
+def test_a_codec_that_ffmpeg_does_not_know_is_told(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mp4", numbered(10), "libx264")
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"brxq"))
+    for read in (probe, frame_times, read_video):
+        with pytest.raises(VideoError, match=r"a\.mp4 .* cannot decode"):
+            read(path)
+
+
+def test_a_placeholder_is_no_number_of_frames(tmp_path: Path) -> None:
+    """FFmpeg writes 2^30 to an AVI that goes to a pipe."""
+
+    class Pipe:
+        def __init__(self, file: BinaryIO) -> None:
+            self.write = file.write
+
+    path = tmp_path / "pipe.avi"
+    with path.open("wb") as file, av.open(Pipe(file), "w", format="avi") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for image in numbered(100):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames > 10**6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(frame_times(path)) == len(read_video(path)) == 100
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.ts", "libx264"), ("a.mpg", "mpeg2video")])
+def test_joined_files_have_one_time(tmp_path: Path, name: str, codec: str) -> None:
+    """Where times begin anew, every way to a frame goes on counting."""
+    halves = [
+        encode(tmp_path / f"{half}{name}", frames, codec, options={"bf": "2"})
+        for half, frames in enumerate(np.split(numbered(400), 2))
+    ]
+    path = tmp_path / name
+    path.write_bytes(b"".join(half.read_bytes() for half in halves))
+    times, frames = frame_times(path), list(iter_frames(path))
+    assert len(times) == len(frames) == 400
+    np.testing.assert_allclose(np.diff(times), 0.04, atol=0.011)
+    np.testing.assert_allclose([time for time, _ in frames], times, atol=0.09)
+    for start in (1.0, 3.0, 7.5, 8.5, 9.0, 12.0, 15.0):
+        (counted,) = read_windows(path, [frame_at(path, start)], 1)
+        assert isinstance(counted, Video)
+        assert counted.shows(start)
+        found = read_video(path, start, max_frames=1)
+        np.testing.assert_allclose(brightness(found.frames), brightness(counted.frames), atol=2)
+        np.testing.assert_allclose(found.times[0], start, atol=0.05)
+
+
+def noisy(count: int) -> Frames:
+    """Numbered frames that take some room."""
+    frames = numbered(count, 96, 128)
+    return (frames // 2 + np.random.default_rng(0).integers(0, 100, frames.shape)).astype(np.uint8)
+
+
+def test_damage_that_only_the_decoder_sees_is_told(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mkv", noisy(100), "libx264", options={"g": "50"})
+    data = bytearray(path.read_bytes())
+    for place in range(len(data) // 4, len(data), 10000):
+        data[place : place + 200] = np.random.default_rng(place).bytes(200)
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match="damaged"):
+        assert len(read_video(path)) == 100
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mkv", "libx264"), ("a.webm", "libvpx")])
+def test_sound_may_go_on_after_the_picture(tmp_path: Path, name: str, codec: str) -> None:
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        picture = container.add_stream(codec, rate=25)
+        picture.height, picture.width, picture.pix_fmt = 96, 128, "yuv420p"
+        sound = container.add_stream("libopus", rate=48000)
+        packets = []
+        for image in noisy(100):
+            packets += picture.encode(av.VideoFrame.from_ndarray(image, format="rgb24"))
+        packets += picture.encode(None)
+        for start in range(0, 8 * 48000, 960):
+            silence = av.AudioFrame(format="flt", layout="stereo", samples=960)
+            silence.planes[0].update(bytes(silence.planes[0].buffer_size))
+            silence.sample_rate, silence.pts = 48000, start
+            packets += sound.encode(silence)
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            container.mux(packet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(read_video(path)) == 100
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.warns(UserWarning, match="cut short"):
+        assert 0 < len(read_video(path)) < 90
+
+
+def test_a_start_beyond_any_clock_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match="beyond the end"):
+        read_video(encode(tmp_path / "a.mp4", numbered(10), "libx264"), start=1e30)
+
+
+def test_a_tall_panel_fits_players() -> None:
+    picture = overlay_frames(np.zeros((1, 1600, 12, 3), np.uint8), {"total": np.zeros((1, 1600, 12))}, 1.0, ["a"])
+    assert max(picture.shape[1:3]) < 4200
 
 
 def test_an_intact_file_gives_no_warning(tmp_path: Path) -> None:

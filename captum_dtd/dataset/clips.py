@@ -28,6 +28,7 @@ __all__ = [
     "clips_of",
     "clips_of_table",
     "differences",
+    "failure",
     "probe_entry",
     "resized",
     "with_new_sizes",
@@ -112,8 +113,16 @@ def probe_entry(folder: Path, entry: Entry, frames: int, stride: int, clip_strid
             last = len(frame_times(path)) - ((frames - 1) * stride + 1)
             starts = list(range(0, max(last, 0) + 1, clip_stride))
         return Probe(starts, None, path.stat().st_size)
-    except (VideoError, OSError) as error:
-        return Probe([], escaped(str(error)))
+    except ImportError:  # PyAV is not there: no fault of the video
+        raise
+    except Exception as error:  # whatever a decoder makes of a damaged file: the others shall be explained
+        return Probe([], failure(error))
+
+
+def failure(error: Exception) -> str:
+    """Why a video cannot be read, for its row: in the words of what refused it, or with the name of what went wrong there."""
+    known = isinstance(error, (VideoError, OSError))
+    return escaped(str(error) if known else f"{type(error).__name__}: {error}")
 
 
 def clips_of(source: Source, probes: Sequence[Probe], classes: Sequence[str] | None, count: int) -> list[Clip]:
@@ -122,14 +131,14 @@ def clips_of(source: Source, probes: Sequence[Probe], classes: Sequence[str] | N
     Args:
         source: the videos.
         probes: what was found in each.
-        classes: names of the model's outputs, None if not known; then labels are indices, or match nothing.
+        classes: names of the model's outputs, None if not known; then a table's labels are indices, and others match nothing.
         count: number of the model's outputs.
 
     Raises:
         ValueError: a table's target is no class.
     """
     names = tuple(classes or ())
-    labels = {text: _label(text, names, count) for text in {entry.label for entry in source.entries}}
+    labels = {text: _label(text, names, count, source) for text in {entry.label for entry in source.entries}}
     ids: set[str] = set()
     clips: list[Clip] = []
     for number, (entry, probe) in enumerate(zip(source.entries, probes, strict=True)):
@@ -238,15 +247,18 @@ def clips_of_table(table: pa.Table) -> list[Clip]:
     return [Clip(*values) for values in zip(*columns, strict=True)]
 
 
-def _label(text: str | None, names: Sequence[str], count: int) -> tuple[str | None, int | None]:
-    """A label's name and index, as far as they are known; a class that the model does not have is no error."""
+def _label(text: str | None, names: Sequence[str], count: int, source: Source) -> tuple[str | None, int | None]:
+    """A label's name and index, as far as they are known; a class that the model does not have is no error.
+
+    A table may give its index; a folder is called by the class's name.
+    """
     if text is None:
         return None, None
     try:
-        index = class_index(text, names or None, count)
+        index = names.index(text) if source.classes else class_index(text, names or None, count)
     except ValueError:
         return escaped(text), None
-    return (names[index] if names else escaped(text)), index
+    return escaped(names[index] if names else text), index
 
 
 def _unique(name: str, taken: set[str]) -> str:

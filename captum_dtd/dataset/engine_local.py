@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from captum_dtd.dataset.job import Job, Listener, load, lost
-from captum_dtd.dataset.processes import Processes, end_with_parent
+from captum_dtd.dataset.processes import Processes, end_with_parent, without_interrupts
 from captum_dtd.dataset.progress import Stages
 from captum_dtd.dataset.store import MOST_PARTS
 from captum_dtd.dataset.work import Explained, Work, decode, explain
@@ -207,7 +207,8 @@ class _Team:
             ours, theirs = context.Pipe(duplex=False)
             arguments = (self._job, self._device, self._share, tuple(self.left.values()), theirs)
             process = context.Process(target=_serve, args=arguments)
-            process.start()
+            with without_interrupts():
+                process.start()
             theirs.close()
             self._running = process, ours
         return self._running[1]

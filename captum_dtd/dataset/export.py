@@ -158,7 +158,9 @@ def export_mp4(
     """
     source = os.fspath(store.root if videos is None else videos)
     if not os.path.isdir(source):
-        raise ValueError(f"the videos are not in {source}: name the folder that their paths are relative to (--videos)")
+        raise ValueError(
+            f"the videos are not in {escaped(source)}: name the folder that their paths are relative to (--videos)"
+        )
     exported, chosen = _chosen(store, rows)
     prepare = Preprocessing.from_dict(store.configuration.preprocessing)
     listed = read_clips(store.folder)

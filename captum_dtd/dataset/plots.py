@@ -121,7 +121,7 @@ def _confusion(summary: Summary) -> Figure:
     place = {name: number for number, name in enumerate(names)}
     counts = np.zeros((len(names), len(names)))
     for pair in summary.confusion:
-        counts[place[pair.label], place[pair.prediction]] = pair.clips
+        counts[place[pair.label], place[pair.prediction]] += pair.clips
     parts = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size = 2.0 + _height(len(names))
     figure = _figure(size + 1.6, size)

@@ -27,6 +27,9 @@ from captum_dtd.dataset.store import (
 __all__ = ["Maps", "Relevance", "open_store"]
 
 
+_ONLY_CLIPS = "maps are indexed by clips alone: index what that gives for times, heights and widths"
+
+
 class Maps:
     """One kind of map of all clips, float32 (clips, T, H, W), read when indexed.
 
@@ -46,6 +49,8 @@ class Maps:
         return self.shape[0]
 
     def __getitem__(self, index: int | slice | Sequence[int] | NDArray[np.generic]) -> NDArray[np.float32]:
+        if isinstance(index, tuple):
+            raise IndexError(_ONLY_CLIPS)
         if isinstance(index, (int, np.integer)):
             one: NDArray[np.float32] = self[[int(index)]][0]
             return one
@@ -53,7 +58,7 @@ class Maps:
             index = np.asarray(index) if len(index) else np.zeros(0, np.int64)
         rows = np.arange(len(self))[index]
         if rows.ndim != 1:
-            raise IndexError("maps are indexed by clips alone: index what that gives for times, heights and widths")
+            raise IndexError(_ONLY_CLIPS)
         # each row once and in order, as reading takes them; a run of rows as a slice
         wanted, places = np.unique(rows, return_inverse=True)
         run = len(wanted) and wanted[-1] - wanted[0] == len(wanted) - 1
@@ -79,7 +84,7 @@ class Relevance:
         configuration: what its maps and rows follow from.
         table: a row for each clip that is there, by row; docs/dataset.md says what the columns mean.
         clips: how many clips the store has once its run is complete.
-        root: the folder that paths in the table are relative to, where the store was begun.
+        root: the folder that paths in the table are relative to, where it was when the store was last written to.
     """
 
     def __init__(self, folder: Path, configuration: Configuration, table: pa.Table, clips: int, root: str) -> None:

@@ -34,13 +34,14 @@ from captum_dtd.dataset.engine_local import local_engine
 from captum_dtd.dataset.job import Engine, Job
 from captum_dtd.dataset.processes import Processes
 from captum_dtd.dataset.progress import Progress
-from captum_dtd.dataset.sources import Source, find_videos
+from captum_dtd.dataset.sources import Source, escaped, find_videos
 from captum_dtd.dataset.store import (
     StoreError,
     map_shape,
     read_clips,
     read_configuration,
     read_manifest,
+    read_root,
     running_alone,
     write_clips,
     write_configuration,
@@ -113,8 +114,8 @@ def explain_dataset(
         out: folder of the store; made if it is not there.
         recipe: model, preprocessing and method.
         target: what is explained: "label"; "top1", the model's class for the clip; "video", its class for the mean over
-            the video's clips, as the method's authors do; or "column:NAME" of a table, a class name or index. By default
-            "top1", and "video" where the recipe's preset is "hiley2019".
+            the video's clips, as the method's authors do, or over those that a table names; or "column:NAME" of a table, a
+            class name or index. By default "top1", and "video" where the recipe's preset is "hiley2019".
         lists: as for ``find_videos``.
         clip_stride: frames of the video from the start of one clip to the start of the next; by default clips follow each
             other without overlap.
@@ -161,11 +162,12 @@ def explain_dataset(
         explainer, prepare = team.explainer, team.explainer.prepare
         outputs = explainer.outputs(_example(explainer)).shape[1]
         classes = explainer.classes or source.classes
+        names = classes if classes and len(classes) == outputs else None
         asked = Configuration(
             recipe=recipe,
             weights_digest=weights_digest(explainer.model),
             preprocessing=prepare.to_dict(),
-            classes=classes if classes and len(classes) == outputs else None,
+            classes=tuple(map(escaped, names)) if names else None,
             target=target,
             lists=tuple(lists),
             clip_stride=prepare.frames * prepare.stride if clip_stride is None else clip_stride,
@@ -181,7 +183,7 @@ def explain_dataset(
             look = partial(_probed, source, asked, team.processes, show_progress)
             stored = read_configuration(out)
             if stored is None:
-                clips = clips_of(source, list(look(range(len(source.entries))).values()), asked.classes, outputs)
+                clips = clips_of(source, list(look(range(len(source.entries))).values()), names, outputs)
                 _check_targets(asked, clips)
                 if internal_batch_size is None:
                     asked = replace(asked, internal_batch_size=team.call(partial(_frozen_clips, asked)))
@@ -191,16 +193,20 @@ def explain_dataset(
                 write_clips(out, clips)
                 write_configuration(out, asked, source.folder)
             else:
+                same_weights = stored.weights_digest == asked.weights_digest  # wherever the file lies now
                 asked = replace(
                     asked,
+                    recipe=replace(recipe, weights=stored.recipe.weights if same_weights else recipe.weights),
                     internal_batch_size=internal_batch_size or stored.internal_batch_size,
                     shard_clips=shard_clips or stored.shard_clips,
                 )
                 _check_same(out, "another configuration", stored.differences(asked))
                 clips = read_clips(out)
                 failed = _videos_that_failed(read_manifest(out, stored))  # they may have been mended since
-                changed = differences(clips, source, asked.classes, outputs) or resized(clips, source.folder, failed)
+                changed = differences(clips, source, names, outputs) or resized(clips, source.folder, failed)
                 _check_same(out, "other videos", changed)
+                if read_root(out) != os.fspath(source.folder.absolute()):
+                    write_configuration(out, asked, source.folder)
                 if retry_failed and failed:
                     broken = {clip.entry for clip in clips if clip.error}
                     repaired = {entry: probe for entry, probe in look(broken).items() if probe.error is None}

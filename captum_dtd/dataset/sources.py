@@ -50,7 +50,7 @@ class Source:
     Attributes:
         folder: what paths are relative to.
         entries: the videos.
-        classes: class names in the order of their indices; None if the source has no order of its own.
+        classes: class names in the order of their indices; None if the source is a table, which has no order of its own.
         passed_over: how many files below the folder were no videos by their endings.
     """
 
@@ -67,7 +67,8 @@ def find_videos(root: str | os.PathLike[str], lists: Sequence[str] = (), target_
         root: a folder with a subfolder for each class, or a table, CSV or parquet, with the columns path, start (seconds)
             and label, of which only path is needed; its paths are relative to the table. A folder is a UCF-101 tree if
             ``classInd.txt`` lies in it, in ``ucfTrainTestlist`` inside or beside it, or beside a list: that gives the
-            order of the classes. Otherwise classes are ordered by name.
+            order of the classes. Otherwise classes are ordered by name, or where all of their names are numbers, by these.
+            Videos that lie in the folder itself have no class.
         lists: files such as ``testlist01.txt`` that name the videos to take, a path and perhaps a class number in each
             line; looked for where ``classInd.txt`` is, or a path. None takes every video of the tree.
         target_column: a column of the table that says which class to explain.
@@ -98,7 +99,8 @@ def find_videos(root: str | os.PathLike[str], lists: Sequence[str] = (), target_
         entries, passed_over = [entry for file in files for entry in _listed(file, classes or ())], 0
     else:
         entries, passed_over = _tree(root, classes)
-        classes = classes or tuple(dict.fromkeys(entry.label for entry in entries if entry.label is not None))
+        found = dict.fromkeys(entry.label for entry in entries if entry.label is not None)
+        classes = classes or tuple(sorted(found, key=int) if all(map(str.isdecimal, found)) else found)
     if not entries:
         what = "the lists name no video" if files else f"no folder in {root} has a video in it"
         raise ValueError(f"nothing to explain: {what}")
@@ -112,7 +114,7 @@ def escaped(name: bytes | str) -> str:
         >>> print(escaped(b"a b.avi"), escaped(b"new\\nline \\xff.avi"))
         a b.avi new\\nline \\xff.avi
     """
-    text = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name
+    text = _text_of(name) if isinstance(name, bytes) else name
     return "".join(_escaped(character) for character in text)
 
 
@@ -125,17 +127,23 @@ def _escaped(character: str) -> str:
 
 
 def _tree(root: Path, classes: Sequence[str] | None) -> tuple[list[Entry], int]:
-    """The videos below each class's folder, and how many other files there are."""
+    """The videos below each class's folder and in the folder itself, and how many other files there are."""
     entries: list[Entry] = []
     passed_over = 0
     top = os.fsencode(root)
     for folder in sorted(os.scandir(top), key=lambda item: item.name):
-        if folder.name.startswith(b".") or not _is_folder(folder):
+        if folder.name.startswith(b"."):
             continue
-        label = escaped(folder.name)
+        if not _is_folder(folder):
+            if _is_video(folder.name):
+                entries.append(Entry(folder.name))
+            else:
+                passed_over += folder.name != _CLASS_INDEX.encode()
+            continue
+        label = _text_of(folder.name)
         if classes is not None and label not in classes:
             if any(_is_video(path) for path in _files(folder.path, (os.path.realpath(top),))):
-                raise ValueError(f"the folder {label} of {root} is no class of its {_CLASS_INDEX}")
+                raise ValueError(f"the folder {escaped(label)} of {root} is no class of its {_CLASS_INDEX}")
             continue
         for path in _files(folder.path, (os.path.realpath(top),)):
             if _is_video(path):
@@ -143,6 +151,11 @@ def _tree(root: Path, classes: Sequence[str] | None) -> tuple[list[Entry], int]:
             else:
                 passed_over += 1
     return entries, passed_over
+
+
+def _text_of(name: bytes) -> str:
+    """A name as text, whatever its bytes are; `escaped` makes it printable."""
+    return name.decode("utf-8", "surrogateescape")
 
 
 def _files(folder: bytes, above: tuple[bytes, ...]) -> Iterator[bytes]:
@@ -182,7 +195,7 @@ def _list_file(root: Path, name: str) -> Path:
 
 def _find_class_index(root: Path, files: Sequence[Path]) -> tuple[str, ...] | None:
     """The classes of the tree's index, which lies where its lists lie; one beside the tree may be another tree's."""
-    folders = {escaped(os.fsencode(item.name)) for item in os.scandir(root)}
+    folders = {_text_of(os.fsencode(item.name)) for item in os.scandir(root)}
     for place in (*(root / folder for folder in _LIST_FOLDERS), *(file.parent for file in files)):
         if (place / _CLASS_INDEX).is_file():
             classes = _class_index(place / _CLASS_INDEX)
@@ -207,7 +220,7 @@ def _class_index(path: Path) -> tuple[str, ...]:
             raise ValueError(
                 f"{path}, line {count}: expected a number of its own and a class name, got {escaped(line)}"
             )
-        numbered[int(match[1])] = escaped(match[2])
+        numbered[int(match[1])] = _text_of(match[2])
     if sorted(numbered) != list(range(1, len(numbered) + 1)) or not numbered:
         raise ValueError(f"{path}: class numbers must run from 1 to the number of classes")
     return tuple(numbered[number] for number in sorted(numbered))
@@ -223,12 +236,12 @@ def _listed(path: Path, classes: Sequence[str]) -> Iterator[Entry]:
         name = match[1]
         if os.path.isabs(name) or b".." in name.split(b"/"):
             raise ValueError(f"{path}, line {count}: {escaped(name)} leaves the data set's folder")
-        label = escaped(name.split(b"/")[0])
+        label = _text_of(name.split(b"/")[0])
         if label not in classes:
-            raise ValueError(f"{path}, line {count}: the folder {label} is no class of {_CLASS_INDEX}")
+            raise ValueError(f"{path}, line {count}: the folder {escaped(label)} is no class of {_CLASS_INDEX}")
         if match[2] is not None and classes.index(label) != int(match[2]) - 1:
             raise ValueError(
-                f"{path}, line {count}: class {int(match[2])}, but {_CLASS_INDEX} gives the folder {label} number "
+                f"{path}, line {count}: class {int(match[2])}, but {_CLASS_INDEX} gives the folder {escaped(label)} number "
                 f"{classes.index(label) + 1}"
             )
         yield Entry(name, label)
@@ -307,7 +320,9 @@ def _seconds(value: object) -> float | None:
 
 
 def _text(value: object) -> str | None:
-    """A label or target; pandas writes the numbers of a column with gaps as floats."""
+    """A label or target; pandas writes the numbers of a column with gaps as floats, to CSV as "3.0"."""
     if isinstance(value, float):
         value = None if math.isnan(value) else int(value) if value.is_integer() else value
+    if isinstance(value, str) and re.fullmatch(r"\d+\.0+", value):
+        value = value.partition(".")[0]
     return None if value is None or value == "" else str(value)

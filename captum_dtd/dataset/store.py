@@ -255,7 +255,7 @@ def write_configuration(folder: Path, configuration: Configuration, root: Path) 
     record = {
         "configuration": configuration.to_dict(),
         "digest": configuration.digest,
-        "root": escaped(os.fspath(root.absolute())),
+        "root": os.fspath(root.absolute()),
         "software": {"captum_dtd": __version__, "torch": torch.__version__, "zarr": zarr.__version__},
     }
     write_durably(folder / _CONFIGURATION, json.dumps(record, indent=2).encode())
@@ -277,7 +277,7 @@ def read_configuration(folder: Path) -> Configuration | None:
 
 
 def read_root(folder: Path) -> str:
-    """The folder that paths are relative to, where the store was begun; as printable text."""
+    """The folder that paths are relative to, where it was when the store was last written to."""
     root: str = json.loads((folder / _CONFIGURATION).read_bytes())["root"]
     return root
 

@@ -18,14 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from captum_dtd.dataset.clips import Clip
+from captum_dtd.dataset.clips import Clip, failure
 from captum_dtd.dataset.configuration import Configuration
 from captum_dtd.dataset.encoding import encode_maps
 from captum_dtd.dataset.sources import escaped
 from captum_dtd.discriminate import SpatioTemporalRelevance
 from captum_dtd.frame_cache import FrameCache
 from captum_dtd.recipe import Explainer
-from captum_dtd.video import Video, VideoError, read_windows, sample_clip
+from captum_dtd.video import Video, read_video, read_windows, sample_clip
 
 __all__ = ["Decoded", "Explained", "VideoMeans", "Work", "classify", "decode", "explain", "plan", "undecodable"]
 
@@ -126,12 +126,15 @@ def decode(folder: str, clips: Sequence[Clip], frames: int, stride: int) -> list
     """
     path = os.path.join(folder, os.fsdecode(clips[0].path))
     there = [clip.frame for clip in clips if not clip.error]
-    windows: list[Video | VideoError] = []
+    span = (frames - 1) * stride + 1
+    windows: list[Video | Exception] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
-            windows = read_windows(path, there, (frames - 1) * stride + 1) if there else []
-        except VideoError as error:
+            windows = list(read_windows(path, there, span)) if there else []
+        except ImportError:  # PyAV is not there: no fault of the video
+            raise
+        except Exception as error:  # whatever a decoder makes of a damaged file: the others shall be explained
             windows = [error] * len(there)
     said = [escaped(str(warning.message)) for warning in caught]
     decoded = []
@@ -141,15 +144,32 @@ def decode(folder: str, clips: Sequence[Clip], frames: int, stride: int) -> list
             decoded.append(Decoded(None, error=asked.error))
             continue
         window = next(pending)
-        if isinstance(window, VideoError):
-            decoded.append(Decoded(None, error=escaped(str(window))))
+        texts = list(said)
+        if isinstance(window, Video) and asked.start is not None and not window.shows(asked.start):
+            window = _at(path, asked.start, span)
+            texts.append(_MISCOUNTED)
+        if isinstance(window, Exception):
+            decoded.append(Decoded(None, error=failure(window)))
             continue
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             clip = sample_clip(window, frames, stride, frame=0)
-        texts = [*said, *(escaped(str(warning.message)) for warning in caught)]
+        texts += [escaped(str(warning.message)) for warning in caught]
         decoded.append(Decoded(clip.frames, float(window.times[0]), window.fps, clip.looped, "; ".join(texts) or None))
     return decoded
+
+
+_MISCOUNTED = (
+    "the file has other frames than its packets tell: the clip begins at its start, but its frame's number is not exact"
+)
+
+
+def _at(path: str, start: float, span: int) -> Video | Exception:
+    """The frames from a time on, found by their times."""
+    try:
+        return read_video(path, start, max_frames=span)
+    except Exception as error:  # as above
+        return error
 
 
 def undecodable(clips: Sequence[Clip], error: str) -> list[Decoded]:

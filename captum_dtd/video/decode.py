@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,6 +45,9 @@ _SEEK_FROM_SECONDS = 10.0
 # A frame counts as shown this much before its time, of the time since the one before it, and at most so many seconds:
 # 1.0 means the frame at 1.0004, as files round times.
 _EARLY, EARLY_SECONDS = 0.1, 0.01
+
+# No frame takes less of a file: AVI's have a header of so many bytes, MP4's places in its tables.
+_LEAST_BYTES = 8
 
 
 class VideoError(ValueError):
@@ -92,6 +96,10 @@ class Video:
         """Seconds at which the last of these frames has been shown."""
         return float(self.times[-1]) + (1.0 / self.fps if self.last is None else self.last)
 
+    def shows(self, start: float) -> bool:
+        """Whether the first of these frames is shown at ``start`` seconds, as far as times are rounded; see :func:`shown_at`."""
+        return bool(self.times[0] - EARLY_SECONDS <= start and (len(self) == 1 or start <= self.times[1]))
+
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
     """Read a video's duration, frame rate and size without decoding it.
@@ -113,7 +121,8 @@ def iter_frames(path: str | os.PathLike[str], start: float = 0.0) -> Generator[t
     """Yield (seconds, frame as uint8 (H, W, 3)) one at a time, from the frame shown at ``start`` seconds on.
 
     Frames are RGB, turned and mirrored where the file says so (phones), and transparent pixels (GIF) are laid on
-    white. Where the data is damaged, the frames that can be decoded are yielded and a UserWarning says so.
+    white. Where the decoder finds the data damaged, the frames that it gives are yielded and a UserWarning says so.
+    Where times begin anew, as in files that were joined, they go on here.
 
     Raises:
         VideoError: the file is missing, is no video, has no frame that can be decoded, or ends before ``start``.
@@ -283,12 +292,16 @@ def _times(path: str | os.PathLike[str]) -> tuple[NDArray[np.float64], float]:
         stamps: list[float | None] = []
         lasts: list[float] = []
         fillers = 0
+        clock = _Clock(fps)
         try:
-            for packet in container.demux(stream):
+            for packet in _packets(container, stream):
                 if packet.is_discard:
                     promised -= 1
                 elif packet.size:
-                    stamps.append(_stamp(packet, is_avi))
+                    turn = (
+                        None if packet.dts is None or packet.time_base is None else float(packet.dts * packet.time_base)
+                    )
+                    stamps.append(clock.going_on(_stamp(packet, is_avi), turn))
                     lasts.append(_lasts(packet, fps))
                     fillers += is_avi and packet.size == 1
         except (av.error.FFmpegError, OSError):
@@ -348,7 +361,41 @@ def _open(path: str | os.PathLike[str]) -> tuple[InputContainer, VideoStream]:
     if not streams:
         container.close()
         raise VideoError(f"{name} has no video stream")
+    if streams[0].codec_context is None:
+        container.close()
+        raise VideoError(f"{name} is encoded in a way that this FFmpeg cannot decode")
     return container, streams[0]
+
+
+def _packets(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet[Any]]:
+    """A stream's packets, and an empty one at the end, which gives the decoder's last frames."""
+    try:
+        yield from container.demux(stream)
+    except IndexError:  # PyAV's, of streams that turned up on the way, once it has given all packets
+        end: av.Packet[Any] = require_av().Packet()
+        end.stream = stream
+        yield end
+
+
+class _Clock:
+    """Times that go on where a file's begin anew, as in files that were joined."""
+
+    _LEAST = 1.0  # seconds that times fall back then
+
+    def __init__(self, fps: float) -> None:
+        self._frame = 1.0 / fps
+        self._offset = 0.0
+        self._latest = self._turn = -math.inf
+
+    def going_on(self, time: float | None, turn: float | None) -> float | None:
+        """When a frame is shown, by when the file says so and by its turn, which grows until times begin anew."""
+        if time is None:
+            return None
+        if turn is not None and turn < self._turn - self._LEAST:
+            self._offset = self._latest + self._frame - time
+        self._turn = self._turn if turn is None else turn
+        self._latest = max(self._latest, time + self._offset)
+        return time + self._offset
 
 
 def _is_cover(stream: VideoStream) -> bool:
@@ -370,6 +417,18 @@ def _duration(container: InputContainer, stream: VideoStream) -> float | None:
     # Matroska tells the end, on the file's clock
     late = _origin(stream) if "matroska" in container.format.name else 0.0
     return max(0.0, container.duration / 1e6 - late)
+
+
+def _length(container: InputContainer, stream: VideoStream) -> float:
+    """How long the frames of a file should last that does not count them, such as Matroska; 0 if it does not say."""
+    if stream.duration is not None:
+        return 0.0
+    told = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if told is not None:
+        hours, minutes, seconds = map(float, told.groups())
+        return max(0.0, 3600 * hours + 60 * minutes + seconds - _origin(stream))
+    # Sound may go on longer than the picture.
+    return (_duration(container, stream) or 0.0) if len(container.streams) == 1 else 0.0
 
 
 def _fps(stream: VideoStream) -> float:
@@ -400,6 +459,8 @@ def _promised(container: InputContainer, stream: VideoStream) -> int:
 
     A trimmed MP4 counts those too that its edit list leaves out; FFmpeg's index of it has none of them, or discards them.
     """
+    if stream.frames > container.size // _LEAST_BYTES:
+        return 0  # damage, or what FFmpeg writes to an AVI that it cannot go back in
     index = getattr(stream, "index_entries", None)  # not in PyAV 14
     return min(stream.frames, len(index)) if index and "mp4" in container.format.name else stream.frames
 
@@ -485,14 +546,15 @@ def _decode(path: str | os.PathLike[str], seek: float | None, threads: int = 0) 
         fps, is_avi = _fps(stream), container.format.name == "avi"
         origin = _origin(stream)
         first: float | None = None
+        clock = _Clock(fps)
         stamps: list[float | None] = []  # of AVI's packets, in whose order frames are shown
         seek = seek if _seeks(container, stream) else None
         if seek is not None:
             try:
                 container.seek(int((seek + origin) * 1_000_000))
-            except av.error.FFmpegError:
+            except (av.error.FFmpegError, OverflowError):
                 return
-        packets = container.demux(stream)
+        packets = _packets(container, stream)
         while True:
             try:
                 packet = next(packets)
@@ -512,7 +574,9 @@ def _decode(path: str | os.PathLike[str], seek: float | None, threads: int = 0) 
                 del stamps[-1:]
                 continue
             for frame in frames:
-                shown_at = stamps[count] if count < len(stamps) else frame.time
+                damaged += frame.is_corrupt
+                told = stamps[count] if count < len(stamps) else frame.time
+                shown_at = clock.going_on(told, told)
                 if shown_at is None and first is None and seek is not None:
                     return  # without a time stamp the place in the file is unknown
                 if first is None:
@@ -529,9 +593,8 @@ def _decode(path: str | os.PathLike[str], seek: float | None, threads: int = 0) 
                         _warn(f"{name} is damaged within its first {count} frames: some of them could not be decoded")
                     raise
         promised = _promised(container, stream) - discarded - (_dropped(stamps, fps) if is_avi else 0)
-        # Matroska counts no frames, but tells how long it is
-        length = _duration(container, stream) if not promised and stream.duration is None else None
-    if damaged or (seek is None and count < 0.9 * promised) or end < 0.9 * (length or 0.0):
+        length = 0.0 if promised or (seek is not None and not count) else _length(container, stream)
+    if damaged or (seek is None and count < 0.9 * promised) or end < 0.9 * length:
         of = f" of {promised}" if promised else ""
         _warn(f"{name} is damaged or cut short: {count}{of} frames could be decoded")
 

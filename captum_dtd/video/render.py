@@ -27,7 +27,10 @@ _RED = np.array([255.0, 32.0, 24.0], dtype=np.float32)
 _BLUE = np.array([64.0, 128.0, 255.0], dtype=np.float32)
 _STRONGEST = 0.85  # opacity of full colour: the frame stays visible below
 _SLOW_FPS = 8.0  # slow enough for the eye: a clip of 16 frames lasts two seconds
-_SMALLEST_PANEL, _WIDEST_PICTURE = 160, 4096  # pixels: below, text is illegible; beyond, players give up
+_SMALLEST_PANEL, _WIDEST_PICTURE = (
+    160,
+    4096,
+)  # pixels, of either side: below, text is illegible; beyond, players give up
 
 
 def shared_scale(maps: Iterable[Map], percentile: float = 99.5) -> float:
@@ -60,7 +63,8 @@ def overlay_frames(frames: Frames, maps: Mapping[str, Map], scale: float, captio
 
     Returns:
         uint8 (T, height, width, 3), height and width even. A panel has the frames' size, times a whole number if that
-        is under 160 pixels, so that its title can be read, and divided by one if the picture would pass 4096.
+        is under 160 pixels, so that its title can be read, and divided by one if the picture, or a panel's height, would
+        pass 4096.
 
     Example:
         >>> from captum_dtd.video.synthetic import moving_figure
@@ -211,5 +215,5 @@ def _font(text: str, size: int, width: int) -> ImageFont.ImageFont | ImageFont.F
 
 def _panel_size(height: int, width: int, panels: int) -> tuple[int, int]:
     up = max(1, -(-_SMALLEST_PANEL // min(height, width)))
-    down = max(1, -(-panels * width * up // _WIDEST_PICTURE))
-    return height * up // down, width * up // down
+    down = max(1, -(-max(panels * width, height) * up // _WIDEST_PICTURE))
+    return max(1, height * up // down), max(1, width * up // down)
