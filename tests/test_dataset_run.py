@@ -36,7 +36,7 @@ from captum_dtd.dataset.engine_local import local_engine
 from captum_dtd.dataset.run import _fair_share
 from captum_dtd.models import load_model
 from captum_dtd.recipe import Recipe
-from captum_dtd.video import Preprocessing
+from captum_dtd.video import Preprocessing, WindowReader
 
 TREE = {"bend/a.avi": 9, "bend/b.avi": 13, "jack/a.avi": 4, "jack/c.avi": 6, "walk/d.avi": 17}
 """Clips: 2, 3, 1, 1, 4."""
@@ -231,20 +231,20 @@ def test_a_tables_column_says_what_is_explained(root: Path, folder: Path) -> Non
 
 def test_whatever_goes_wrong_with_a_file_is_its_own_affair(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a library raises about a broken file is not always an error that it promised."""
-    counted, read = captum_dtd.dataset.clips.frame_times, captum_dtd.dataset.work.read_windows
+    counted, read = captum_dtd.dataset.clips.frame_times, WindowReader.read
 
     def frame_times(path: Path) -> Any:
         if path.name == "b.avi":
             raise IndexError("list index out of range")
         return counted(path)
 
-    def read_windows(path: str, *arguments: Any) -> Any:
-        if path.endswith("c.avi"):
+    def read_windows(reader: WindowReader, *arguments: Any) -> Any:
+        if os.fspath(reader._path).endswith("c.avi"):
             raise MemoryError("Unable to allocate 8.00 GiB")
-        return read(path, *arguments)
+        return read(reader, *arguments)
 
     monkeypatch.setattr(captum_dtd.dataset.clips, "frame_times", frame_times)
-    monkeypatch.setattr(captum_dtd.dataset.work, "read_windows", read_windows)
+    monkeypatch.setattr(WindowReader, "read", read_windows)
     outcome = explain_dataset(root, "out", RECIPE, **SETTINGS)
     errors = {row["path"]: row["error"] for row in stored(Path("out"))[0] if row["status"] == "failed"}
     assert errors == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,10 +13,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import captum_dtd.video.decode
 from captum_dtd.video import (
     Preprocessing,
     Video,
     VideoError,
+    WindowReader,
     frame_at,
     frame_times,
     iter_clips,
@@ -919,3 +922,53 @@ def test_windows_are_runs_of_the_videos_frames(tmp_path: Path, name: str, codec:
     assert isinstance(beyond, VideoError) and f"{name} ends after 12 frames, before frame 12" in str(beyond)
     with pytest.raises(VideoError, match="is a directory"):
         read_windows(tmp_path, [0], 2)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_reader_goes_on_where_it_was(tmp_path: Path, damaged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time it gives, and warns of, what one that begins anew does; but it decodes no frame twice that it still has."""
+    path = encode(tmp_path / "a.mkv", noisy(100), "libx264", options={"g": "20"})
+    if damaged:
+        data = bytearray(path.read_bytes())
+        for place in range(len(data) // 4, len(data), 10000):
+            data[place : place + 200] = np.random.default_rng(place).bytes(200)
+        path.write_bytes(data)
+    begun, decode = [], captum_dtd.video.decode._decode
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        begun.append(arguments)
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(captum_dtd.video.decode, "_decode", counted)
+    with WindowReader(path) as reader:
+        for starts, times in (
+            ([0, 8], 1),
+            ([16, 20], 1),
+            ([24], 1),  # of which the last one had some
+            ([4], 2),  # behind it
+            ([60, 50], 2),
+            ([97], 2),
+            ([100], 3),  # it has ended
+        ):
+            said = []
+            for read in (reader.read, partial(read_windows, path)):
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    said.append((read(starts, 8), [str(warning.message) for warning in caught]))
+                if read == reader.read:
+                    assert len(begun) == times
+                    begun_so_far = len(begun)
+            del begun[begun_so_far:]
+            (windows, warned), (expected, warned_anew) = said
+            assert warned == warned_anew
+            assert bool(warned) <= damaged
+            for window, other in zip(windows, expected, strict=True):
+                assert type(window) is type(other)
+                if isinstance(window, Video) and isinstance(other, Video):
+                    np.testing.assert_array_equal(window.frames, other.frames)
+                    np.testing.assert_array_equal(window.times, other.times)
+                else:
+                    assert str(window) == str(other)
+        assert reader.reads(path)
+        encode(path, noisy(50), "libx264")
+        assert not reader.reads(path)

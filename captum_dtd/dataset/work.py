@@ -7,6 +7,7 @@ Three functions, so that engines may run them where they like: :func:`decode`, w
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from captum_dtd.dataset.sources import escaped
 from captum_dtd.discriminate import SpatioTemporalRelevance
 from captum_dtd.frame_cache import FrameCache
 from captum_dtd.recipe import Explainer
-from captum_dtd.video import Video, read_video, read_windows, sample_clip
+from captum_dtd.video import Video, WindowReader, read_video, sample_clip
 
 __all__ = ["Decoded", "Explained", "VideoMeans", "Work", "classify", "decode", "explain", "plan", "undecodable"]
 
@@ -131,7 +132,7 @@ def decode(folder: str, clips: Sequence[Clip], frames: int, stride: int) -> list
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
-            windows = list(read_windows(path, there, span)) if there else []
+            windows = list(_reader(path).read(there, span)) if there else []
         except ImportError:  # PyAV is not there: no fault of the video
             raise
         except Exception as error:  # whatever a decoder makes of a damaged file: the others shall be explained
@@ -157,6 +158,20 @@ def decode(folder: str, clips: Sequence[Clip], frames: int, stride: int) -> list
         texts += [escaped(str(warning.message)) for warning in caught]
         decoded.append(Decoded(clip.frames, float(window.times[0]), window.fps, clip.looped, "; ".join(texts) or None))
     return decoded
+
+
+# One of each thread: the next clips that it decodes are mostly those that follow in the same video.
+_last = threading.local()
+
+
+def _reader(path: str) -> WindowReader:
+    """What reads a video, where it was left if that is the one that was read last."""
+    reader: WindowReader | None = getattr(_last, "reader", None)
+    if reader is None or not reader.reads(path):
+        if reader is not None:
+            reader.close()
+        reader = _last.reader = WindowReader(path)
+    return reader
 
 
 _MISCOUNTED = (

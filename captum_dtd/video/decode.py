@@ -27,6 +27,7 @@ __all__ = [
     "Video",
     "VideoError",
     "VideoInfo",
+    "WindowReader",
     "frame_at",
     "frame_times",
     "iter_frames",
@@ -245,29 +246,122 @@ def read_windows(path: str | os.PathLike[str], starts: Sequence[int], length: in
         first, second = read_windows("hammer.avi", [0, 8], length=16)
         first.frames.shape                                     # (16, 240, 320, 3)
     """
-    wanted = {index for start in starts for index in range(start, start + length)}
-    found: dict[int, tuple[_Shown, Frames]] = {}
-    size: tuple[int, int] | None = None
-    count = 0
-    stream = _decode(path, None, threads=1)
-    for shown in stream:
-        size = size or (shown.frame.width, shown.frame.height)
-        if count in wanted:
-            found[count] = (shown, _rgb(shown.frame, size))
-        count += 1
-        if count > max(wanted, default=-1):
-            break
-    stream.close()
-    if not count:
-        raise VideoError(f"{os.fspath(path)} has no frame that can be decoded")
-    windows: list[Video | VideoError] = []
-    for start in starts:
-        window = [found[index] for index in range(start, start + length) if index in found]
-        if window:
-            windows.append(_video(window, path))
-        else:
-            windows.append(VideoError(f"{os.fspath(path)} ends after {count} frames, before frame {start}"))
-    return windows
+    with WindowReader(path) as reader:
+        return reader.read(starts, length)
+
+
+class WindowReader:
+    """Reads windows of one video, time after time, and goes on where the last ones ended: a long video is decoded once.
+
+    Args:
+        path: as for :func:`read_video`.
+
+    Use it as a context; at its end the file is closed.
+
+    Example::
+
+        with WindowReader("film.mp4") as reader:
+            (first,) = reader.read([0], length=16)
+            (second,) = reader.read([16], length=16)
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = path
+        self._stream: Generator[_Shown, None, None] | None = None
+        self._progress = _Progress()
+        self._size: tuple[int, int] | None = None
+        self._kept: dict[int, tuple[_Shown, Frames]] = {}  # the last ones, which the next windows may overlap
+        self._file = _identity(path)
+
+    def __enter__(self) -> WindowReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def reads(self, path: str | os.PathLike[str]) -> bool:
+        """Whether it reads this file, as it is now."""
+        return os.fspath(path) == os.fspath(self._path) and _identity(path) == self._file
+
+    def read(self, starts: Sequence[int], length: int) -> list[Video | VideoError]:
+        """As :func:`read_windows`, which also says what is raised."""
+        wanted = {index for start in starts for index in range(start, start + length)}
+        found = {index: self._kept[index] for index in wanted & self._kept.keys()}
+        if self._stream is None or min(wanted - found.keys(), default=math.inf) < self._progress.count:
+            self._begin()
+        last = max(wanted, default=-1)
+        try:
+            self._read_to(last, wanted, found)
+        except BaseException:
+            self.close()
+            raise
+        count = self._progress.count
+        if not count:
+            raise VideoError(f"{os.fspath(self._path)} has no frame that can be decoded")
+        self._kept = {index: frame for index, frame in found.items() if index >= count - length}
+        windows: list[Video | VideoError] = []
+        for start in starts:
+            window = [found[index] for index in range(start, start + length) if index in found]
+            if window:
+                windows.append(_video(window, self._path))
+            else:
+                windows.append(VideoError(f"{os.fspath(self._path)} ends after {count} frames, before frame {start}"))
+        return windows
+
+    def close(self) -> None:
+        """Close the file; what is read next begins anew."""
+        if self._stream is not None:
+            self._progress.is_told = True
+            self._stream.close()
+        self._stream = None
+        self._kept = {}
+
+    def _begin(self) -> None:
+        self.close()
+        self._progress = _Progress()
+        self._stream = _decode(self._path, None, threads=1, progress=self._progress)
+
+    def _read_to(self, last: int, wanted: set[int], found: dict[int, tuple[_Shown, Frames]]) -> None:
+        assert self._stream is not None
+        while self._progress.count <= last:
+            index = self._progress.count
+            shown = next(self._stream, None)
+            if shown is None:  # it has said what is the matter, if anything
+                self._stream = None
+                return
+            self._size = self._size or (shown.frame.width, shown.frame.height)
+            if index in wanted:
+                found[index] = (shown, _rgb(shown.frame, self._size))
+        self._progress.tell(self._path)
+
+
+@dataclass
+class _Progress:
+    """How far a file is decoded.
+
+    Attributes:
+        count: frames so far.
+        damaged: places so far at which something could not be decoded.
+        is_told: whether whoever decodes it tells of damage by himself.
+    """
+
+    count: int = 0
+    damaged: int = 0
+    is_told: bool = False
+
+    def tell(self, path: str | os.PathLike[str]) -> None:
+        if self.damaged:
+            _warn(
+                f"{os.fspath(path)} is damaged within its first {self.count} frames: some of them could not be decoded"
+            )
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int, int] | None:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def require_av() -> Any:
@@ -534,11 +628,14 @@ def _from(path: str | os.PathLike[str], start: float) -> Generator[_Shown, None,
     _check_start(path, start, end)
 
 
-def _decode(path: str | os.PathLike[str], seek: float | None, threads: int = 0) -> Generator[_Shown, None, None]:
+def _decode(
+    path: str | os.PathLike[str], seek: float | None, threads: int = 0, progress: _Progress | None = None
+) -> Generator[_Shown, None, None]:
     """Frames from the key frame before ``seek`` on, or all where a seek is not exact; 0 threads is one per core."""
     av = require_av()
     name = os.fspath(path)
-    damaged = count = discarded = 0
+    progress = progress or _Progress()
+    discarded = 0
     end = 0.0
     container, stream = _open(path)
     with container:
@@ -561,42 +658,42 @@ def _decode(path: str | os.PathLike[str], seek: float | None, threads: int = 0) 
             except StopIteration:
                 break
             except (av.error.FFmpegError, OSError):
-                damaged += 1
+                progress.damaged += 1
                 break
-            damaged += packet.is_corrupt
+            progress.damaged += packet.is_corrupt
             discarded += packet.is_discard
             if is_avi and packet.size:
                 stamps.append(_stamp(packet, is_avi))
             try:
                 frames = packet.decode()
             except av.error.FFmpegError:
-                damaged += 1
+                progress.damaged += 1
                 del stamps[-1:]
                 continue
             for frame in frames:
-                damaged += frame.is_corrupt
-                told = stamps[count] if count < len(stamps) else frame.time
+                progress.damaged += frame.is_corrupt
+                told = stamps[progress.count] if progress.count < len(stamps) else frame.time
                 shown_at = clock.going_on(told, told)
                 if shown_at is None and first is None and seek is not None:
                     return  # without a time stamp the place in the file is unknown
                 if first is None:
                     origin = origin if seek is not None or shown_at is None else shown_at
                     first = 0.0 if shown_at is None else shown_at - origin
-                time = first + count / fps if shown_at is None else shown_at - origin
-                count += 1
+                time = first + progress.count / fps if shown_at is None else shown_at - origin
+                progress.count += 1
                 lasts = _lasts(frame, fps)
                 end = max(end, time + lasts)
                 try:
                     yield _Shown(time, frame, lasts, fps)
                 except GeneratorExit:  # nobody wants the rest
-                    if damaged:
-                        _warn(f"{name} is damaged within its first {count} frames: some of them could not be decoded")
+                    if not progress.is_told:
+                        progress.tell(path)
                     raise
         promised = _promised(container, stream) - discarded - (_dropped(stamps, fps) if is_avi else 0)
-        length = 0.0 if promised or (seek is not None and not count) else _length(container, stream)
-    if damaged or (seek is None and count < 0.9 * promised) or end < 0.9 * length:
+        length = 0.0 if promised or (seek is not None and not progress.count) else _length(container, stream)
+    if progress.damaged or (seek is None and progress.count < 0.9 * promised) or end < 0.9 * length:
         of = f" of {promised}" if promised else ""
-        _warn(f"{name} is damaged or cut short: {count}{of} frames could be decoded")
+        _warn(f"{name} is damaged or cut short: {progress.count}{of} frames could be decoded")
 
 
 def _warn(message: str) -> None:
