@@ -348,7 +348,9 @@ def _dataset(args: argparse.Namespace) -> int:
     if outcome.warnings:
         print(f"{outcome.warnings} were explained with a warning: see the column warning")
     if outcome.passed_over:
-        print(f"{outcome.passed_over} files are no videos by their endings and were passed over")
+        print(
+            f"{outcome.passed_over} files were passed over: they are no videos by their endings, or in no class's folder"
+        )
     if outcome.failed:
         print("the column error says what failed; the same command with --retry-failed tries again")
     print(f"{args.output}: captum_dtd.dataset.open({str(args.output)!r}) reads it")

@@ -173,6 +173,17 @@ def read_classes(path: Path) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def classes_named(text: str, classes: Sequence[str]) -> list[int]:
+    """The indices of the classes of this name; upper and lower case count only where classes differ in nothing else.
+
+    Example:
+        >>> classes_named("jump rope", ["Bowling", "Jump Rope"]), classes_named("0", ["Bowling", "Jump Rope"])
+        ([1], [])
+    """
+    exact = [index for index, name in enumerate(classes) if name == text]
+    return exact or [index for index, name in enumerate(classes) if name.casefold() == text.casefold()]
+
+
 def class_index(text: str, classes: Sequence[str] | None, count: int, given_as: str = "--target") -> int:
     """The index of a class that is given by its name, or by its index.
 
@@ -191,22 +202,21 @@ def class_index(text: str, classes: Sequence[str] | None, count: int, given_as: 
         >>> class_index("jump rope", ["Bowling", "Jump Rope"], 2), class_index("0", None, 2)
         (1, 0)
     """
-    names = list(classes or ())
-    folded = [name.casefold() for name in names]
-    for candidates, wanted in ((names, text), (folded, text.casefold())):
-        found = [index for index, name in enumerate(candidates) if name == wanted]
-        if len(found) > 1:
-            raise ValueError(f"{given_as} {text}: classes {', '.join(map(str, found))} are called so; give an index")
-        if found:
-            return found[0]
-    if re.fullmatch(r"-?\d+", text):
-        if not 0 <= int(text) < count:
+    found = classes_named(text, classes or ())
+    if len(found) > 1:
+        raise ValueError(f"{given_as} {text}: classes {', '.join(map(str, found))} are called so; give an index")
+    if found:
+        return found[0]
+    if re.fullmatch(r"-?\d+(\.0+)?", text):  # pandas writes the numbers of a column with gaps like 3.0
+        index = int(text.partition(".")[0])
+        if not 0 <= index < count:
             raise ValueError(f"{given_as} {text} is out of range: the model has classes 0 to {count - 1}")
-        return int(text)
+        return index
     if not classes:
         raise ValueError(f"{given_as} {text}: this model's class names are not known; give an index or --classes FILE")
-    close = difflib.get_close_matches(text.casefold(), folded, n=3, cutoff=0.5)
-    shown = [names[folded.index(name)] for name in close] or names[:10]
+    names = {name.casefold(): name for name in reversed(classes)}
+    close = difflib.get_close_matches(text.casefold(), names, n=3, cutoff=0.5)
+    shown = [names[name] for name in close] or list(classes[:10])
     raise ValueError(
         f"{given_as} {text} is no class of this model; {'did you mean' if close else 'classes are'}: "
         f"{', '.join(shown)}{'' if close or count <= 10 else ', ...'}"

@@ -118,7 +118,7 @@ def test_what_takes_its_process_down_again_and_again(cluster: Cluster, folder: P
     explain_dataset("root", "out", RECIPE, decoders=0, **{**SETTINGS, "batch_clips": 3})
     configuration, clips = read_configuration(Path("out")), read_clips(Path("out"))
     assert configuration is not None
-    job = Job("root", Path("out"), configuration, clips)
+    job = Job("root", Path("out"), configuration, clips, configuration.recipe)
     (work, _) = plan(clips, range(len(clips)), configuration)
     bad = work.batches[0][-1]
     assert bad.path != work.batches[0][0].path
@@ -139,9 +139,9 @@ def test_what_takes_its_process_down_again_and_again(cluster: Cluster, folder: P
         assert errors == {**dict.fromkeys(range(3)), bad.row: lost}
     failure = result(engine_ray._Explaining, pixels, {("explain", 0): 3})
     assert "RuntimeError: the process that explains bend/a.avi@0 and those after it died 3 times" in failure.text
-    other = Job("root", Path("out"), replace(configuration, weights_digest="another"), clips)
+    other = Job("root", Path("out"), replace(configuration, weights_digest="another"), clips, configuration.recipe)
     assert "are not those where the run was started" in result(engine_ray._Explaining, pixels, {}, other).text
-    elsewhere = Job("nowhere", Path("out"), configuration, clips)
+    elsewhere = Job("nowhere", Path("out"), configuration, clips, configuration.recipe)
     assert (
         "there is no folder nowhere on this machine" in result(engine_ray._Decoding, (work, None), {}, elsewhere).text
     )

@@ -282,6 +282,9 @@ def test_folders_are_called_by_names_of_classes(folder: Path) -> None:
         "d\\\\e": 2,
         "1": None,
     }
+    explain_dataset("root", "cased", replace(RECIPE, classes=("A\u3000B", "x", "y")), **SETTINGS, maps=())
+    rows, _ = stored(Path("cased"))
+    assert {row["label"]: row["label_index"] for row in rows}["A\\u3000B"] == 0
     make_tree(folder / "numbers", {f"{number}/v.avi": FRAMES for number in (10, 2, 0)})
     explain_dataset("numbers", "numbered", replace(RECIPE, classes=None), **SETTINGS, maps=(), target="label")
     rows, _ = stored(Path("numbered"))
@@ -289,20 +292,34 @@ def test_folders_are_called_by_names_of_classes(folder: Path) -> None:
 
 
 def test_videos_in_the_folder_itself_have_no_class(root: Path) -> None:
-    write_avi(root / "loose.avi", 2 * FRAMES)
-    explain_dataset(root, "out", RECIPE, **SETTINGS, maps=())
-    rows = [row for row in stored(Path("out"))[0] if row["path"] == "loose.avi"]
-    assert [(row["frame"], row["label"], row["status"]) for row in rows] == [(0, None, "ok"), (FRAMES, None, "ok")]
+    loose = write_avi(root / "loose.avi", 2 * FRAMES)
+    outcome = explain_dataset(root, "out", RECIPE, **SETTINGS, maps=(), target="label")
+    assert outcome.passed_over == 1
+    assert loose.name not in {row["path"] for row in stored(Path("out"))[0]}
+    for folder in root.iterdir():
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    explain_dataset(root, "alone", RECIPE, **SETTINGS, maps=())
+    rows = [(row["path"], row["frame"], row["label"], row["status"]) for row in stored(Path("alone"))[0]]
+    assert rows == [("loose.avi", 0, None, "ok"), ("loose.avi", FRAMES, None, "ok")]
 
 
 def test_weights_may_lie_elsewhere_and_so_may_the_videos(root: Path, folder: Path) -> None:
+    """Processes find them where they are now."""
     torch.save(load_model(RECIPE.model).model.state_dict(), "my.pth")
-    explain_dataset(root, "out", replace(RECIPE, weights="my.pth"), **SETTINGS)
-    assert explain_dataset(root, "out", replace(RECIPE, weights="./my.pth"), **SETTINGS).new == 0
+    named = replace(RECIPE, weights="my.pth")
+    explain_dataset(root, "whole", named, **SETTINGS)
+    explain_dataset(root, "out", named, **SETTINGS)
+    for part in sorted(Path("out/manifest").glob("*.parquet")):
+        part.unlink()
+    (folder / "w").mkdir()
+    (folder / "my.pth").rename(folder / "w" / "my.pth")
     moved = folder / "moved\u3000to"
     root.rename(moved)
-    assert explain_dataset(moved, "out", replace(RECIPE, weights="my.pth"), **SETTINGS).new == 0
+    options = {**SETTINGS, "devices": ["cpu", "cpu"]}
+    assert explain_dataset(moved, "out", replace(named, weights="w/my.pth"), **options).new == 11
     assert dataset.open("out").root == str(moved)
+    assert same(Path("whole"), Path("out"))
     assert dataset.export_mp4(dataset.open("out"), "videos", [0]).clips == 1
 
 
@@ -804,7 +821,7 @@ def test_the_command_and_its_exit_codes(root: Path, capsys: pytest.CaptureFixtur
     out, _ = capsys.readouterr()
     assert "12 clips, 12 of them new: 11 explained, 1 failed" in out
     assert "--retry-failed" in out
-    assert "1 files are no videos" in out
+    assert "1 files were passed over" in out
     write_avi(root / "jack" / "empty.avi", 4)
     assert main([*command, "--retry-failed"]) == 0
     for wrong, message in (

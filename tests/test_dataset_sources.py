@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from captum_dtd.dataset import Entry, find_videos
 from captum_dtd.dataset.sources import escaped
+from captum_dtd.recipe import class_index
 
 UCF = ("ApplyEyeMakeup", "Hammering", "HammerThrow", "HandstandPushups", "JumpingJack", "JumpRope")
 """Out of order by bytes, as four of UCF-101's classes are."""
@@ -122,14 +123,13 @@ def test_a_folder_for_each_class(tmp_path: Path) -> None:
     assert [entry.path for entry in source.entries] == [
         b"jack/z.mkv",
         b"linked/y.avi",
-        b"loose.avi",
         b"walk/a.webm",
         b"walk/b.MP4",
         b"walk/deep/er/c.avi",
     ]
-    assert [entry.label for entry in source.entries] == ["jack", "linked", None, "walk", "walk", "walk"]
+    assert [entry.label for entry in source.entries] == ["jack", "linked", "walk", "walk", "walk"]
     assert source.classes == ("jack", "linked", "walk")
-    assert source.passed_over == 1
+    assert source.passed_over == 2
 
 
 def test_folders_that_are_numbers_are_in_their_order(tmp_path: Path) -> None:
@@ -200,9 +200,11 @@ def test_numbers_of_a_column_with_gaps_are_whole(tmp_path: Path) -> None:
     """As pandas writes them."""
     pq.write_table(pa.table({"path": ["a", "b", "c"], "label": [1.0, None, float("nan")]}), tmp_path / "t.parquet")
     assert [entry.label for entry in find_videos(tmp_path / "t.parquet").entries] == ["1", None, None]
-    (tmp_path / "t.csv").write_text("path,label,aim\na,1.0,4.0\nb,,\nc,v1.0,1.5\n")
-    entries = find_videos(tmp_path / "t.csv", target_column="aim").entries
-    assert [(entry.label, entry.target) for entry in entries] == [("1", "4"), (None, None), ("v1.0", "1.5")]
+    assert (class_index("4.0", None, 5), class_index("1.0", ["a", "1.0"], 2), class_index("1.0", ["a", "b"], 2)) == (
+        4,
+        1,
+        1,
+    )
 
 
 def test_a_start_in_words_is_named(tmp_path: Path) -> None:

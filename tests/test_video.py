@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import warnings
 from functools import partial
@@ -404,7 +405,9 @@ def test_sound_that_joins_late_ends_no_video(tmp_path: Path) -> None:
         kept += tag
     late.write_bytes(kept)
     assert len(frame_times(late)) == 1000
-    video = read_video(late)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        video = read_video(late)
     assert len(video) == 1000
     assert (np.diff(brightness(video.frames)) > -2).all()
     assert frame_at(late, 39.0) == 975
@@ -465,6 +468,24 @@ def noisy(count: int) -> Frames:
     """Numbered frames that take some room."""
     frames = numbered(count, 96, 128)
     return (frames // 2 + np.random.default_rng(0).integers(0, 100, frames.shape)).astype(np.uint8)
+
+
+def test_one_time_that_is_wrong_moves_no_other_frame(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.ts", numbered(300), "libx264", options={"bf": "0"})
+    right = frame_times(path)
+    data = bytearray(path.read_bytes())
+    header = [found.start() for found in re.finditer(b"\0\0\1\xe0", data)][120]
+    data[header + 9] ^= 0x08  # a high bit of its time
+    path.write_bytes(data)
+    times = frame_times(path)
+    assert len(times) == 300
+    np.testing.assert_allclose(times[:299], np.delete(right, 120), atol=0.011)
+    for start in (1.0, 4.0, 6.0, 9.0):
+        (counted,) = read_windows(path, [frame_at(path, start)], 1)
+        assert isinstance(counted, Video)
+        assert (
+            abs(brightness(counted.frames)[0] - brightness(read_windows(path, [round(start * 25)], 1)[0].frames)[0]) < 3
+        )
 
 
 def test_damage_that_only_the_decoder_sees_is_told(tmp_path: Path) -> None:
@@ -941,20 +962,21 @@ def test_a_reader_goes_on_where_it_was(tmp_path: Path, damaged: bool, monkeypatc
 
     monkeypatch.setattr(captum_dtd.video.decode, "_decode", counted)
     with WindowReader(path) as reader:
-        for starts, times in (
+        for starts, times, *length in (
             ([0, 8], 1),
             ([16, 20], 1),
             ([24], 1),  # of which the last one had some
             ([4], 2),  # behind it
             ([60, 50], 2),
-            ([97], 2),
-            ([100], 3),  # it has ended
+            ([61], 3, 4),  # shorter, and not to where it is
+            ([97], 3),
+            ([100], 4),  # it has ended
         ):
             said = []
             for read in (reader.read, partial(read_windows, path)):
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
-                    said.append((read(starts, 8), [str(warning.message) for warning in caught]))
+                    said.append((read(starts, *length or [8]), [str(warning.message) for warning in caught]))
                 if read == reader.read:
                     assert len(begun) == times
                     begun_so_far = len(begun)

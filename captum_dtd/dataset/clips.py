@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from captum_dtd.dataset.sources import Entry, Source, escaped
-from captum_dtd.recipe import class_index
+from captum_dtd.recipe import class_index, classes_named
 from captum_dtd.video import VideoError, frame_at, frame_times
 
 __all__ = [
@@ -254,8 +254,11 @@ def _label(text: str | None, names: Sequence[str], count: int, source: Source) -
     """
     if text is None:
         return None, None
+    if source.classes is not None:
+        found = classes_named(text, names)
+        return (escaped(names[found[0]]), found[0]) if len(found) == 1 else (escaped(text), None)
     try:
-        index = names.index(text) if source.classes else class_index(text, names or None, count)
+        index = class_index(text, names or None, count)
     except ValueError:
         return escaped(text), None
     return escaped(names[index] if names else text), index

@@ -296,7 +296,7 @@ def _serve(job: Job, device: str, share: _Share, works: Sequence[Work], connecti
         torch.set_num_threads(share.threads)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # who started this has loaded the recipe too, and told
-            explainer = load(job.configuration, device)
+            explainer = load(job, device)
         with warnings.catch_warnings(), Processes(share.decoders) as processes:
             warnings.showwarning = lambda message, *_, **__: messages.warning(str(message))
             _run(job, works, explainer, processes, messages)

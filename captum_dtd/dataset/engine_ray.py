@@ -318,7 +318,7 @@ class _Modelled(_Actor):
     @cached_property
     def _explainer(self) -> Explainer:
         self._cluster.claim()
-        return load(self._job.configuration, self._cluster.device)
+        return load(self._job, self._cluster.device)
 
     @contextmanager
     def _surviving(self, clip: Clip) -> Iterator[None]:

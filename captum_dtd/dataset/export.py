@@ -29,7 +29,7 @@ from captum_dtd.dataset.configuration import MAPS
 from captum_dtd.dataset.reader import Relevance
 from captum_dtd.dataset.sources import escaped
 from captum_dtd.dataset.store import read_clips
-from captum_dtd.dataset.work import Work, decode
+from captum_dtd.dataset.work import Work, decode, release
 from captum_dtd.video import Preprocessing, shared_scale, write_overlay
 
 __all__ = ["Exported", "export_mp4", "export_safetensors", "export_webdataset", "file_name"]
@@ -75,7 +75,7 @@ def export_safetensors(
 
     Example::
 
-        export_mp4(captum_dtd.dataset.open("out"), "videos", rows=[0, 7])
+        export_safetensors(captum_dtd.dataset.open("out"), "files", rows=[0, 7])
     """
     exported, chosen = _chosen(store, rows)
     by_video: dict[bytes, list[dict[str, Any]]] = {}
@@ -188,6 +188,7 @@ def export_mp4(
                     )
                 exported.files += 1
                 exported.clips += 1
+    release()
     return exported
 
 

@@ -12,7 +12,7 @@ from captum_dtd.dataset.configuration import Configuration, weights_digest
 from captum_dtd.dataset.processes import Processes
 from captum_dtd.dataset.store import Store
 from captum_dtd.dataset.work import Decoded, Work, undecodable
-from captum_dtd.recipe import Explainer
+from captum_dtd.recipe import Explainer, Recipe
 from captum_dtd.version import __version__
 
 __all__ = ["Engine", "Job", "Listener", "load", "lost"]
@@ -29,12 +29,14 @@ class Job:
         out: the store's folder.
         configuration: of the store.
         clips: all of the store's.
+        recipe: the configuration's, but that its weights may lie elsewhere now.
     """
 
     source: str
     out: Path
     configuration: Configuration
     clips: Sequence[Clip]
+    recipe: Recipe
 
     def store(self) -> Store:
         """The store, to write to."""
@@ -94,17 +96,17 @@ class Engine(Protocol):
         """
 
 
-def load(configuration: Configuration, device: str) -> Explainer:
-    """The configuration's recipe, loaded by another process than the one that began the run.
+def load(job: Job, device: str) -> Explainer:
+    """The job's recipe, loaded by another process than the one that began the run.
 
     Raises:
         ValueError: captum_dtd or the weights are not those with which the run was begun.
         TypeError, OSError, ImportError: as ``recipe.load``.
     """
-    if configuration.version != __version__:
-        raise ValueError(f"captum_dtd is {__version__} here, and {configuration.version} where the run was started")
-    explainer = configuration.recipe.load(device)
-    if weights_digest(explainer.model) != configuration.weights_digest:
+    if job.configuration.version != __version__:
+        raise ValueError(f"captum_dtd is {__version__} here, and {job.configuration.version} where the run was started")
+    explainer = job.recipe.load(device)
+    if weights_digest(explainer.model) != job.configuration.weights_digest:
         raise ValueError(f"the weights here, {explainer.weights}, are not those where the run was started")
     return explainer
 

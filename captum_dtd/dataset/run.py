@@ -46,7 +46,7 @@ from captum_dtd.dataset.store import (
     write_clips,
     write_configuration,
 )
-from captum_dtd.dataset.work import Work, decode, explain, plan, undecodable
+from captum_dtd.dataset.work import Work, decode, explain, plan, release, undecodable
 from captum_dtd.inputs import check_option
 from captum_dtd.recipe import Explainer, Recipe
 from captum_dtd.version import __version__
@@ -74,7 +74,7 @@ class Outcome:
         failed: how many of them could not be explained; their rows say why.
         warnings: how many were explained, but with a warning in their rows.
         new: how many this run explained.
-        passed_over: how many files of the data set are no videos by their endings.
+        passed_over: how many files of the data set are no videos by their endings, or in no class's folder.
     """
 
     clips: int
@@ -212,13 +212,16 @@ def explain_dataset(
                     repaired = {entry: probe for entry, probe in look(broken).items() if probe.error is None}
                     clips = with_new_sizes(add_repaired(clips, repaired), source.folder, failed)
                     write_clips(out, clips)
-            job = Job(os.fspath(source.folder), out, asked, clips)
+            job = Job(os.fspath(source.folder), out, asked, clips, recipe)
             store = job.store()
             rows = store.manifest()
             works = plan(clips, _missing(clips, rows, retry_failed), asked)
             new = sum(len(batch) for work in works for batch in work.batches)
             with Progress(len(clips), len(clips) - new, show_progress) as progress:
-                team.run(job, works, progress)
+                try:
+                    team.run(job, works, progress)
+                finally:
+                    release()
             store.gather()
             rows = store.manifest()
     ok = pc.equal(rows["status"], "ok")

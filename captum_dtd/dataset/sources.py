@@ -51,7 +51,7 @@ class Source:
         folder: what paths are relative to.
         entries: the videos.
         classes: class names in the order of their indices; None if the source is a table, which has no order of its own.
-        passed_over: how many files below the folder were no videos by their endings.
+        passed_over: how many files of the folder were no videos by their endings, or in no class's folder.
     """
 
     folder: Path
@@ -68,7 +68,7 @@ def find_videos(root: str | os.PathLike[str], lists: Sequence[str] = (), target_
             and label, of which only path is needed; its paths are relative to the table. A folder is a UCF-101 tree if
             ``classInd.txt`` lies in it, in ``ucfTrainTestlist`` inside or beside it, or beside a list: that gives the
             order of the classes. Otherwise classes are ordered by name, or where all of their names are numbers, by these.
-            Videos that lie in the folder itself have no class.
+            Where no such folder has a video, those in the folder itself are taken; they have no class.
         lists: files such as ``testlist01.txt`` that name the videos to take, a path and perhaps a class number in each
             line; looked for where ``classInd.txt`` is, or a path. None takes every video of the tree.
         target_column: a column of the table that says which class to explain.
@@ -102,7 +102,7 @@ def find_videos(root: str | os.PathLike[str], lists: Sequence[str] = (), target_
         found = dict.fromkeys(entry.label for entry in entries if entry.label is not None)
         classes = classes or tuple(sorted(found, key=int) if all(map(str.isdecimal, found)) else found)
     if not entries:
-        what = "the lists name no video" if files else f"no folder in {root} has a video in it"
+        what = "the lists name no video" if files else f"neither {root} nor a folder in it has a video"
         raise ValueError(f"nothing to explain: {what}")
     return Source(root, tuple(entries), classes, passed_over)
 
@@ -127,8 +127,9 @@ def _escaped(character: str) -> str:
 
 
 def _tree(root: Path, classes: Sequence[str] | None) -> tuple[list[Entry], int]:
-    """The videos below each class's folder and in the folder itself, and how many other files there are."""
+    """The videos below each class's folder, or without any those in ``root`` itself; and how many other files there are."""
     entries: list[Entry] = []
+    loose: list[Entry] = []
     passed_over = 0
     top = os.fsencode(root)
     for folder in sorted(os.scandir(top), key=lambda item: item.name):
@@ -136,7 +137,7 @@ def _tree(root: Path, classes: Sequence[str] | None) -> tuple[list[Entry], int]:
             continue
         if not _is_folder(folder):
             if _is_video(folder.name):
-                entries.append(Entry(folder.name))
+                loose.append(Entry(folder.name))
             else:
                 passed_over += folder.name != _CLASS_INDEX.encode()
             continue
@@ -150,7 +151,7 @@ def _tree(root: Path, classes: Sequence[str] | None) -> tuple[list[Entry], int]:
                 entries.append(Entry(os.path.relpath(path, top), label))
             else:
                 passed_over += 1
-    return entries, passed_over
+    return (entries, passed_over + len(loose)) if entries else (loose, passed_over)
 
 
 def _text_of(name: bytes) -> str:
@@ -320,9 +321,7 @@ def _seconds(value: object) -> float | None:
 
 
 def _text(value: object) -> str | None:
-    """A label or target; pandas writes the numbers of a column with gaps as floats, to CSV as "3.0"."""
+    """A label or target; pandas writes the numbers of a column with gaps as floats."""
     if isinstance(value, float):
         value = None if math.isnan(value) else int(value) if value.is_integer() else value
-    if isinstance(value, str) and re.fullmatch(r"\d+\.0+", value):
-        value = value.partition(".")[0]
     return None if value is None or value == "" else str(value)

@@ -26,9 +26,20 @@ from captum_dtd.dataset.sources import escaped
 from captum_dtd.discriminate import SpatioTemporalRelevance
 from captum_dtd.frame_cache import FrameCache
 from captum_dtd.recipe import Explainer
-from captum_dtd.video import Video, WindowReader, read_video, sample_clip
+from captum_dtd.video import Video, WindowReader, read_window_at, sample_clip
 
-__all__ = ["Decoded", "Explained", "VideoMeans", "Work", "classify", "decode", "explain", "plan", "undecodable"]
+__all__ = [
+    "Decoded",
+    "Explained",
+    "VideoMeans",
+    "Work",
+    "classify",
+    "decode",
+    "explain",
+    "plan",
+    "release",
+    "undecodable",
+]
 
 
 class Decoded(NamedTuple):
@@ -147,8 +158,7 @@ def decode(folder: str, clips: Sequence[Clip], frames: int, stride: int) -> list
         window = next(pending)
         texts = list(said)
         if isinstance(window, Video) and asked.start is not None and not window.shows(asked.start):
-            window = _at(path, asked.start, span)
-            texts.append(_MISCOUNTED)
+            window, texts = _at(path, asked.start, span, window, texts)
         if isinstance(window, Exception):
             decoded.append(Decoded(None, error=failure(window)))
             continue
@@ -179,12 +189,24 @@ _MISCOUNTED = (
 )
 
 
-def _at(path: str, start: float, span: int) -> Video | Exception:
-    """The frames from a time on, found by their times."""
-    try:
-        return read_video(path, start, max_frames=span)
-    except Exception as error:  # as above
-        return error
+def _at(path: str, start: float, span: int, counted: Video, said: list[str]) -> tuple[Video | Exception, list[str]]:
+    """The frames from a time on, found by their times, and what there is to say; or those that were counted, if it is they."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            found = read_window_at(path, start, span)
+        except Exception as error:  # as above
+            return error, []
+    if found.times[0] == counted.times[0]:
+        return counted, said
+    return found, [*(escaped(str(warning.message)) for warning in caught), _MISCOUNTED]
+
+
+def release() -> None:
+    """Close the video that this thread decoded last."""
+    reader: WindowReader | None = getattr(_last, "reader", None)
+    if reader is not None:
+        reader.close()
 
 
 def undecodable(clips: Sequence[Clip], error: str) -> list[Decoded]:

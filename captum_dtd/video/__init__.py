@@ -12,6 +12,7 @@ from captum_dtd.video.decode import (
     iter_frames,
     probe,
     read_video,
+    read_window_at,
     read_windows,
 )
 from captum_dtd.video.preprocess import Preprocessing
@@ -38,6 +39,7 @@ __all__ = [
     "overlay_frames",
     "probe",
     "read_video",
+    "read_window_at",
     "read_windows",
     "sample_clip",
     "shared_scale",

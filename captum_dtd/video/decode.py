@@ -12,6 +12,7 @@ import stat
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +34,7 @@ __all__ = [
     "iter_frames",
     "probe",
     "read_video",
+    "read_window_at",
     "read_windows",
     "shown_at",
 ]
@@ -99,7 +101,8 @@ class Video:
 
     def shows(self, start: float) -> bool:
         """Whether the first of these frames is shown at ``start`` seconds, as far as times are rounded; see :func:`shown_at`."""
-        return bool(self.times[0] - EARLY_SECONDS <= start and (len(self) == 1 or start <= self.times[1]))
+        following = self.end if len(self) == 1 else self.times[1]
+        return bool(self.times[0] - EARLY_SECONDS <= start <= following)
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
@@ -250,6 +253,31 @@ def read_windows(path: str | os.PathLike[str], starts: Sequence[int], length: in
         return reader.read(starts, length)
 
 
+def read_window_at(path: str | os.PathLike[str], start: float, length: int) -> Video:
+    """Decode a run of consecutive frames that begins with the one shown at a time, in one pass and on one thread.
+
+    Args:
+        path: as for :func:`read_video`.
+        start: seconds.
+        length: frames.
+
+    Returns:
+        The frames, fewer than ``length`` where the video ends.
+
+    Raises:
+        VideoError: as :func:`read_video`.
+        ImportError: PyAV is not installed.
+
+    Example::
+
+        read_window_at("hammer.avi", 1.5, length=16).frames.shape        # (16, 240, 320, 3)
+    """
+    stream = _images(path, start, threads=1, seeks=False)
+    found = list(islice(stream, length))
+    stream.close()
+    return _video(found, path)
+
+
 class WindowReader:
     """Reads windows of one video, time after time, and goes on where the last ones ended: a long video is decoded once.
 
@@ -287,9 +315,9 @@ class WindowReader:
         """As :func:`read_windows`, which also says what is raised."""
         wanted = {index for start in starts for index in range(start, start + length)}
         found = {index: self._kept[index] for index in wanted & self._kept.keys()}
-        if self._stream is None or min(wanted - found.keys(), default=math.inf) < self._progress.count:
-            self._begin()
         last = max(wanted, default=-1)
+        if self._stream is None or min(wanted - found.keys(), default=last + 1) < self._progress.count:
+            self._begin()
         try:
             self._read_to(last, wanted, found)
         except BaseException:
@@ -311,14 +339,13 @@ class WindowReader:
     def close(self) -> None:
         """Close the file; what is read next begins anew."""
         if self._stream is not None:
-            self._progress.is_told = True
             self._stream.close()
         self._stream = None
         self._kept = {}
 
     def _begin(self) -> None:
         self.close()
-        self._progress = _Progress()
+        self._progress = _Progress(is_told=True)
         self._stream = _decode(self._path, None, threads=1, progress=self._progress)
 
     def _read_to(self, last: int, wanted: set[int], found: dict[int, tuple[_Shown, Frames]]) -> None:
@@ -463,31 +490,45 @@ def _open(path: str | os.PathLike[str]) -> tuple[InputContainer, VideoStream]:
 
 def _packets(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet[Any]]:
     """A stream's packets, and an empty one at the end, which gives the decoder's last frames."""
+    packet: av.Packet[Any] | None = None
     try:
-        yield from container.demux(stream)
+        for packet in container.demux(stream):
+            yield packet
     except IndexError:  # PyAV's, of streams that turned up on the way, once it has given all packets
-        end: av.Packet[Any] = require_av().Packet()
-        end.stream = stream
-        yield end
+        if packet is None or packet.size:
+            packet = require_av().Packet()
+            packet.stream = stream
+            yield packet
 
 
 class _Clock:
     """Times that go on where a file's begin anew, as in files that were joined."""
 
-    _LEAST = 1.0  # seconds that times fall back then
+    _LEAST = 1.0  # seconds that times fall back then, or jump
+    _ASTRAY = 16  # frames of which damage may have made the times too late
 
     def __init__(self, fps: float) -> None:
         self._frame = 1.0 / fps
         self._offset = 0.0
         self._latest = self._turn = -math.inf
+        self._before_jump = math.inf, -math.inf  # the turn and the latest time then
+        self._since_jump = 0
 
     def going_on(self, time: float | None, turn: float | None) -> float | None:
         """When a frame is shown, by when the file says so and by its turn, which grows until times begin anew."""
         if time is None:
             return None
-        if turn is not None and turn < self._turn - self._LEAST:
-            self._offset = self._latest + self._frame - time
-        self._turn = self._turn if turn is None else turn
+        if turn is not None:
+            self._since_jump += 1
+            if turn > self._turn + self._LEAST:
+                self._before_jump, self._since_jump = (self._turn, self._latest), 0
+            elif turn < self._turn - self._LEAST:
+                before, latest = self._before_jump
+                if turn >= before and self._since_jump <= self._ASTRAY:
+                    self._latest = latest  # only some frames' times were wrong
+                else:
+                    self._offset = self._latest + self._frame - time
+            self._turn = turn
         self._latest = max(self._latest, time + self._offset)
         return time + self._offset
 
@@ -591,23 +632,26 @@ def _video(found: Sequence[tuple[_Shown, Frames]], path: str | os.PathLike[str])
     return Video(np.stack([image for _, image in found]), times, last.fps, os.fspath(path), last.lasts)
 
 
-def _images(path: str | os.PathLike[str], start: float) -> Generator[tuple[_Shown, Frames], None, None]:
+def _images(
+    path: str | os.PathLike[str], start: float, threads: int = 0, seeks: bool = True
+) -> Generator[tuple[_Shown, Frames], None, None]:
     """What :func:`iter_frames` yields, with all that is known of each frame."""
     size: tuple[int, int] | None = None
-    stream = _from(path, start)
-    for shown in stream:
+    for shown in _from(path, start, threads, seeks):
         image = _rgb(shown.frame, size)
         size = size or (shown.frame.width, shown.frame.height)
         yield shown, image
 
 
-def _from(path: str | os.PathLike[str], start: float) -> Generator[_Shown, None, None]:
+def _from(
+    path: str | os.PathLike[str], start: float, threads: int = 0, seeks: bool = True
+) -> Generator[_Shown, None, None]:
     """The frame that is shown at ``start`` and those that follow; see :func:`shown_at`."""
     _check_start(path, start)
-    for seek in (start, None) if start > _SEEK_FROM_SECONDS else (None,):
+    for seek in (start, None) if seeks and start > _SEEK_FROM_SECONDS else (None,):
         before: _Shown | None = None
         begun = False
-        for shown in _decode(path, seek):
+        for shown in _decode(path, seek, threads):
             if not begun and shown.time < start:
                 before = shown  # whether it is still shown then is for the next one to say
                 continue

@@ -27,10 +27,8 @@ _RED = np.array([255.0, 32.0, 24.0], dtype=np.float32)
 _BLUE = np.array([64.0, 128.0, 255.0], dtype=np.float32)
 _STRONGEST = 0.85  # opacity of full colour: the frame stays visible below
 _SLOW_FPS = 8.0  # slow enough for the eye: a clip of 16 frames lasts two seconds
-_SMALLEST_PANEL, _WIDEST_PICTURE = (
-    160,
-    4096,
-)  # pixels, of either side: below, text is illegible; beyond, players give up
+# Pixels, of either side: below, text is illegible; beyond, players give up.
+_SMALLEST_PANEL, _WIDEST_PICTURE = 160, 4096
 
 
 def shared_scale(maps: Iterable[Map], percentile: float = 99.5) -> float:
