@@ -11,8 +11,8 @@
 
 namespace captum_dtd::cpu {
 
-// Of a whole result: as much as a second-level cache holds. Whole jobs of C3D and s3d took 3 % longer where this was eight times as
-// much, measured on one core of an EPYC (Zen 5).
+// Of a whole result: as much as a second-level cache holds. Whole jobs of C3D and s3d took 3 % longer where this was eight times
+// as much, measured on one core of an EPYC (Zen 5).
 constexpr int64_t kStreamedBytes = int64_t{1} << 20;
 
 // What is streamed is whole lines: parts of one would be written to memory one by one.

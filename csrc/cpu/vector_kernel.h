@@ -545,6 +545,16 @@ inline Value part_of(Value weight) {
 // So many rows times so many vectors of numbers are summed at once: weights are taken from the cache once for all of them.
 constexpr int kRowsAtOnce = 4, kVectorsAtOnce = kVectorBytes == 64 ? 4 : 2;
 
+// Half of the rows that are needed next, one half while sums are taken and the other while they are given back, so that memory is
+// never idle.
+template <int kRows, bool kSecondHalf, typename Source>
+inline void approach_rows(const Source* weights, int64_t columns, int64_t column) {
+  constexpr int kHalf = (kRows + 1) / 2;
+#pragma GCC unroll 4
+  for (int row = kSecondHalf ? kHalf : 0; row < (kSecondHalf ? kRows : kHalf); ++row)
+    __builtin_prefetch(weights + (kRows + row) * columns + column, 0, 2);
+}
+
 template <Sign kSign, int kRows, int kVectors, typename Source, typename Sum>
 void dot_rows(const Source* weights, int64_t columns, const Sum* u, int64_t u_pitch, Sum* z, int64_t z_pitch) {
   constexpr int kStep = kLanes<Sum>;
@@ -554,6 +564,7 @@ void dot_rows(const Source* weights, int64_t columns, const Sum* u, int64_t u_pi
     Register<Sum> parts[kRows];
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) parts[row] = part_of<kSign>(load_widened<Sum>(weights + row * columns + column));
+    if constexpr (kSign != Sign::Both) approach_rows<kRows, false>(weights, columns, column);  // spread comes between
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
       const Register<Sum> input = load_vector(u + i * u_pitch + column);
@@ -578,10 +589,8 @@ void spread_rows(const Source* weights, int64_t columns, const Sum* s, int64_t s
   for (; column + kStep <= columns; column += kStep) {
     Register<Sum> parts[kRows];
 #pragma GCC unroll 4
-    for (int row = 0; row < kRows; ++row) {
-      parts[row] = part_of<kSign>(load_widened<Sum>(weights + row * columns + column));
-      __builtin_prefetch(weights + (kRows + row) * columns + column, 0, 2);  // the rows that are needed next
-    }
+    for (int row = 0; row < kRows; ++row) parts[row] = part_of<kSign>(load_widened<Sum>(weights + row * columns + column));
+    approach_rows<kRows, true>(weights, columns, column);
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
       Register<Sum> sum = load_vector(to + i * to_pitch + column);
