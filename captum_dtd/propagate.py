@@ -124,7 +124,6 @@ class Network:
     ) -> None:
         self.precision = precision
         self.notes = canonize(traced.graph, [node for node in traced.inputs if node is not None])
-        self.ends_in_probabilities = bool(self.notes)
         self.any_batch = traced.any_batch
         self._traced = traced
         self._model_name = type(model).__name__
@@ -145,6 +144,11 @@ class Network:
             source for node in self._overwrites if (source := node.all_input_nodes[0]).target is not aten.add.Tensor
         )
         self.bytes_per_example = self._estimate_bytes()
+
+    @property
+    def ends_in_probabilities(self) -> bool:
+        """Whether the model's output is a softmax or sigmoid of what is explained: nothing else is noted."""
+        return bool(self.notes)
 
     def _plan(self, model: nn.Module, composite: Composite) -> tuple[Step, ...]:
         crossed = self._crossed()
