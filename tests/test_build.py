@@ -234,11 +234,19 @@ def test_files_of_an_instruction_set_compile_without_it(setup: dict[str, Any], t
         assert done.returncode == 0, done.stderr
 
 
-def test_what_an_epilogue_reads_is_fetched_ahead() -> None:
+@pytest.mark.parametrize(
+    ("source", "functions"), [("conv3d.cpp", ["SlabRunner"]), ("kernel_generic.cpp", ["3dotIf", "6spreadIf"])]
+)
+def test_what_is_read_next_is_fetched_ahead(source: str, functions: list[str]) -> None:
     """A compiler that sees no effect in prefetching may drop whatever does nothing else, and results would not tell."""
-    command = [compiler(), "-std=c++17", "-O3", "-S", "-o", "-", str(ROOT / "csrc" / "cpu" / "conv3d.cpp")]
+    command = [compiler(), "-std=c++17", "-O3", "-S", "-o", "-", str(ROOT / "csrc" / "cpu" / source)]
     assembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"\b(prefetch|prfm)", assembly)
+    bodies = re.split(r"^(\w+):", assembly, flags=re.MULTILINE)
+    fetching = [
+        name for name, body in zip(bodies[1::2], bodies[2::2], strict=True) if re.search(r"\b(prefetch|prfm)", body)
+    ]
+    for function in functions:
+        assert any(function in name for name in fetching), (function, fetching)
 
 
 @pytest.mark.slow

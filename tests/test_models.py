@@ -199,7 +199,9 @@ class ResNet(nn.Module):
 
 
 def test_3d_resnet_ports_load_into_torchvision(tmp_path: Path) -> None:
-    video_models = pytest.importorskip("torchvision.models.video")
+    video_models = pytest.importorskip(
+        "torchvision.models.video", reason="torchvision, whose model the port is, is not installed"
+    )
     port, model = ResNet(6).eval(), video_models.r3d_18(weights=None, num_classes=6).eval()
     for module in port.modules():
         if isinstance(module, nn.BatchNorm3d):
@@ -411,7 +413,7 @@ def test_c3d_without_weights_warns_and_says_how_to_prepare() -> None:
 
 @pytest.mark.parametrize("name", ["r3d_18", "mc3_18", "r2plus1d_18", "s3d"])
 def test_torchvision_models_come_with_their_own_transform_and_classes(name: str) -> None:
-    pytest.importorskip("torchvision")
+    pytest.importorskip("torchvision", reason="torchvision, whose models are loaded, is not installed")
     with torch.device("meta"):
         with pytest.warns(UserWarning, match="random weights"):
             loaded = load_model(name)
@@ -427,7 +429,7 @@ def test_torchvision_models_come_with_their_own_transform_and_classes(name: str)
 
 @pytest.mark.filterwarnings("ignore:.*random weights")
 def test_a_head_of_ones_own_size_has_no_published_names() -> None:
-    pytest.importorskip("torchvision")
+    pytest.importorskip("torchvision", reason="torchvision, whose models are loaded, is not installed")
     with torch.device("meta"):
         assert load_model("r3d_18", num_classes=101).classes is None
         assert len(load_model("r3d_18", num_classes=400).classes or ()) == 400
