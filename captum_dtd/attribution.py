@@ -367,7 +367,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         for i in range(count):
             column: list[tuple[Step, Tensor, Tensor]] = []
 
-            def observe(step: Step, arriving: Any, leaving: Sequence[Tensor | None], column: Any = column) -> None:
+            def observe(step: Step, arriving: Any, leaving: Sequence[Tensor], column: Any = column) -> None:
                 column.append((step, _total(pytree.tree_leaves(arriving)), _total(leaving)))
 
             example = slice(i, i + 1)
@@ -720,5 +720,5 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def _total(parts: Sequence[Tensor | None]) -> Tensor:
-    return torch.stack([part.sum() for part in parts if part is not None]).sum()
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack([part.sum() for part in parts]).sum()

@@ -19,14 +19,18 @@ from captum_dtd.operations import (
     ADAPTIVE_AVERAGES,
     ADAPTIVE_MAXIMA,
     AVERAGE_POOLS,
+    CASTS,
     CONVOLUTIONS,
     MAX_POOLS,
     REDUCTIONS,
     SHAPE_ONLY,
     SOFTMAX,
     aten,
+    attention,
     batch_norm,
+    group_norm,
     maximum_over,
+    signs_of,
 )
 
 
@@ -65,6 +69,14 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node]) -> tuple[str, ...]:
             node.args, node.kwargs = _scaled(graph, node), {}
         elif node.target is aten.diff.default:
             _replace(graph, node, _differences(graph, node))
+        elif node.target is aten.group_norm.default:
+            node.target, node.args = group_norm, given(node, 2, None, None, 1e-5, True)[:5]
+        elif node.target is aten.instance_norm.default:
+            x, weight, bias, mean, var, of_input, _, eps, _ = node.args
+            by_input, by_constants = (x, shape_of(x)[1], weight, bias, eps), (x, weight, bias, mean, var, eps)
+            node.target, node.args = (group_norm, by_input) if of_input else (batch_norm, by_constants)
+        elif node.target is aten.scaled_dot_product_attention.default:
+            _replace(graph, node, _weighted_values(graph, node))
         elif _is_shifted_relu6(node):
             gate = _insert(graph, node, aten.hardsigmoid.default, (node.args[0].args[0],), like=node)
             node.target, node.args = aten.mul.Tensor, (gate, 6.0)
@@ -73,6 +85,7 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node]) -> tuple[str, ...]:
     join_reshapes(graph)
     fold_batch_norm(graph)
     fold_channelwise(graph, inputs)
+    fold_signs(graph, inputs)
     drop_identity_windows(graph)
     average_before_linear(graph)
     graph.eliminate_dead_code()
@@ -114,6 +127,19 @@ def _differences(graph: fx.Graph, node: fx.Node) -> fx.Node:
         later, earlier = (new(aten.slice.Tensor, values, dim, *ends) for ends in ((1, 2**63 - 1), (0, -1)))
         values = new(aten.sub.Tensor, later, earlier)
     return values
+
+
+def _weighted_values(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Scaled dot-product attention as the product of its weights with the values."""
+    query, key, value, mask, _, is_causal = given(node, 3, None, 0.0, False)
+    if node.kwargs.get("enable_gqa"):  # several heads of queries share one of keys and values
+        heads = shape_of(query)[-3] // shape_of(key)[-3]
+        key, value = (
+            _traced(_insert(graph, node, aten.repeat_interleave.self_int, (each, heads, -3), like=each))
+            for each in (key, value)
+        )
+    weights = _insert(graph, node, attention, (query, key, mask, is_causal, node.kwargs.get("scale")), like=node)
+    return _insert(graph, node, aten.matmul.default, (_traced(weights), value), like=node)
 
 
 def _is_shifted_relu6(node: fx.Node) -> bool:
@@ -221,9 +247,9 @@ def fold_batch_norm(graph: fx.Graph) -> None:
             continue
         x, weight, *rest = source.args
         bias = rest[0] if rest else None
-        new_weight = _insert(graph, source, folded_weight, (weight, gamma, var, eps), like=weight)
-        new_bias = _insert(graph, source, folded_bias, (weight, bias, gamma, beta, mean, var, eps), like=mean)
-        layer = _insert(graph, source, source.target, (x, new_weight, new_bias, *rest[1:]), like=source)
+        new_weight = _insert(graph, node, folded_weight, (weight, gamma, var, eps), like=weight)
+        new_bias = _insert(graph, node, folded_bias, (weight, bias, gamma, beta, mean, var, eps), like=mean)
+        layer = _insert(graph, node, source.target, (x, new_weight, new_bias, *rest[1:]), like=source)
         layer.kwargs = source.kwargs
         _replace(graph, node, layer)
         graph.erase_node(source)
@@ -249,8 +275,7 @@ def fold_channelwise(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
         x, weight, *rest = source.args
         bias = rest[0] if rest else None
         if node.target in (aten.mul.Tensor, aten.div.Tensor):
-            column = [-1] + [1] * (len(shape_of(weight)) - 1)
-            by_row = _traced(_insert(graph, node, aten.reshape.default, (numbers, column), like=numbers))
+            by_row = _reshaped(graph, node, numbers, 0, weight)
             weight = _insert(graph, node, node.target, (weight, by_row), like=weight)
         elif bias is None:
             bias = 0.0
@@ -278,12 +303,76 @@ def _is_weighted_for_one(source: Any) -> bool:
     return foldable and len(source.users) == 1
 
 
+def fold_signs(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
+    """Fold the signs of a norm's weights, one for each channel, into the layer before it, if nothing else reads that layer.
+
+    Group, instance, layer and RMS norm divide by what they find in their input, so that they cannot be folded whole as batch
+    norm is. Given that, they scale every channel; z+ and z-beta without bias, which divide by sums of the same weights, see
+    nothing of a scale but its sign: a channel that is turned round excites where its weights are negative. What stands between
+    the two may move channels, as a permute does, and change their type.
+    """
+    varying: set[fx.Node] = set(inputs)
+    for node in list(graph.nodes):
+        if not varying.isdisjoint(node.all_input_nodes):
+            varying.add(node)
+        weight, dim = _channel_scale(node)
+        if weight is None or weight in varying:
+            continue
+        between, source = [], node.args[0]
+        while source.target in SHAPE_ONLY | CASTS and len(source.users) == 1:
+            before = [place for place, after in _moved_dims(source) if after == dim]
+            if len(before) != 1 or shape_of(source)[dim] != shape_of(source.args[0])[before[0]]:
+                break
+            between.append(source)
+            (dim,), source = before, source.args[0]
+        if not _is_weighted_for_one(source) or dim != _channel_dim(source):
+            continue
+        x, own, *rest = source.args
+        signs = _insert(graph, node, signs_of, (weight, own.meta["val"].dtype), like=weight)
+        signs.meta["val"] = weight.meta["val"].to(own.meta["val"].dtype)
+        turned = _insert(graph, node, aten.mul.Tensor, (own, _reshaped(graph, node, signs, 0, own)), like=own)
+        if rest and rest[0] is not None:
+            rest[0] = _insert(graph, node, aten.mul.Tensor, (rest[0], signs), like=rest[0])
+        layer = _insert(graph, node, source.target, (x, turned, *rest), like=source)
+        layer.kwargs = source.kwargs
+        back = _insert(graph, node, aten.mul.Tensor, (layer, _reshaped(graph, node, signs, dim, source)), like=source)
+        varying.update((layer, back))
+        for old in reversed(between):
+            back = _insert(graph, node, old.target, (back, *old.args[1:]), like=old)
+            back.kwargs = old.kwargs
+            varying.add(back)
+        node.args = (back, *node.args[1:])
+        for old in (*between, source):
+            graph.erase_node(old)
+
+
+def _channel_scale(node: fx.Node) -> tuple[Any, int]:
+    """The weights of a norm that divides by what it finds in its input, and along which dimension there is one for each index."""
+    if node.target is group_norm:
+        return node.args[2], 1
+    if node.target in (aten.layer_norm.default, aten.rms_norm.default):
+        _, sizes, weight, *_ = given(node, 2, None)
+        return (weight if len(_integers(sizes)) == 1 else None), len(shape_of(node)) - 1
+    return None, 0
+
+
+def _reshaped(graph: fx.Graph, before: fx.Node, numbers: fx.Node, dim: int, like: fx.Node) -> fx.Node:
+    """A row of numbers along a dimension of another value."""
+    sizes = [1] * len(shape_of(like))
+    sizes[dim] = -1
+    return _traced(_insert(graph, before, aten.reshape.default, (numbers, sizes), like=numbers))
+
+
+def _channel_dim(layer: fx.Node) -> int:
+    """Which dimension of a convolution's or linear layer's output its channels are."""
+    return len(shape_of(layer)) - 1 if layer.target is aten.linear.default else 1
+
+
 def _is_channelwise(numbers: Any, layer: fx.Node) -> bool:
     """Whether a tensor has one number for each channel of a layer's output, and its type."""
     if not isinstance(numbers, fx.Node) or numbers.meta["val"].dtype != layer.meta["val"].dtype:
         return False
-    channels = list(shape_of(layer))
-    channel = len(channels) - 1 if layer.target is aten.linear.default else 1
+    channels, channel = list(shape_of(layer)), _channel_dim(layer)
     expected = [1] * len(channels)
     expected[channel] = channels[channel]
     return [1] * (len(channels) - len(shape_of(numbers))) + list(shape_of(numbers)) == expected

@@ -384,7 +384,7 @@ class FrozenNetwork:
     def summary(self, step: Step) -> str:
         """How many of an operation's times differ, of what it reads and of what it makes: ``"1 -> 3 of 16"``."""
         made = self._times(step.node)
-        read = [times.distinct for source in step.sources if (times := self._times(source)) is not None]
+        read = [times.distinct for source in step.node.all_input_nodes if (times := self._times(source)) is not None]
         if made is None:
             return "every time" if read else ""
         return f"{max(read)} -> {made.distinct} of {made.length}"
@@ -496,7 +496,7 @@ class FrozenNetwork:
         """
         plan = self._plan_for(wanted)
 
-        def share(step: Step, values: Values, box: Box, arriving: list[Any]) -> Sequence[Sequence[Tensor | None]]:
+        def share(step: Step, values: Values, box: Box, arriving: list[Any]) -> Sequence[Sequence[Tensor]]:
             if self.in_time[step.node].way == "convolution":
                 return [(one,) for one in self._share_convolution(step, values, box, arriving, plan)]
             shared = self._share_where_read(step, values, box, arriving, plan)
@@ -564,7 +564,7 @@ class FrozenNetwork:
 
     def _share(
         self, step: Step, values: Values, box: Box, arriving: list[Any], plan: _Plan
-    ) -> Sequence[Sequence[Tensor | None]]:
+    ) -> Sequence[Sequence[Tensor]]:
         """Any operation but a convolution along time: what it reads is gathered at its output's slots."""
         here = self.in_time[step.node]
 
@@ -577,9 +577,9 @@ class FrozenNetwork:
         args = here.args(len(plan.at(step.node)[0])) if here.args is not None else None
         limits = box.around(step, take)
 
-        def to_slots(source: fx.Node, part: Tensor | None) -> Tensor | None:
+        def to_slots(source: fx.Node, part: Tensor) -> Tensor:
             times = self._times(source)
-            if part is None or times is None or plan.stays(step.node, source):
+            if times is None or plan.stays(step.node, source):
                 return part
             return plan.routes(step.node, source)[1].scatter(part, times.dim)  # type: ignore[no-any-return]
 
@@ -588,7 +588,7 @@ class FrozenNetwork:
 
     def _share_where_read(
         self, step: Step, values: Values, box: Box, arriving: list[Any], plan: _Plan
-    ) -> Sequence[Sequence[Tensor | None]] | None:
+    ) -> Sequence[Sequence[Tensor]] | None:
         """A pooling, or a convolution of each time by itself, in one operation that reads and gives to times by tables.
 
         None where times are read as they lie, or no kernel serves it: then what is read is gathered.

@@ -19,6 +19,7 @@ from captum_dtd.operations import (
     AVERAGE_POOLS,
     CONVOLUTIONS,
     MAX_POOLS,
+    NORMS,
     REDUCTIONS,
     aten,
     batch_norm,
@@ -30,8 +31,10 @@ _NEW = (
     | AVERAGE_POOLS
     | ADAPTIVE_AVERAGES
     | REDUCTIONS
+    | NORMS
     | {aten.linear.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default, aten.leaky_relu.default}
     | {aten.elu.default, aten.silu.default, aten.gelu.default, aten.hardtanh.default, aten.softmax.int}
+    | {aten.matmul.default, aten.bmm.default, aten.scaled_dot_product_attention.default}
     | {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.cat.default, aten.stack.default}
 )
 """Operations that return a new tensor, and that export's pass leaves as they are."""
@@ -77,12 +80,15 @@ def active_dropout(module: fx.GraphModule) -> Iterator[fx.Node]:
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
             yield from (n for n in part.graph.nodes if n.target in _DROPOUTS and n.args[1] and n.args[2])
+            yield from (n for n in part.graph.nodes if n.target in _ATTENTION and n.args[4:] and n.args[4])
 
 
 _DROPOUTS = frozenset(
     {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default}
     | {aten.dropout_.default, aten.feature_dropout_.default, aten.alpha_dropout_.default}
 )
+_ATTENTION = frozenset({aten.scaled_dot_product_attention.default})
+"""Its fifth argument is a probability, and it drops out in evaluation mode, too."""
 
 
 def functionalize(graph: fx.Graph) -> bool:

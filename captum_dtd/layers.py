@@ -6,19 +6,22 @@ A layer is what one operation of the traced graph is to relevance. Five kinds ex
 `LinearMap`      a linear map and its adjoint; a rule shares relevance among its inputs (convolutions, linear
                  layers, sums and averages, additions)
 `MaxPool`        shared within its windows or routed to their maxima
-`Elementwise`    relevance passes: every output element depends on one input element (activations, scaling)
+`Elementwise`    relevance passes: every output element depends on one input element (activations, scaling; norms, whose
+                 statistics count as constants)
 `Rearrangement`  relevance follows the element (views, slices, concatenation, padding)
-`Gate`           relevance goes to the signal, none to its gate (``x * sigmoid(g)``)
+`Gate`           relevance goes to the signal, none to its gate (``x * sigmoid(g)``); `Attention` is a `LinearMap` likewise
 ===============  ============================================================================================
 
 The adjoint of a linear map is taken by differentiating that one operation: local, exact for every geometry (stride,
 dilation, groups, 'same' padding, ceil mode), and with nothing kept from one layer to the next.
 
-A layer for a further operation is registered in one place::
+A layer for a further operation, as it stands in the canonized graph, is registered in one place::
 
     @covers(torch.ops.aten.my_op.default)
     def my_op(node, signals):
         return Elementwise()
+
+Where some of what varies with the input gets no relevance, the layer's `Layer.carriers` says what does.
 """
 
 from __future__ import annotations
@@ -42,13 +45,16 @@ from captum_dtd.operations import (
     ADAPTIVE_MAXIMA,
     ADDITIONS,
     AVERAGE_POOLS,
+    CASTS,
     CONVOLUTIONS,
     MAX_POOLS,
     REDUCTIONS,
     SHAPE_ONLY,
     SOFTMAX,
     aten,
+    attention,
     batch_norm,
+    group_norm,
     maximum_over,
 )
 from captum_dtd.reference import divide
@@ -195,11 +201,13 @@ class Layer(ABC):
     needs_activations: bool = False
     """Whether sharing relevance needs the values that entered, or their shapes only."""
 
+    def carriers(self, signals: Sequence[int]) -> tuple[int, ...]:
+        """Which of the arguments that depend on what is explained get relevance; the others are as good as constants."""
+        return tuple(signals)
+
     @abstractmethod
-    def redistribute(
-        self, call: Call, relevances: Sequence[Any], rule: Any, bounds: Any
-    ) -> list[tuple[Tensor | None, ...]]:
-        """For each of several relevances of the output, that of every signal that entered (None: none at all)."""
+    def redistribute(self, call: Call, relevances: Sequence[Any], rule: Any, bounds: Any) -> list[tuple[Tensor, ...]]:
+        """For each of several relevances of the output, that of every signal that entered."""
 
 
 class LinearMap(Layer):
@@ -221,7 +229,7 @@ class LinearMap(Layer):
 
     def redistribute(
         self, call: Call, relevances: Sequence[Tensor], rule: Rule, bounds: Limits | None
-    ) -> list[tuple[Tensor | None, ...]]:
+    ) -> list[tuple[Tensor, ...]]:
         """Share relevance by a rule: the one place where every rule meets every linear layer."""
         shared: list[list[Tensor | None]] = [[None] * len(call.signals) for _ in relevances]
         for group in rule.groups:
@@ -370,10 +378,10 @@ class MaxPool(Layer):
 
     def redistribute(
         self, call: Call, relevances: Sequence[Tensor], rule: MaxPoolRule, bounds: Any
-    ) -> list[tuple[Tensor | None, ...]]:
+    ) -> list[tuple[Tensor, ...]]:
         """Share within the windows (`Proportional`) or route to the maxima (`WinnerTakesAll`)."""
         (x,) = call.signals
-        shared: list[tuple[Tensor | None, ...]] = []
+        shared: list[tuple[Tensor, ...]] = []
         with local_gradients():
             if isinstance(rule, WinnerTakesAll):
                 leaf = x.detach().requires_grad_()
@@ -396,7 +404,7 @@ class Elementwise(Layer):
 
     def redistribute(
         self, call: Call, relevances: Sequence[Tensor], rule: Any, bounds: Any
-    ) -> list[tuple[Tensor | None, ...]]:
+    ) -> list[tuple[Tensor, ...]]:
         """Pass relevance on, summed where the signal was broadcast."""
         return [(relevance.sum_to_size(call.signals[0].shape),) for relevance in relevances]
 
@@ -405,9 +413,7 @@ class Elementwise(Layer):
 class Rearrangement(Layer):
     """Relevance follows the element: every output element is one input element, or a constant."""
 
-    def redistribute(
-        self, call: Call, relevances: Sequence[Any], rule: Any, bounds: Any
-    ) -> list[tuple[Tensor | None, ...]]:
+    def redistribute(self, call: Call, relevances: Sequence[Any], rule: Any, bounds: Any) -> list[tuple[Tensor, ...]]:
         """Put relevance back where its elements came from; a split's is a dict from output number to relevance."""
         every: list[dict[int, Tensor]] = [one if isinstance(one, dict) else {0: one} for one in relevances]
         like = next(iter(every[0].values()))
@@ -419,18 +425,34 @@ class Rearrangement(Layer):
 
 
 @dataclass(frozen=True)
-class Gate(Layer):
-    """``signal * gate``: all relevance to the signal, none to the gate (Arras et al. 2017, *Explaining recurrent networks*)."""
+class Gate(Elementwise):
+    """``signal * gate``: all relevance to the signal, none to the gate (Arras et al. 2017, *Explaining recurrent networks*).
 
-    gate: int
-    """Which of the two signals is the gate."""
+    So it is with ``signal / divisor`` where the divisor is found in the signal: a normalisation.
+    """
 
-    def redistribute(
-        self, call: Call, relevances: Sequence[Tensor], rule: Any, bounds: Any
-    ) -> list[tuple[Tensor | None, ...]]:
-        """Pass relevance to the signal, summed where it was broadcast."""
-        passed = [relevance.sum_to_size(call.signals[1 - self.gate].shape) for relevance in relevances]
-        return [(None, own) if self.gate == 0 else (own, None) for own in passed]
+    signal: int = 0
+    """Which argument is the signal."""
+
+    def carriers(self, signals: Sequence[int]) -> tuple[int, ...]:
+        return (self.signal,)
+
+
+@dataclass(frozen=True)
+class Attention(LinearMap):
+    """A product of values with the output of a softmax, which are the weights: they get none of the relevance."""
+
+    weights: int
+    values: int
+    """Which arguments they are."""
+
+    def carriers(self, signals: Sequence[int]) -> tuple[int, ...]:
+        return (self.values,)
+
+    def apply(self, call: Call, inputs: Sequence[Tensor], part: WeightPart) -> Tensor:
+        output = call(inputs, {self.weights: weight_part(call.arguments[self.weights], part)})
+        assert isinstance(output, Tensor)
+        return output
 
 
 def _pool_sums(call: Call, x: Tensor, output: torch.Size) -> Tensor:
@@ -519,17 +541,18 @@ SIGN_PRESERVING_ACTIVATIONS = frozenset(
     | {aten.hardswish.default, aten.tanh.default, aten.mish.default, aten.selu.default, aten.dropout.default}
 )
 CLAMPS = frozenset({aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default})
-CASTS = frozenset({aten._to_copy.default, aten.to.dtype})
 NEAREST = frozenset(
     {aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec}
     | {aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec, aten._upsample_nearest_exact3d.vec}
 )
+ATTENTION = frozenset({attention, aten.softmax.int, aten._softmax.default})
 GATES = frozenset({aten.sigmoid.default, aten.hardsigmoid.default, *SOFTMAX})
 
 covers(*NON_NEGATIVE_ACTIVATIONS, *SIGN_PRESERVING_ACTIVATIONS, *CLAMPS, aten.prelu.default, aten.threshold.default)(
     _only_first(Elementwise())
 )
-covers(*CASTS, batch_norm, aten.neg.default, aten.rsub.Scalar, aten.div.Tensor)(_only_first(Elementwise(affine=True)))
+covers(group_norm, aten.layer_norm.default, aten.rms_norm.default)(_only_first(Elementwise()))
+covers(*CASTS, batch_norm, aten.neg.default, aten.rsub.Scalar)(_only_first(Elementwise(affine=True)))
 
 
 @covers(
@@ -571,17 +594,29 @@ def _multiplication(node: fx.Node, signals: Sequence[int]) -> Layer | None:
         for moved in (_RESHAPED, _PARTS):
             gates = [position for position in signals if _comes_from(node.args[position], kinds, moved)]
             if gates:
-                return Gate(gates[0]) if len(gates) == 1 else None
+                return Gate(signal=1 - gates[0]) if len(gates) == 1 else None
     return None
+
+
+@covers(aten.div.Tensor)
+def _division(node: fx.Node, signals: Sequence[int]) -> Layer | None:
+    """By a constant, or by what is found in the signal itself: that counts as constant, as norms' statistics do."""
+    if tuple(signals) == (0,):
+        return Elementwise(affine=True)
+    return Gate(signal=0) if tuple(signals) == (0, 1) and _is_found_in(node.args[1], node.args[0]) else None
 
 
 @covers(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.einsum.default, aten.tensordot.default)
 def _product(node: fx.Node, signals: Sequence[int]) -> Layer | None:
-    factors = [i for i, leaf in enumerate(pytree.tree_leaves(node.args)) if isinstance(leaf, fx.Node)]
-    constant = set(factors).difference(signals)
-    if len(factors) != 2 or len(constant) != 1:
+    leaves = pytree.tree_leaves(node.args)
+    factors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
+    if len(factors) != 2:
         return None
-    return Weighted(weight=constant.pop())
+    constant = set(factors).difference(signals)
+    if constant:
+        return Weighted(weight=constant.pop())
+    weights = [i for i in factors if _comes_from(leaves[i], ATTENTION, _PARTS)]
+    return Attention(weights[0], sum(factors) - weights[0]) if len(weights) == 1 else None
 
 
 @covers(aten.addmm.default)
@@ -597,16 +632,32 @@ _FILLS = {
 }
 """Rearrangements that put a number in places, and where it stands among their arguments."""
 
-_RESHAPED = SHAPE_ONLY | {aten.expand.default}
+_RESHAPED = SHAPE_ONLY | CASTS | {aten.expand.default}
 _PARTS = (
     _RESHAPED
     | {aten.expand_as.default, aten.repeat.default, aten.slice.Tensor, aten.select.int}
     | {aten.narrow.default, aten.index_select.default, aten.flip.default, aten.unbind.int, aten.chunk.default}
     | {aten.split.Tensor, aten.split_with_sizes.default, operator.getitem}
-    | {aten.gather.default, aten.repeat_interleave.self_int}
+    | {aten.gather.default, aten.repeat_interleave.self_int, aten.masked_fill.Scalar}
     | NEAREST
 )
-"""Operations whose every value is one of their first argument's."""
+"""Operations whose every value is one of their first argument's, or a constant."""
+
+
+def _ancestors(node: fx.Node, besides: fx.Node | None = None) -> set[fx.Node]:
+    """What numbers a value is computed from, itself among them, without going beyond one of them."""
+    found, left = {node}, [node]
+    while left:
+        for source in left.pop().all_input_nodes:
+            if source is not besides and source not in found and holds_numbers(source):
+                found.add(source)
+                left.append(source)
+    return found
+
+
+def _is_found_in(node: Any, signal: Any) -> bool:
+    """Whether a value depends on nothing that a signal depends on but by way of that signal."""
+    return _ancestors(signal).isdisjoint(_ancestors(node, besides=signal))
 
 
 def _comes_from(node: Any, targets: Collection[Any], moved: Collection[Any]) -> bool:

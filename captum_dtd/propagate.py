@@ -29,7 +29,6 @@ from captum_dtd.kernels import Precision
 from captum_dtd.layers import (
     Call,
     Elementwise,
-    Gate,
     Layer,
     Limits,
     LinearMap,
@@ -43,7 +42,7 @@ from captum_dtd.layers import (
     signal_positions,
 )
 from captum_dtd.modes import exact_modes
-from captum_dtd.operations import CONVOLUTIONS, aten
+from captum_dtd.operations import CONVOLUTIONS, NORMS, aten, group_norm
 from captum_dtd.rules import Group, MaxPoolRule, Rule, ZBeta
 
 
@@ -67,13 +66,13 @@ class Step:
         return {"Elementwise": "passes", "Rearrangement": "follows", "Gate": "to the signal"}[type(self.layer).__name__]
 
 
-Observer: TypeAlias = Callable[[Step, Any, Sequence[Tensor | None]], None]
+Observer: TypeAlias = Callable[[Step, Any, Sequence[Tensor]], None]
 """Is told, after every step, what relevance arrived at its output and what left to each of its inputs."""
 
 Values: TypeAlias = dict[fx.Node, Any]
 ValueOf: TypeAlias = Callable[[fx.Node], Any]
 Compute: TypeAlias = Callable[[fx.Node, Values], Any]
-Share: TypeAlias = Callable[[Step, Values, "Box", list[Any]], Sequence[Sequence[Tensor | None]]]
+Share: TypeAlias = Callable[[Step, Values, "Box", list[Any]], Sequence[Sequence[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,7 @@ class Network:
         self._filters = {node.args[1] for node in self.nodes if node.target in CONVOLUTIONS}
         self._last_uses = self._find_last_uses()
         self._kept = self._find_kept()
+        self._last_reads = self._find_last_reads()
         self._overwrites = self._find_overwrites()
         self._rectified = frozenset(
             source for node in self._overwrites if (source := node.all_input_nodes[0]).target is not aten.add.Tensor
@@ -194,9 +194,11 @@ class Network:
                 continue
             signals.add(node)
             layer = Rearrangement() if node.target is operator.getitem else layer_for(node, positions)
-            found.append((node, layer, positions))
             if layer is None:
+                found.append((node, layer, positions))
                 continue
+            positions = layer.carriers(positions)
+            found.append((node, layer, positions))
             if is_non_negative(node, layer, self._non_negative.__contains__):
                 self._non_negative.add(node)
             affine = isinstance(layer, Rearrangement) or (isinstance(layer, Elementwise) and layer.affine)
@@ -205,10 +207,9 @@ class Network:
         if self.output not in signals:
             raise ValueError(f"the output of {self._model_name} does not depend on the input that is to be explained")
         crossed: set[fx.Node] = {self.output}
-        for node, layer, positions in reversed(found):
+        for node, _, positions in reversed(found):
             if node in crossed:
-                sources = _arguments(node, positions)
-                crossed.update(sources if not isinstance(layer, Gate) else sources[1 - layer.gate :][:1])
+                crossed.update(_arguments(node, positions))
         return [entry for entry in found if entry[0] in crossed]
 
     def _find_last_uses(self) -> dict[fx.Node, list[fx.Node]]:
@@ -225,12 +226,22 @@ class Network:
         """Nodes whose values the walk back needs: where rules read activations, and what layers have besides signals."""
         kept = {source for step in self.steps if step.layer.needs_activations for source in step.sources}
         for step in self.steps:
-            kept.update(node for node in step.node.all_input_nodes if node not in step.sources)
+            if step.node in self.pixels or not isinstance(step.layer, Elementwise):
+                kept.update(node for node in step.node.all_input_nodes if node not in step.sources)
         return frozenset(kept)
+
+    def _find_last_reads(self) -> dict[fx.Node, list[fx.Node]]:
+        """For every step what is no step itself and is read by none before it: on the way back it is the last that reads this."""
+        known = {*self.inputs, *(step.node for step in self.steps)}
+        last: dict[fx.Node, list[fx.Node]] = {}
+        for step in self.steps:
+            last[step.node] = [node for node in step.node.all_input_nodes if node not in known]
+            known.update(last[step.node])
+        return last
 
     def _find_overwrites(self) -> frozenset[fx.Node]:
         """ReLUs that may write over what they read: a new tensor of the operation before them, which nothing else needs."""
-        fresh = CONVOLUTIONS | {aten.linear.default, aten.add.Tensor}
+        fresh = CONVOLUTIONS | {aten.linear.default, aten.add.Tensor, group_norm} | NORMS
         return frozenset(
             node
             for node in self.nodes
@@ -349,7 +360,7 @@ class Network:
         """
         values, seed = activations.values, seeds[0]
 
-        def share(step: Step, values: Values, box: Box, arriving: list[Any]) -> Sequence[Sequence[Tensor | None]]:
+        def share(step: Step, values: Values, box: Box, arriving: list[Any]) -> Sequence[Sequence[Tensor]]:
             leaving = self.share(step, values.__getitem__, box.around(step, dict.__getitem__), arriving)
             if observe is not None:
                 for arrived, left in zip(arriving, leaving, strict=True):
@@ -380,9 +391,9 @@ class Network:
                 arriving = [relevance.pop(step.node) for relevance in relevances]
                 for relevance, leaving in zip(relevances, share(step, values, box, arriving), strict=True):
                     for source, part in zip(step.sources, leaving, strict=True):
-                        if part is not None:
-                            _add(relevance, step, source, part)
-            values.pop(step.node, None)
+                        _add(relevance, step, source, part)
+            for node in (step.node, *self._last_reads[step.node]):
+                values.pop(node, None)
         return relevances
 
     def share(
@@ -392,7 +403,7 @@ class Network:
         limits: Limits | None,
         arriving: list[Any],
         args: tuple[Any, ...] | None = None,
-    ) -> Sequence[Sequence[Tensor | None]]:
+    ) -> Sequence[Sequence[Tensor]]:
         """For every target the relevance of a step's sources, given that of its output.
 
         ``args`` stand for the operation's own arguments.
@@ -544,10 +555,20 @@ def _module_at(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
+_AMBIGUOUS = {
+    "mul": "  neither factor, or both, comes from a sigmoid, tanh or softmax",
+    "div": "  the divisor is no constant, nor found in the dividend alone",
+    **dict.fromkeys(
+        ("matmul", "bmm", "mm", "einsum", "tensordot"), "  not of two factors, one a constant or from a softmax"
+    ),
+}
+"""What makes a product or quotient one that nothing covers."""
+
+
 def _uncovered(model: str, nodes: Sequence[fx.Node]) -> str:
     lines = Counter(
         f"  {operation_name(node):20} in {module_path(node) or 'forward'}  ({source_line(node) or 'no source line'})"
-        + ("  neither factor, or both, comes from a sigmoid, tanh or softmax" if operation_name(node) == "mul" else "")
+        + _AMBIGUOUS.get(operation_name(node), "")
         for node in nodes
     )
     return (

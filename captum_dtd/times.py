@@ -23,14 +23,16 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, fx
 
 from captum_dtd.canonizers import given, shape_of
-from captum_dtd.layers import CASTS, CLAMPS, NON_NEGATIVE_ACTIVATIONS, SIGN_PRESERVING_ACTIVATIONS
+from captum_dtd.layers import CLAMPS, NON_NEGATIVE_ACTIVATIONS, SIGN_PRESERVING_ACTIVATIONS
 from captum_dtd.operations import (
     ADAPTIVE_AVERAGES,
     ADAPTIVE_MAXIMA,
+    CASTS,
     REDUCTIONS,
     SOFTMAX,
     aten,
     batch_norm,
+    group_norm,
     maximum_over,
 )
 
@@ -95,8 +97,9 @@ class InTime:
         way: see `Way`.
         times: of its output; None where it has no time axis, or none that is known.
         window: what an output's time reads, of "windows" and "convolution".
-        args: its arguments for another number of times in its output; None: as they are. "windows" are given end to end; of a
-            "convolution" these are the arguments of a single tap.
+        args: its arguments for another number of times in its output (a norm's for its distinct ones: relevance passes through
+            it, so that no more is asked of it); None: as they are. "windows" are given end to end; of a "convolution" these are
+            the arguments of a single tap.
         fill: what "windows" read outside of their source.
     """
 
@@ -178,6 +181,22 @@ def _by_channel(node: fx.Node, times_of: TimesOf) -> InTime | None:
     """Batch norm and PReLU: dimension 1 has numbers of its own."""
     times = _only_source(node, times_of)
     return None if times is None or times.dim == 1 else _pointwise(times)
+
+
+def _group_norm(node: fx.Node, times_of: TimesOf) -> InTime | None:
+    """Of clips: statistics are of all times, and equal ones count as often as they occur."""
+    times = _only_source(node, times_of)
+    if times is None or times.dim != 2 or len(shape_of(node)) != 5:
+        return None
+    counts = tuple(times.classes.count(number) for number in range(times.distinct))
+    return _pointwise(times, args=lambda _: (*node.args[:5], counts))
+
+
+def _layer_norm(node: fx.Node, times_of: TimesOf) -> InTime | None:
+    """Layer and RMS norm, of positions that are no time's."""
+    times, sizes = _only_source(node, times_of), node.args[1]
+    assert isinstance(sizes, (list, tuple))
+    return None if times is None or times.dim >= len(shape_of(node)) - len(sizes) else _pointwise(times)
 
 
 def _linear(node: fx.Node, times_of: TimesOf) -> InTime | None:
@@ -421,6 +440,8 @@ _TREATMENTS: dict[Any, _Treatment] = {
     **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _pad),
     **dict.fromkeys((aten.max_pool3d.default, aten.avg_pool3d.default), _pool),
     **dict.fromkeys((aten.conv3d.default, aten.conv3d.padding), _convolution),
+    group_norm: _group_norm,
+    **dict.fromkeys((aten.layer_norm.default, aten.rms_norm.default), _layer_norm),
     aten.linear.default: _linear,
     aten.cat.default: _cat,
     aten.select.int: _select,

@@ -294,6 +294,132 @@ class Norms(nn.Module):
         return w.dense(self.head, x)
 
 
+def given_statistics(norm: nn.Module, of: Tensor) -> Callable[[Tensor], Tensor]:
+    """What a group, instance, layer or RMS norm does to anything, with the statistics of one value: an affine map."""
+    groups = {nn.GroupNorm: lambda n: n.num_groups, nn.InstanceNorm3d: lambda n: n.num_features}
+    if type(norm) in groups:
+        by_group = of.reshape(1, groups[type(norm)](norm), -1)
+        mean, var = by_group.mean(-1), by_group.var(-1, unbiased=False)
+        each = of.shape[1] // by_group.shape[1]
+        shape = (-1, *[1] * (of.ndim - 2))
+        mean, var = (value.repeat_interleave(each).view(shape) for value in (mean[0], var[0]))
+        weight = torch.ones(()) if norm.weight is None else norm.weight.view(shape)
+        bias = torch.zeros(()) if norm.bias is None else norm.bias.view(shape)
+    else:
+        dims = tuple(range(-len(norm.normalized_shape), 0))
+        centred = isinstance(norm, nn.LayerNorm)
+        mean = of.mean(dims, keepdim=True)[0] if centred else torch.zeros(())
+        var = (of - mean).square().mean(dims, keepdim=True)[0]
+        weight, bias = norm.weight, norm.bias if centred else torch.zeros(())
+    scale = weight / torch.sqrt(var + norm.eps)
+    return lambda v: (v - mean) * scale + bias
+
+
+class Statistics(nn.Module):
+    """Group, instance, layer and RMS norm: after layers, after a permuted one, after ReLU, with negative weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv3d(3, 4, 3, padding=1)
+        self.groups = nn.GroupNorm(2, 4)
+        self.b = nn.Conv3d(4, 4, 3, padding=1, bias=False)
+        self.instances = nn.InstanceNorm3d(4, affine=True)
+        self.c = nn.Conv3d(4, 6, (1, 3, 3))
+        self.channels = nn.LayerNorm(6)
+        self.wide = nn.Linear(6, 8)
+        self.root = nn.RMSNorm(8, eps=1e-6)
+        self.narrow = nn.Linear(8, 6)
+        self.plain = nn.InstanceNorm3d(6)
+        self.late = nn.GroupNorm(3, 6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.groups(self.a(x)))
+        x = F.relu(self.instances(self.b(x)))
+        x = self.channels(self.c(x).permute(0, 2, 3, 4, 1))
+        x = self.narrow(F.gelu(self.root(self.wide(x)))).permute(0, 4, 1, 2, 3)
+        x = self.late(F.relu(self.plain(x)))
+        return self.head(x.mean((2, 3, 4)))
+
+    def steps(self, w: Walk, x: Node) -> Node:
+        def normed(kind: Callable[..., Node], layer: Callable[[Tensor], Tensor], norm: nn.Module, x: Node) -> Node:
+            of = given_statistics(norm, layer(x.value))
+            return kind(lambda v: of(layer(v)), x)
+
+        x = w.each(torch.relu, normed(w.pixel, self.a, self.groups, x))
+        x = w.each(torch.relu, normed(w.conv, self.b, self.instances, x))
+        x = normed(w.conv, lambda v: self.c(v).permute(0, 2, 3, 4, 1), self.channels, x)
+        x = w.each(F.gelu, normed(w.dense, self.wide, self.root, x))
+        x = normed(w.dense, lambda v: self.narrow(v).permute(0, 4, 1, 2, 3), self.plain, x)
+        x = w.each(self.late, w.each(torch.relu, x))
+        return w.dense(self.head, w.add(lambda v: v.mean((2, 3, 4)), x))
+
+
+class Attending(nn.Module):
+    """A non-local block, scaled dot-product attention with and without masks, and a transformer's encoder layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(3, 4, 3, stride=(1, 2, 2), padding=1)
+        self.theta, self.phi, self.g = (nn.Conv3d(4, 2, 1) for _ in range(3))
+        self.out = nn.Conv3d(2, 4, 1)
+        self.norm = nn.LayerNorm(4)
+        self.tokens = nn.Linear(4, 12)
+        self.mix = nn.Linear(4, 4)
+        self.inner = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, norm_first=True)
+        self.head = nn.Linear(4, 5)
+
+    def weights(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.theta(x).flatten(2).transpose(1, 2) @ self.phi(x).flatten(2), -1)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.unflatten(-1, (2, 2)).transpose(1, 2) for part in self.tokens(self.norm(x)).chunk(3, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x))
+        y = torch.matmul(self.weights(x), self.g(x).flatten(2).transpose(1, 2)).transpose(1, 2)
+        x = x + self.out(y.reshape(-1, 2, *x.shape[2:]))
+        x = x.flatten(2).transpose(1, 2)
+        query, key, value = self.heads(x)
+        x = x + self.mix(F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2))
+        return self.head(self.inner(x).mean(1))
+
+    def steps(self, w: Walk, x: Node) -> Node:
+        def added(x: Node, y: Node) -> Node:
+            return w.add(torch.add, x, y)
+
+        x = w.each(torch.relu, w.pixel(self.conv, x))
+        weights, shape = self.weights(x.value), x.value.shape[2:]
+        g = w.conv(self.g, x)
+        y = w.conv(lambda v: weights @ v.flatten(2).transpose(1, 2), g)
+        y = w.move(lambda v: v.transpose(1, 2).reshape(len(v), 2, *shape), y)
+        x = w.move(lambda v: v.flatten(2).transpose(1, 2), added(x, w.conv(self.out, y)))
+
+        query, key, _ = self.heads(x.value)
+        scores = (query @ key.transpose(-2, -1) / 2**0.5).masked_fill(
+            torch.ones(key.shape[-2:][:1] * 2).triu(1).bool(), -torch.inf
+        )
+        causal = scores.softmax(-1)
+        value = w.dense(lambda v: v @ self.tokens.weight[8:].T + self.tokens.bias[8:], w.each(self.norm, x))
+        value = w.move(lambda v: v.unflatten(-1, (2, 2)).transpose(1, 2), value)
+        y = w.move(lambda v: v.transpose(1, 2).flatten(2), w.dense(lambda v: causal @ v, value))
+        x = added(x, w.dense(self.mix, y))
+
+        inner = self.inner
+        normed = w.each(inner.norm1, x)
+        joint, bias = inner.self_attn.in_proj_weight, inner.self_attn.in_proj_bias
+        query, key = (normed.value @ joint[i : i + 4].T + bias[i : i + 4] for i in (0, 4))
+        of_heads = [part.unflatten(-1, (2, 2)).transpose(1, 2) for part in (query, key)]
+        own = torch.softmax(of_heads[0] @ of_heads[1].transpose(-2, -1) / 2**0.5, -1)
+        value = w.dense(lambda v: v @ joint[8:].T + bias[8:], normed)
+        value = w.move(lambda v: v.unflatten(-1, (2, 2)).transpose(1, 2), value)
+        y = w.move(lambda v: v.transpose(1, 2).flatten(2), w.dense(lambda v: own @ v, value))
+        x = added(x, w.dense(inner.self_attn.out_proj, y))
+        y = w.each(torch.relu, w.dense(inner.linear1, w.each(inner.norm2, x)))
+        x = added(x, w.dense(inner.linear2, y))
+        return w.dense(self.head, w.add(lambda v: v.mean(1), x))
+
+
 class Images(nn.Module):
     """A 2D net on images (N, C, H, W)."""
 
@@ -565,7 +691,7 @@ class Refused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv3d(3, 4, 3)
-        self.block = nn.Sequential(nn.Conv3d(4, 4, 1), nn.LayerNorm([4, 2, 4, 4]))
+        self.block = nn.Sequential(nn.Conv3d(4, 4, 1), nn.LogSigmoid())
         self.head = nn.Linear(4, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -614,6 +740,8 @@ ZOO = [
     Case("pools", Pools),
     Case("sums", Sums),
     Case("norms", Norms),
+    Case("statistics", Statistics),
+    Case("attending", Attending, (3, 3, 4, 4)),
     Case("images", Images, (3, 11, 10)),
     Case("series", Series, (2, 15), (-1.0, -2.0), (3.0, 1.5)),
     Case("perceptron", Perceptron, (7,), -1.0, 2.0),
@@ -639,7 +767,7 @@ def between(low: Any, high: Any, shape: tuple[int, ...], seed: int, dtype: torch
 
 
 def randomized(model: nn.Module) -> nn.Module:
-    """The model with random batch-norm statistics, scales of both signs in a tenth of the channels, and shifts."""
+    """The model with random batch-norm statistics, scales of both signs, and shifts."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             nn.init.normal_(module.running_mean, 0.0, 0.2)
@@ -647,6 +775,14 @@ def randomized(model: nn.Module) -> nn.Module:
             if module.affine:
                 sign = torch.where(torch.rand(module.num_features) < 0.1, -1.0, 1.0)
                 module.weight.data = sign * torch.empty(module.num_features).uniform_(0.7, 1.4)
+                nn.init.normal_(module.bias, 0.1, 0.1)
+        elif (
+            isinstance(module, (nn.GroupNorm, nn.InstanceNorm3d, nn.LayerNorm, nn.RMSNorm))
+            and module.weight is not None
+        ):
+            sign = torch.where(torch.rand(module.weight.shape) < 0.4, -1.0, 1.0)
+            module.weight.data = sign * torch.empty(module.weight.shape).uniform_(0.7, 1.4)
+            if not isinstance(module, nn.RMSNorm):
                 nn.init.normal_(module.bias, 0.1, 0.1)
     return model
 

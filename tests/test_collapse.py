@@ -307,6 +307,87 @@ def test_random_networks(seed: int) -> None:
         assert_same(*both(method, x, [1, 2], readout, normalize))
 
 
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "group": lambda channels: nn.GroupNorm(2, channels),
+    "instance": lambda channels: nn.InstanceNorm3d(channels, affine=True),
+    "plain instance": nn.InstanceNorm3d,
+    "tracked instance": lambda channels: nn.InstanceNorm3d(channels, affine=True, track_running_stats=True),
+    "layer": nn.LayerNorm,
+    "rms": nn.RMSNorm,
+}
+"""Of clips, the last two with channels last."""
+
+
+class Normed(nn.Module):
+    """A norm of whole clips, or of positions, wherever one is usual."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.convs = nn.ModuleList(nn.Conv3d(a, 4, 3, padding=1) for a in (3, 4, 4))
+        self.norms = nn.ModuleList(NORMS[norm](4) for _ in range(3))
+        self.channels_last = norm in ("layer", "rms")
+        self.head = nn.Linear(4, 3)
+        with torch.no_grad():
+            for own in self.norms:
+                if own.weight is not None:
+                    own.weight.copy_(torch.tensor([1.2, -0.8, 0.9, 1.1]))
+                if getattr(own, "bias", None) is not None:
+                    own.bias.fill_(0.2)
+
+    def normed(self, x: Tensor, number: int) -> Tensor:
+        if self.channels_last:
+            return self.norms[number](x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
+        return self.norms[number](x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.normed(self.convs[0](x), 0))
+        x = x + self.convs[1](self.normed(x, 1))
+        x = F.max_pool3d(F.relu(x), (2, 1, 1))
+        return self.head(F.relu(self.normed(self.convs[2](x), 2)).mean((2, 3, 4)))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_statistics_of_whole_clips_are_of_every_time_as_often_as_it_occurs(norm: str, backend: Any) -> None:
+    model = Normed(norm).double().eval()
+    method = DiscriminativeDeepTaylor(model, LOW, HIGH, backend=backend)
+    x = pixels(2, 3, 9, 5, 4)
+    table = method.rule_table(x)
+    assert {row.times for row in table.rows if "norm" in row.operation} <= {"3 -> 3 of 9", "4 -> 4 of 4"}
+    assert any("norm" in row.operation for row in table.rows)
+    for readout, normalize in READ_OUTS:
+        assert_same(*both(method, x, [1, 2], readout, normalize))
+
+
+class Watching(nn.Module):
+    """Attention between the positions of a frame, then between all positions of a clip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.conv = nn.Conv3d(3, 4, 3, padding=1)
+        self.projections = nn.ModuleList(nn.Linear(4, 12) for _ in range(2))
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 3)
+
+    def attended(self, x: Tensor, number: int) -> Tensor:
+        query, key, value = self.projections[number](self.norm(x)).chunk(3, -1)
+        return F.scaled_dot_product_attention(query, key, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x)).permute(0, 2, 3, 4, 1).flatten(2, 3)
+        x = x + self.attended(x, 0)
+        x = x.flatten(1, 2)
+        return self.head((x + self.attended(x, 1)).mean(1))
+
+
+def test_attention_within_frames_and_across_them() -> None:
+    method = DiscriminativeDeepTaylor(Watching().double().eval(), LOW, HIGH)
+    for readout, normalize in READ_OUTS:
+        assert_same(*both(method, pixels(2, 3, 7, 4, 3), [1, 2], readout, normalize))
+
+
 class Meeting(nn.Module):
     """Times that are read on their own meet others again: on the way back some of them were not asked for."""
 

@@ -424,9 +424,19 @@ def test_a_branch_through_complex_numbers_is_not_ignored() -> None:
         DeepTaylor(m, LOW, HIGH).attribute(clips(), 1)
 
 
-def test_an_ambiguous_product_says_why() -> None:
-    m = model(lambda m, x: m.head(F.relu(m.block(m.stem(x) * m.stem(x)))))
-    with pytest.raises(UnsupportedOperationError, match="comes from a sigmoid"):
+@pytest.mark.parametrize(
+    ("product", "says"),
+    [
+        (lambda h: h * h, "comes from a sigmoid"),
+        (lambda h: h @ h.transpose(-2, -1) @ h, "one a constant or from a softmax"),
+        (lambda h: torch.einsum("nctij,nctjk->nctik", h, h), "one a constant or from a softmax"),
+        (lambda h: h[:, :8] / (1 + h.square()), "divisor is no constant"),
+        (lambda h: h.softmax(-1) @ h.softmax(-2), "one a constant or from a softmax"),
+    ],
+)
+def test_an_ambiguous_product_says_why(product: Callable[[Tensor], Tensor], says: str) -> None:
+    m = model(lambda m, x: m.head(F.relu(m.block(product(m.stem(x))))))
+    with pytest.raises(UnsupportedOperationError, match=says):
         DeepTaylor(m, LOW, HIGH).attribute(clips(), 1)
 
 
