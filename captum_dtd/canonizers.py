@@ -77,9 +77,14 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node]) -> tuple[str, ...]:
             node.target, node.args = (group_norm, by_input) if of_input else (batch_norm, by_constants)
         elif node.target is aten.scaled_dot_product_attention.default:
             _replace(graph, node, _weighted_values(graph, node))
+        elif node.target is aten.glu.default:
+            signal, gate = _halves(graph, node)
+            gate = _insert(graph, node, aten.sigmoid.default, (gate,), like=gate)
+            node.target, node.args = aten.mul.Tensor, (signal, gate)
         elif _is_shifted_relu6(node):
             gate = _insert(graph, node, aten.hardsigmoid.default, (node.args[0].args[0],), like=node)
             node.target, node.args = aten.mul.Tensor, (gate, 6.0)
+    stack_maxima(graph, inputs)
     single_outputs(graph)
     stepped_over = step_over_softmax(graph)
     join_reshapes(graph)
@@ -127,6 +132,15 @@ def _differences(graph: fx.Graph, node: fx.Node) -> fx.Node:
         later, earlier = (new(aten.slice.Tensor, values, dim, *ends) for ends in ((1, 2**63 - 1), (0, -1)))
         values = new(aten.sub.Tensor, later, earlier)
     return values
+
+
+def _halves(graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The two halves of what a gated linear unit reads."""
+    x, dim = given(node, 1, -1)
+    size = shape_of(node)[dim]
+    ends = ((0, size), (size, 2 * size))
+    first, second = (_traced(_insert(graph, node, aten.slice.Tensor, (x, dim, *end), like=node)) for end in ends)
+    return first, second
 
 
 def _weighted_values(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -209,6 +223,27 @@ def single_outputs(graph: fx.Graph) -> None:
             _replace(graph, node, _insert(graph, node, maximum_over, node.args, like=node))
 
 
+def _depending(graph: fx.Graph, inputs: Collection[fx.Node]) -> set[fx.Node]:
+    """Some inputs, and every value that is computed from one of them."""
+    found = set(inputs)
+    for node in graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def stack_maxima(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
+    """The larger of two values of one shape is the maximum over a dimension along which they are stacked."""
+    varying = _depending(graph, inputs)
+    for node in list(graph.nodes):
+        if node.target is not aten.maximum.default or not varying.issuperset(node.all_input_nodes):
+            continue
+        one, other = node.args
+        if len(node.all_input_nodes) == 2 and shape_of(one) == shape_of(other):
+            stacked = _traced(_insert(graph, node, aten.stack.default, ([one, other], -1), like=node))
+            node.target, node.args = maximum_over, (stacked, [-1])
+
+
 def folded_weight(weight: Tensor, gamma: Tensor | None, var: Tensor, eps: float) -> Tensor:
     """``v gamma / sqrt(var + eps)`` for every output channel (dimension 0 of the weight)."""
     scale = torch.rsqrt(var + eps) if gamma is None else gamma * torch.rsqrt(var + eps)
@@ -261,10 +296,8 @@ def fold_channelwise(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
     A batch norm that is frozen is often written out so, as ``x * scale + shift``. What is done to a layer's output is done to
     its weights and its bias.
     """
-    varying: set[fx.Node] = set(inputs)
+    varying = _depending(graph, inputs)
     for node in list(graph.nodes):
-        if not varying.isdisjoint(node.all_input_nodes):
-            varying.add(node)
         if node.target not in _ARITHMETIC or node.kwargs:
             continue
         source, numbers = node.args
@@ -311,10 +344,8 @@ def fold_signs(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
     nothing of a scale but its sign: a channel that is turned round excites where its weights are negative. What stands between
     the two may move channels, as a permute does, and change their type.
     """
-    varying: set[fx.Node] = set(inputs)
+    varying = _depending(graph, inputs)
     for node in list(graph.nodes):
-        if not varying.isdisjoint(node.all_input_nodes):
-            varying.add(node)
         weight, dim = _channel_scale(node)
         if weight is None or weight in varying:
             continue
@@ -329,7 +360,7 @@ def fold_signs(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
             continue
         x, own, *rest = source.args
         signs = _insert(graph, node, signs_of, (weight, own.meta["val"].dtype), like=weight)
-        signs.meta["val"] = weight.meta["val"].to(own.meta["val"].dtype)
+        signs.meta["val"] = weight.meta["val"].flatten().to(own.meta["val"].dtype)
         turned = _insert(graph, node, aten.mul.Tensor, (own, _reshaped(graph, node, signs, 0, own)), like=own)
         if rest and rest[0] is not None:
             rest[0] = _insert(graph, node, aten.mul.Tensor, (rest[0], signs), like=rest[0])
@@ -351,8 +382,8 @@ def _channel_scale(node: fx.Node) -> tuple[Any, int]:
     if node.target is group_norm:
         return node.args[2], 1
     if node.target in (aten.layer_norm.default, aten.rms_norm.default):
-        _, sizes, weight, *_ = given(node, 2, None)
-        return (weight if len(_integers(sizes)) == 1 else None), len(shape_of(node)) - 1
+        _, (_, *others), weight, *_ = given(node, 2, None)
+        return (weight if _all_are(others, 1) else None), len(shape_of(node)) - 1 - len(others)
     return None, 0
 
 
@@ -379,28 +410,51 @@ def _is_channelwise(numbers: Any, layer: fx.Node) -> bool:
 
 
 def step_over_softmax(graph: fx.Graph) -> tuple[str, ...]:
-    """Remove a softmax or sigmoid between the network and its output, so that the logits are explained."""
-    notes: list[str] = []
-    averaged: set[Any] = set()
-    node: Any = only_output(graph)
-    while isinstance(node, fx.Node) and node.op == "call_function":
-        source: Any = node.args[0]
+    """Remove softmax or sigmoid between the network and its output, so that the logits are explained.
+
+    Several networks' probabilities may be added up or stacked: then all of them are removed, or none.
+    """
+    found = dict.fromkeys(_probabilities(only_output(graph), set()))
+    for node in found:
+        _replace(graph, node, node.args[0])
+    names = dict.fromkeys(operation_name(node) for node in found)
+    return tuple(f"the model ends in {name}: its logits are explained, not its probabilities" for name in names)
+
+
+def _probabilities(node: Any, averaged: set[int]) -> list[fx.Node]:
+    """What makes probabilities of a value's logits; none where a part of it is not made of such.
+
+    Args:
+        node: the value.
+        averaged: over which of its dimensions an average is taken later: a softmax over those is not over classes.
+    """
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return []
+    source: Any = node.args[0]
+    if node.target is aten.sigmoid.default or node.target in SOFTMAX:
         over: Any = node.args[1] if node.target in SOFTMAX else None
-        is_softmax = over is not None and over % max(len(shape_of(node)), 1) not in averaged
-        if node.target is aten.sigmoid.default or is_softmax:
-            notes.append(f"the model ends in {operation_name(node)}: its logits are explained, not its probabilities")
-            _replace(graph, node, source)
-        elif node.target in REDUCTIONS:
-            # A softmax over what is then averaged is not over classes.
-            averaged = _before_reduction(node, averaged)
-        elif node.target in SHAPE_ONLY:
-            averaged = {before for before, after in _moved_dims(node) if after in averaged}
-        elif node.target in AVERAGE_POOLS | ADAPTIVE_AVERAGES:
-            averaged |= {dim for dim, size in enumerate(shape_of(source)) if size != shape_of(node)[dim]}
-        else:
-            break
-        node = source
-    return tuple(notes)
+        if over is not None and over % max(len(shape_of(node)), 1) in averaged:
+            return []
+        return [node, *_probabilities(source, averaged)]
+    if node.target in REDUCTIONS:
+        return _probabilities(source, _before_reduction(node, averaged))
+    if node.target in SHAPE_ONLY:
+        return _probabilities(source, {before for before, after in _moved_dims(node) if after in averaged})
+    if node.target in AVERAGE_POOLS | ADAPTIVE_AVERAGES:
+        changed = {dim for dim, size in enumerate(shape_of(source)) if size != shape_of(node)[dim]}
+        return _probabilities(source, averaged | changed)
+    if node.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], (int, float)):
+        return _probabilities(source, averaged)
+    parts: list[Any] = []
+    if node.target is aten.add.Tensor:
+        parts = [part for part in node.args if isinstance(part, fx.Node) and shape_of(part) == shape_of(node)]
+        parts = parts if len(parts) == 2 else []
+    elif node.target is aten.stack.default:
+        (_, dim), parts = given(node, 1, 0), list(source)
+        dim %= len(shape_of(node))
+        averaged = {each - (each > dim) for each in averaged - {dim}}
+    each_part = [_probabilities(part, averaged) for part in parts]
+    return [found for each in each_part for found in each] if all(each_part) else []
 
 
 def _before_reduction(node: Any, averaged: Collection[int]) -> set[int]:

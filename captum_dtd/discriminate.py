@@ -636,7 +636,8 @@ def check_clips(clips: tuple[Tensor, ...]) -> None:
             raise ValueError(f"inputs must be clips (N, C, T, H, W), got shape {tuple(clip.shape)}{order_hint(clip)}")
         if clip.shape[2] != clips[0].shape[2]:
             raise ValueError(
-                f"inputs have {clips[0].shape[2]} and {clip.shape[2]} frames; freezing a frame needs the same times in all inputs"
+                f"inputs have {clips[0].shape[2]} and {clip.shape[2]} frames; freezing a frame needs the same times in all "
+                "inputs: explain a module that takes all frames and picks those of each input itself, x[:, :, ::4], say"
             )
 
 

@@ -123,6 +123,8 @@ def order_hint(tensor: Tensor, channels: Sequence[int] = (3, 1), rank: int = 5) 
     if len(shape) == rank - 1 and shape[-1] in channels:
         order = ", ".join(map(str, (rank - 2, *range(rank - 2))))
         return f"; it looks like one example with channels last: pass inputs.permute({order}).unsqueeze(0)"
+    if len(shape) == rank + 1 and shape[2] in channels:
+        return "; it looks like several views of each example: pass inputs.flatten(0, 1), to a model that takes those"
     return ""
 
 

@@ -351,6 +351,19 @@ class Average(LinearMap):
 
 
 @dataclass(frozen=True)
+class Interpolation(Average):
+    """Linear upsampling, an average of neighbours with weights of their own."""
+
+    def apply(self, call: Call, inputs: Sequence[Tensor], part: WeightPart) -> Tensor:
+        if part not in ("v", "v+"):
+            raise ValueError(
+                f"composite: flat and w-squared need the single weights of {operation_name(call.node)}, which interpolates; "
+                "choose another rule for it"
+            )
+        return super().apply(call, inputs, part)
+
+
+@dataclass(frozen=True)
 class Sum(LinearMap):
     """Addition and subtraction of two signals: weights 1 and ``sign`` times the operation's alpha."""
 
@@ -535,12 +548,15 @@ covers(maximum_over)(_only_first(MaxPool(_reduction_sums)))
 
 NON_NEGATIVE_ACTIVATIONS = frozenset(
     {aten.relu.default, aten.relu6.default, aten.sigmoid.default, aten.hardsigmoid.default, aten.softplus.default}
+    | {aten.abs.default, aten.square.default}
 )
 SIGN_PRESERVING_ACTIVATIONS = frozenset(
     {aten.leaky_relu.default, aten.silu.default, aten.gelu.default, aten.elu.default, aten.celu.default}
     | {aten.hardswish.default, aten.tanh.default, aten.mish.default, aten.selu.default, aten.dropout.default}
+    | {aten.sqrt.default, aten.log1p.default}
 )
 CLAMPS = frozenset({aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default})
+LINEAR_UPSAMPLING = frozenset({aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_trilinear3d.vec})
 NEAREST = frozenset(
     {aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec}
     | {aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec, aten._upsample_nearest_exact3d.vec}
@@ -551,6 +567,7 @@ GATES = frozenset({aten.sigmoid.default, aten.hardsigmoid.default, *SOFTMAX})
 covers(*NON_NEGATIVE_ACTIVATIONS, *SIGN_PRESERVING_ACTIVATIONS, *CLAMPS, aten.prelu.default, aten.threshold.default)(
     _only_first(Elementwise())
 )
+covers(*LINEAR_UPSAMPLING)(_only_first(Interpolation()))
 covers(group_norm, aten.layer_norm.default, aten.rms_norm.default)(_only_first(Elementwise()))
 covers(*CASTS, batch_norm, aten.neg.default, aten.rsub.Scalar)(_only_first(Elementwise(affine=True)))
 
@@ -588,9 +605,12 @@ def _limit(node: fx.Node, signals: Sequence[int]) -> Layer | None:
 def _multiplication(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     if len(signals) == 1:
         return Elementwise(affine=True)
+    for one, other in ((0, 1), (1, 0)):
+        if _is_inverse(node.args[other]) and _is_found_in(node.args[other], node.args[one]):
+            return Gate(signal=one)
     # A tanh is a gate beside a plain signal, and a signal beside a sigmoid (as in gated convolutions). A part of what a sigmoid
     # made is a gate beside a plain signal, and a signal beside a whole one.
-    for kinds in (GATES, {aten.tanh.default}):
+    for kinds in (GATES, {aten.tanh.default, aten.erf.default}):
         for moved in (_RESHAPED, _PARTS):
             gates = [position for position in signals if _comes_from(node.args[position], kinds, moved)]
             if gates:
@@ -604,6 +624,12 @@ def _division(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     if tuple(signals) == (0,):
         return Elementwise(affine=True)
     return Gate(signal=0) if tuple(signals) == (0, 1) and _is_found_in(node.args[1], node.args[0]) else None
+
+
+@covers(aten.pow.Tensor_Scalar)
+def _power(node: fx.Node, signals: Sequence[int]) -> Layer | None:
+    exponent = node.args[1]
+    return Elementwise() if isinstance(exponent, (int, float)) and exponent > 0 else None
 
 
 @covers(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.einsum.default, aten.tensordot.default)
@@ -640,8 +666,11 @@ _PARTS = (
     | {aten.split.Tensor, aten.split_with_sizes.default, operator.getitem}
     | {aten.gather.default, aten.repeat_interleave.self_int, aten.masked_fill.Scalar}
     | NEAREST
+    | REDUCTIONS
+    | CLAMPS
+    | {maximum_over, aten.pow.Tensor_Scalar}
 )
-"""Operations whose every value is one of their first argument's, or a constant."""
+"""Operations whose every value is one of their first argument's, a constant, or made of several values of it."""
 
 
 def _ancestors(node: fx.Node, besides: fx.Node | None = None) -> set[fx.Node]:
@@ -656,8 +685,28 @@ def _ancestors(node: fx.Node, besides: fx.Node | None = None) -> set[fx.Node]:
 
 
 def _is_found_in(node: Any, signal: Any) -> bool:
-    """Whether a value depends on nothing that a signal depends on but by way of that signal."""
-    return _ancestors(signal).isdisjoint(_ancestors(node, besides=signal))
+    """Whether a value depends on nothing that a signal depends on but by way of that signal.
+
+    Of a signal that was shifted by a number, or by what is found in it (a mean, say), it may also be by way of what was shifted.
+    """
+    while True:
+        if _ancestors(signal).isdisjoint(_ancestors(node, besides=signal)):
+            return True
+        if signal.target not in ADDITIONS or not isinstance(signal.args[0], fx.Node):
+            return False
+        whole, shift = signal.args
+        if isinstance(shift, fx.Node) and not _is_found_in(shift, whole):
+            return False
+        signal = whole
+
+
+def _is_inverse(node: Any) -> bool:
+    """Whether a value is one over another, however it is scaled and moved."""
+    while node.target in _RESHAPED or (node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float))):
+        node = node.args[0]
+    if node.target is aten.pow.Tensor_Scalar:
+        return isinstance(node.args[1], (int, float)) and node.args[1] < 0
+    return node.target in (aten.rsqrt.default, aten.reciprocal.default)
 
 
 def _comes_from(node: Any, targets: Collection[Any], moved: Collection[Any]) -> bool:
@@ -669,6 +718,8 @@ def _comes_from(node: Any, targets: Collection[Any], moved: Collection[Any]) -> 
         node = node.args[0]
     if isinstance(node, fx.Node) and node.target in (aten.cat.default, aten.stack.default):
         return all(_comes_from(part, targets, moved) for part in node.args[0])  # type: ignore[union-attr]
+    if isinstance(node, fx.Node) and node.target is aten.mul.Tensor:
+        return all(_comes_from(factor, targets, moved) for factor in node.args)
     return isinstance(node, fx.Node) and node.target in targets
 
 

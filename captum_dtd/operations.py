@@ -81,8 +81,8 @@ def _mean_in_time(of_groups: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def signs_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """-1 where a weight is negative, else 1."""
-    return torch.where(weight < 0, -1.0, 1.0).to(dtype)
+    """-1 where a weight is negative, else 1, in a row."""
+    return torch.where(weight < 0, -1.0, 1.0).to(dtype).flatten()
 
 
 def attention(

@@ -175,9 +175,16 @@ class Network:
             raise ValueError(
                 f"{self._model_name} has no pixel layer: no convolution or linear layer is reached from the input through "
                 "affine steps, slices, pads, permutes and reshapes only, so pixel bounds do not apply"
+                + self._in_the_way(steps)
             )
         composite.check_selectors(used, [step.path for step in steps if step.rule is not None])
         return tuple(steps)
+
+    def _in_the_way(self, steps: Sequence[Step]) -> str:
+        """What stands between the pixels and the first linear layers."""
+        first = [step for step in steps if self.pixels.issuperset(step.sources) and step.node not in self.pixels]
+        names = ", ".join(f"{operation_name(step.node)} in {module_path(step.node) or 'forward'}" for step in first)
+        return f"; in the way: {names} (if it prepares pixels, do so before the model is called)" if names else ""
 
     def _crossed(self) -> list[tuple[fx.Node, Layer | None, tuple[int, ...]]]:
         """Operations between input and output that relevance crosses, their layers, and where their signals are.

@@ -238,6 +238,16 @@ def _cat(node: fx.Node, times_of: TimesOf) -> InTime | None:
     return InTime("pointwise", Times(known[0].dim, numbered(zip(*(t.classes for t in known), strict=True))))
 
 
+def _stack(node: fx.Node, times_of: TimesOf) -> InTime | None:
+    tensors, dim = given(node, 1, 0)
+    dim %= len(shape_of(node))
+    known = [times for tensor in tensors if (times := times_of(tensor)) is not None]
+    if dim == 0 or len(known) < len(tensors) or len({times.dim for times in known}) != 1:
+        return None
+    classes = numbered(zip(*(times.classes for times in known), strict=True))
+    return InTime("pointwise", Times(known[0].dim + (dim <= known[0].dim), classes))
+
+
 def _split(node: fx.Node, times_of: TimesOf) -> InTime | None:
     times = _only_source(node, times_of)
     dim = int(node.args[2]) if len(node.args) > 2 else 0  # type: ignore[arg-type]
@@ -246,16 +256,21 @@ def _split(node: fx.Node, times_of: TimesOf) -> InTime | None:
     return _pointwise(times)
 
 
-def _reduction(node: fx.Node, times_of: TimesOf) -> InTime | None:
+def _reduction(node: fx.Node, times_of: TimesOf, over: int = 1) -> InTime | None:
+    """``over`` says which argument has the dimensions; whether they are kept is said by the next, or by name."""
     times = _only_source(node, times_of)
-    if times is None or len(node.args) < 2 or not node.args[1]:
+    if times is None or len(node.args) <= over or not node.args[over]:
         return None
     rank = len(shape_of(node.args[0]))  # type: ignore[arg-type]
-    dims = {int(dim) % rank for dim in node.args[1]}  # type: ignore[union-attr, arg-type]
+    dims = {int(dim) % rank for dim in node.args[over]}  # type: ignore[union-attr, arg-type]
     if times.dim in dims:
         return None
-    keeps = bool(node.args[2:] and node.args[2])
+    keeps = bool(node.args[over + 1 :] and node.args[over + 1]) or bool(node.kwargs.get("keepdim"))
     return _pointwise(times, times.dim - (0 if keeps else sum(dim < times.dim for dim in dims)))
+
+
+def _norm(node: fx.Node, times_of: TimesOf) -> InTime | None:
+    return _reduction(node, times_of, over=2)
 
 
 def _adaptive(node: fx.Node, times_of: TimesOf) -> InTime | None:
@@ -303,6 +318,15 @@ def _reshape(node: fx.Node, times_of: TimesOf) -> InTime | None:
     if sizes[dim] == -1:
         return _pointwise(times, dim)
     return _pointwise(times, dim, lambda count: (node.args[0], [*sizes[:dim], count, *sizes[dim + 1 :]]))
+
+
+def _expand(node: fx.Node, times_of: TimesOf) -> InTime | None:
+    times = _only_source(node, times_of)
+    if times is None or len(shape_of(node)) != len(shape_of(node.args[0])):  # type: ignore[arg-type]
+        return None
+    x, sizes = node.args[:2]
+    before, behind = list(sizes[: times.dim]), list(sizes[times.dim + 1 :])  # type: ignore[index, arg-type]
+    return _pointwise(times, args=lambda count: (x, [*before, count, *behind])) if times.length > 1 else None
 
 
 def _squeeze(node: fx.Node, times_of: TimesOf) -> InTime | None:
@@ -422,19 +446,22 @@ _ELEMENTWISE = (
     | CLAMPS
     | CASTS
     | {aten.neg.default, aten.rsub.Scalar, aten.clone.default, aten.contiguous.default, operator.getitem}
-    | {aten.threshold.default}
+    | {aten.threshold.default, aten.erf.default, aten.exp.default, aten.log.default, aten.pow.Tensor_Scalar}
+    | {aten.rsqrt.default, aten.reciprocal.default}
 )
 
 _TREATMENTS: dict[Any, _Treatment] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     **dict.fromkeys((batch_norm, aten.prelu.default), _by_channel),
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor), _broadcast),
-    **dict.fromkeys((aten.maximum.default, aten.minimum.default), _broadcast),
+    **dict.fromkeys((aten.maximum.default, aten.minimum.default, aten.expand_as.default), _broadcast),
     **dict.fromkeys(SOFTMAX, _softmax),
-    **dict.fromkeys((*REDUCTIONS, maximum_over), _reduction),
+    **dict.fromkeys((*REDUCTIONS, maximum_over, aten.var.correction), _reduction),
+    aten.linalg_vector_norm.default: _norm,
     **dict.fromkeys((*ADAPTIVE_AVERAGES, *ADAPTIVE_MAXIMA), _adaptive),
     **dict.fromkeys((aten.permute.default, aten.transpose.int), _permute),
     **dict.fromkeys((aten.reshape.default, aten.flatten.using_ints, aten.unsqueeze.default), _reshape),
+    aten.expand.default: _expand,
     aten.squeeze.dims: _squeeze,
     **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default), _split),
     **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _pad),
@@ -444,6 +471,7 @@ _TREATMENTS: dict[Any, _Treatment] = {
     **dict.fromkeys((aten.layer_norm.default, aten.rms_norm.default), _layer_norm),
     aten.linear.default: _linear,
     aten.cat.default: _cat,
+    aten.stack.default: _stack,
     aten.select.int: _select,
     aten.slice.Tensor: _slice,
 }

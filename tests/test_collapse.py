@@ -360,6 +360,35 @@ def test_statistics_of_whole_clips_are_of_every_time_as_often_as_it_occurs(norm:
         assert_same(*both(method, x, [1, 2], readout, normalize))
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda a, b: torch.maximum(a, b),
+        lambda a, b: torch.stack([a, b], 2).amax(2),
+        lambda a, b: torch.stack([a, b], -1).mean(-1),
+        lambda a, b: F.normalize(a, dim=1) + b,
+        lambda a, b: (a - a.mean(1, keepdim=True)) / (a.var(1, keepdim=True, correction=0) + 1e-3).sqrt() + b,
+        lambda a, b: a * (a.square().sum((1, 3, 4), keepdim=True) + 1e-3).rsqrt() + b,
+    ],
+)
+def test_what_is_done_at_every_time_alike_is_done_at_distinct_times(how: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(6)
+            self.a, self.b, self.c = (nn.Conv3d(i, 4, (3, 1, 1), padding=(1, 0, 0)) for i in (3, 3, 4))
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.c(how(F.relu(self.a(x)), F.relu(self.b(x))))).mean((2, 3, 4)))
+
+    method, x = DiscriminativeDeepTaylor(Joined().double().eval(), LOW, HIGH), pixels(2, 3, 8, 3, 3)
+    times = {row.operation: row.times for row in method.rule_table(x).rows if row.module == "c"}
+    assert times == {"conv3d": "3 -> 5 of 8"}
+    for readout, normalize in READ_OUTS:
+        assert_same(*both(method, x, [1, 2], readout, normalize))
+
+
 class Watching(nn.Module):
     """Attention between the positions of a frame, then between all positions of a clip."""
 

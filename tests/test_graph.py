@@ -216,7 +216,7 @@ def test_refuses_what_no_layer_covers_and_names_all_of_it() -> None:
 
 @pytest.mark.parametrize(
     "product",
-    [lambda a, b: a * b, lambda a, b: a * b.mean((2, 3, 4), keepdim=True), lambda a, b: a / (b + 1), torch.maximum],
+    [lambda a, b: a * b, lambda a, b: a * b.mean((2, 3, 4), keepdim=True), lambda a, b: a / (b + 1), torch.minimum],
 )
 def test_refuses_products_without_a_gate(product: Callable[[Tensor, Tensor], Tensor]) -> None:
     class Net(nn.Module):

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import captum_dtd.attribution
 from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, DiscriminativeRelevance, UnsupportedOperationError
 from captum_dtd.composites import DTD
-from captum_dtd.rules import Epsilon, Rule, ZPlus
+from captum_dtd.rules import Epsilon, Flat, Rule, ZPlus
 
 LOW, HIGH = -2.0, 2.0
 
@@ -111,6 +111,13 @@ CASES: dict[str, Callable[..., Tensor]] = {
     "inverted gate": lambda m, x: m.head(F.relu(m.block(F.relu(m.stem(x)) * (1 - torch.sigmoid(m.block(m.stem(x))))))),
     "gated convolution": lambda m, x: m.head(F.relu(m.block(torch.tanh(m.stem(x)) * torch.sigmoid(m.stem(x))))),
     "masked": lambda m, x: m.head(F.relu(m.stem(x)).masked_fill(torch.zeros(8, 10, 10, dtype=torch.bool), 0.0)),
+    "gate that is averaged": lambda m, x: (
+        lambda h: m.head(F.relu(m.block(h * torch.sigmoid(m.block(h)).mean(1, keepdim=True).clamp(min=0.2) ** 2)))
+    )(F.relu(m.stem(x))),
+    "generalised mean": lambda m, x: m.fc(F.relu(m.stem(x)).clamp(min=1e-6).pow(3).mean((2, 3, 4)).pow(1 / 3)),
+    "root": lambda m, x: m.head(
+        torch.sqrt(F.relu(m.stem(x))) + torch.log1p(F.relu(m.stem(x))) + m.stem(x).relu().abs()
+    ),
     "nearest upsampling": lambda m, x: m.head(F.relu(m.block(F.interpolate(F.relu(m.stem(x)), scale_factor=2)))),
 }
 
@@ -190,6 +197,12 @@ def _repeated(h: Tensor) -> Tensor:
     return torch.stack([h, h], 3).flatten(2, 3)
 
 
+def _widened(h: Tensor) -> Tensor:
+    """Linear upsampling along W, by its matrix."""
+    eye = torch.eye(10, dtype=torch.float64)
+    return h @ F.interpolate(eye[:, None], scale_factor=2, mode="linear")[:, 0]
+
+
 MINUS = torch.linspace(-0.2, 0.5, 10, dtype=torch.float64)
 
 SAME: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -226,6 +239,32 @@ SAME: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] =
     "maximum": (lambda h: torch.maximum(torch.zeros(1, dtype=h.dtype), h - 0.1), lambda h: F.relu(h - 0.1)),
     "max of two": (lambda h: torch.max(h - MINUS, torch.zeros_like(MINUS)), lambda h: F.relu(h - MINUS)),
     "minimum": (lambda h: torch.min(h, torch.tensor(0.2, dtype=h.dtype)), lambda h: h.clamp(max=0.2)),
+    "larger of two": (
+        lambda h: torch.maximum(h, _by_convolution(h)),
+        lambda h: torch.stack([h, _by_convolution(h)]).max(0)[0],
+    ),
+    "glu": (
+        lambda h: F.glu(torch.cat([h - 0.1, _by_convolution(h)], 1), 1),
+        lambda h: (h - 0.1) * torch.sigmoid(_by_convolution(h)),
+    ),
+    "gates that are multiplied": (
+        lambda h: h * (torch.sigmoid(h) * torch.sigmoid(_by_convolution(h)).flip(2)),
+        lambda h: h * torch.sigmoid(h) * torch.sigmoid(_by_convolution(h)).flip(2),
+    ),
+    "gelu by erf": (lambda h: (h - 0.2) * 0.5 * (1 + torch.erf((h - 0.2) / 2**0.5)), lambda h: F.gelu(h - 0.2)),
+    "trilinear": (lambda h: F.interpolate(h, scale_factor=(1, 1, 2), mode="trilinear"), _widened),
+    "bilinear": (
+        lambda h: F.interpolate(h.flatten(1, 2), scale_factor=(1, 2), mode="bilinear").unflatten(1, (8, 8)),
+        _widened,
+    ),
+    "rms norm": (
+        lambda h: (h - 0.1) * torch.rsqrt((h - 0.1).pow(2).mean(-1, keepdim=True) + 1e-6),
+        lambda h: F.rms_norm(h - 0.1, (10,), eps=1e-6),
+    ),
+    "rms norm by a power": (
+        lambda h: (lambda y: (y.square().mean(-1, keepdim=True) + 1e-6) ** -0.5 * y)(h - 0.1),
+        lambda h: F.rms_norm(h - 0.1, (10,), eps=1e-6),
+    ),
     "h-swish": (lambda h: h * F.relu6(h + 3) / 6, F.hardswish),
     "h-swish by hardtanh": (lambda h: h * (F.hardtanh(h + 3, 0.0, 6.0) / 6), F.hardswish),
     "h-swish by clamp": (lambda h: (h + 3).clamp(0, 6) * h * (1 / 6), F.hardswish),
@@ -241,7 +280,11 @@ def test_operations_are_what_plainer_ones_make_of_them(what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["concat", "concatenate", "hstack", "type_as", "diff", "threshold", "rrelu", "maximum", "h-swish"]
+    "what",
+    [
+        *("concat", "concatenate", "hstack", "type_as", "diff", "threshold", "rrelu", "maximum", "h-swish"),
+        *("glu", "gelu by erf", "rms norm", "rms norm by a power"),
+    ],
 )
 def test_frozen_clips_know_those_operations_times(what: str) -> None:
     written, plain = SAME[what]
@@ -1102,3 +1145,70 @@ def test_scores_that_are_no_numbers_are_warned_of() -> None:
     net.fc.weight.data[1, 0] = torch.nan
     with pytest.warns(UserWarning, match="NaN or infinite"):
         DeepTaylor(net, LOW, HIGH).attribute(clips(), 1)
+
+
+FUSED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": lambda p, q: (p.softmax(1) + q.softmax(1)) / 2,
+    "weighted": lambda p, q: torch.add(p.softmax(1), q.softmax(1), alpha=0.5) * 0.7,
+    "stack": lambda p, q: torch.stack([p.softmax(-1), q.softmax(-1)]).mean(0),
+    "stack behind": lambda p, q: torch.stack([p.sigmoid(), q.sigmoid()], -1).mean(-1),
+}
+WITHOUT_PROBABILITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": lambda p, q: (p + q) / 2,
+    "weighted": lambda p, q: torch.add(p, q, alpha=0.5) * 0.7,
+    "stack": lambda p, q: torch.stack([p, q]).mean(0),
+    "stack behind": lambda p, q: torch.stack([p, q], -1).mean(-1),
+}
+
+
+@pytest.mark.parametrize("way", FUSED)
+def test_averages_of_several_networks_probabilities_are_explained_by_their_logits(way: str) -> None:
+    def streams(m: Layers, x: Tensor) -> tuple[Tensor, Tensor]:
+        return m.head(F.relu(m.stem(x))), m.fc(F.relu(m.block(F.relu(m.stem(x.flip(2))))).amax((2, 3, 4)))
+
+    probabilities, logits = (
+        model(lambda m, x, f=f: f(*streams(m, x))) for f in (FUSED[way], WITHOUT_PROBABILITIES[way])
+    )
+    with pytest.warns(UserWarning, match="its logits are explained"):
+        found = DeepTaylor(probabilities, LOW, HIGH).attribute(clips(), 1)
+    torch.testing.assert_close(found, DeepTaylor(logits, LOW, HIGH).attribute(clips(), 1))
+
+
+def test_a_softmax_beside_logits_is_not_stepped_over() -> None:
+    m = model(lambda m, x: m.head(F.relu(m.stem(x))).softmax(1) + m.head(F.relu(m.block(F.relu(m.stem(x))))))
+    with pytest.raises(UnsupportedOperationError, match="softmax"):
+        DeepTaylor(m, LOW, HIGH).attribute(clips(), 1)
+
+
+def test_single_weights_of_an_interpolation_are_not_known() -> None:
+    m = model(of_rectified(SAME["trilinear"][0]))
+    with pytest.raises(ValueError, match="flat and w-squared need the single weights of upsample_trilinear3d"):
+        DeepTaylor(m, LOW, HIGH, composite={"upsample*": Flat()}).attribute(clips(), 1)
+
+
+def test_what_keeps_the_first_layer_from_pixels_is_named() -> None:
+    m = model(lambda m, x: m.head(F.relu(m.stem(x.clamp(-1, 1)))))
+    with pytest.raises(ValueError, match="in the way: clamp in forward"):
+        DeepTaylor(m, LOW, HIGH).attribute(clips(), 1)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "told"),
+    [
+        (1.5, -2.0, "larger than the score, or of the other sign"),
+        (-0.5, 2.0, "larger than the score, or of the other sign"),
+        (0.1, 0.8, "more than half of the relevance was lost"),
+        (0.4, 0.2, ""),
+    ],
+)
+def test_relevance_that_grew_or_turned_is_not_called_lost(weight: float, bias: float, told: str) -> None:
+    """The score is 1, of which the inputs' part is twice the weight, and the rest the bias's."""
+    m = nn.Sequential(nn.Conv3d(1, 2, 1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(2, 1))
+    for parameter, value in zip(m.parameters(), (1.0, weight, bias), strict=True):
+        parameter.data.fill_(value)
+    method = DeepTaylor(m.eval(), 0.0, 1.0, composite={"4": Epsilon(stabilizer=0.0)})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        relevance = method.attribute(torch.ones(2, 1, 2, 3, 3), 0)
+    torch.testing.assert_close(relevance.sum((1, 2, 3, 4)), torch.full((2,), 2 * weight))
+    assert [told in str(warning.message) for warning in caught] == ([True] if told else [])
