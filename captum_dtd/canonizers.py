@@ -85,6 +85,7 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node]) -> tuple[str, ...]:
             gate = _insert(graph, node, aten.hardsigmoid.default, (node.args[0].args[0],), like=node)
             node.target, node.args = aten.mul.Tensor, (gate, 6.0)
     stack_maxima(graph, inputs)
+    drop_expands(graph)
     single_outputs(graph)
     stepped_over = step_over_softmax(graph)
     join_reshapes(graph)
@@ -242,6 +243,23 @@ def stack_maxima(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
         if len(node.all_input_nodes) == 2 and shape_of(one) == shape_of(other):
             stacked = _traced(_insert(graph, node, aten.stack.default, ([one, other], -1), like=node))
             node.target, node.args = maximum_over, (stacked, [-1])
+
+
+def drop_expands(graph: fx.Graph) -> None:
+    """Remove expands to the shape of another operand: operations broadcast, and frozen clips then keep their equal times."""
+    for node in list(graph.nodes):
+        if node.target is not aten.expand.default or len(shape_of(node)) != len(shape_of(node.args[0])):
+            continue
+        if all(_broadcasts(user, node) for user in node.users):
+            _replace(graph, node, node.args[0])
+
+
+def _broadcasts(user: fx.Node, operand: fx.Node) -> bool:
+    """Whether an operation's shape is that of another operand than this one."""
+    if user.target not in {*_ARITHMETIC, aten.maximum.default, aten.minimum.default}:
+        return False
+    others = [each for each in user.args if isinstance(each, fx.Node) and each is not operand]
+    return len(others) == 1 and shape_of(others[0]) == shape_of(user)
 
 
 def folded_weight(weight: Tensor, gamma: Tensor | None, var: Tensor, eps: float) -> Tensor:
@@ -422,13 +440,13 @@ def step_over_softmax(graph: fx.Graph) -> tuple[str, ...]:
 
 
 def _probabilities(node: Any, averaged: set[int]) -> list[fx.Node]:
-    """What makes probabilities of a value's logits; none where a part of it is not made of such.
+    """What makes probabilities of a value's logits; none where a part of it is not made of such, or is read elsewhere, too.
 
     Args:
         node: the value.
         averaged: over which of its dimensions an average is taken later: a softmax over those is not over classes.
     """
-    if not isinstance(node, fx.Node) or node.op != "call_function":
+    if not isinstance(node, fx.Node) or node.op != "call_function" or len(node.users) > 1:
         return []
     source: Any = node.args[0]
     if node.target is aten.sigmoid.default or node.target in SOFTMAX:
@@ -443,10 +461,14 @@ def _probabilities(node: Any, averaged: set[int]) -> list[fx.Node]:
     if node.target in AVERAGE_POOLS | ADAPTIVE_AVERAGES:
         changed = {dim for dim, size in enumerate(shape_of(source)) if size != shape_of(node)[dim]}
         return _probabilities(source, averaged | changed)
-    if node.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], (int, float)):
+    if (
+        node.target in (aten.mul.Tensor, aten.div.Tensor)
+        and isinstance(node.args[1], (int, float))
+        and node.args[1] > 0
+    ):
         return _probabilities(source, averaged)
     parts: list[Any] = []
-    if node.target is aten.add.Tensor:
+    if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) > 0:  # type: ignore[operator]
         parts = [part for part in node.args if isinstance(part, fx.Node) and shape_of(part) == shape_of(node)]
         parts = parts if len(parts) == 2 else []
     elif node.target is aten.stack.default:

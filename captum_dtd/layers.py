@@ -26,9 +26,8 @@ Where some of what varies with the input gets no relevance, the layer's `Layer.c
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -46,8 +45,10 @@ from captum_dtd.operations import (
     ADDITIONS,
     AVERAGE_POOLS,
     CASTS,
+    CLAMPS,
     CONVOLUTIONS,
     MAX_POOLS,
+    NEAREST,
     REDUCTIONS,
     SHAPE_ONLY,
     SOFTMAX,
@@ -57,6 +58,7 @@ from captum_dtd.operations import (
     group_norm,
     maximum_over,
 )
+from captum_dtd.patterns import PARTS, RESHAPED, SUMMARIES, comes_from, divided, holds_numbers, is_centred_to_be_divided
 from captum_dtd.reference import divide
 from captum_dtd.rules import Group, MaxPoolRule, Rule, WeightPart, WinnerTakesAll
 
@@ -441,7 +443,8 @@ class Rearrangement(Layer):
 class Gate(Elementwise):
     """``signal * gate``: all relevance to the signal, none to the gate (Arras et al. 2017, *Explaining recurrent networks*).
 
-    So it is with ``signal / divisor`` where the divisor is found in the signal: a normalisation.
+    So it is with ``signal / divisor`` where the divisor is found in the signal, and with the mean that was taken from it before:
+    a norm written by hand.
     """
 
     signal: int = 0
@@ -555,12 +558,7 @@ SIGN_PRESERVING_ACTIVATIONS = frozenset(
     | {aten.hardswish.default, aten.tanh.default, aten.mish.default, aten.selu.default, aten.dropout.default}
     | {aten.sqrt.default, aten.log1p.default}
 )
-CLAMPS = frozenset({aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default})
 LINEAR_UPSAMPLING = frozenset({aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_trilinear3d.vec})
-NEAREST = frozenset(
-    {aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec}
-    | {aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec, aten._upsample_nearest_exact3d.vec}
-)
 ATTENTION = frozenset({attention, aten.softmax.int, aten._softmax.default})
 GATES = frozenset({aten.sigmoid.default, aten.hardsigmoid.default, *SOFTMAX})
 
@@ -593,6 +591,8 @@ def _rearrangement(node: fx.Node, signals: Sequence[int]) -> Layer | None:
 def _addition(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     if len(signals) == 1:
         return Elementwise(affine=True)
+    if is_centred_to_be_divided(node):
+        return Gate(signal=0)
     return Sum(1 if node.target is aten.add.Tensor else -1)
 
 
@@ -605,16 +605,18 @@ def _limit(node: fx.Node, signals: Sequence[int]) -> Layer | None:
 def _multiplication(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     if len(signals) == 1:
         return Elementwise(affine=True)
-    for one, other in ((0, 1), (1, 0)):
-        if _is_inverse(node.args[other]) and _is_found_in(node.args[other], node.args[one]):
-            return Gate(signal=one)
+    if (pair := divided(node)) is not None:
+        return Gate(signal=node.args.index(pair[0]))
     # A tanh is a gate beside a plain signal, and a signal beside a sigmoid (as in gated convolutions). A part of what a sigmoid
-    # made is a gate beside a plain signal, and a signal beside a whole one.
+    # made is a gate beside a plain signal, and a signal beside a whole one; a mean or the like is not told from a signal then.
     for kinds in (GATES, {aten.tanh.default, aten.erf.default}):
-        for moved in (_RESHAPED, _PARTS):
-            gates = [position for position in signals if _comes_from(node.args[position], kinds, moved)]
-            if gates:
-                return Gate(signal=1 - gates[0]) if len(gates) == 1 else None
+        for moved in (RESHAPED, PARTS, SUMMARIES):
+            gates = [position for position in signals if comes_from(node.args[position], kinds, moved)]
+            if not gates:
+                continue
+            other = node.args[1 - gates[0]]
+            is_plain = comes_from(other, kinds, PARTS) or not comes_from(other, kinds, SUMMARIES)
+            return Gate(signal=1 - gates[0]) if len(gates) == 1 and is_plain else None
     return None
 
 
@@ -623,7 +625,7 @@ def _division(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     """By a constant, or by what is found in the signal itself: that counts as constant, as norms' statistics do."""
     if tuple(signals) == (0,):
         return Elementwise(affine=True)
-    return Gate(signal=0) if tuple(signals) == (0, 1) and _is_found_in(node.args[1], node.args[0]) else None
+    return Gate(signal=0) if tuple(signals) == (0, 1) and divided(node) is not None else None
 
 
 @covers(aten.pow.Tensor_Scalar)
@@ -641,7 +643,7 @@ def _product(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     constant = set(factors).difference(signals)
     if constant:
         return Weighted(weight=constant.pop())
-    weights = [i for i in factors if _comes_from(leaves[i], ATTENTION, _PARTS)]
+    weights = [i for i in factors if comes_from(leaves[i], ATTENTION, SUMMARIES)]
     return Attention(weights[0], sum(factors) - weights[0]) if len(weights) == 1 else None
 
 
@@ -657,76 +659,6 @@ _FILLS = {
     aten.masked_fill.Scalar: 2,
 }
 """Rearrangements that put a number in places, and where it stands among their arguments."""
-
-_RESHAPED = SHAPE_ONLY | CASTS | {aten.expand.default}
-_PARTS = (
-    _RESHAPED
-    | {aten.expand_as.default, aten.repeat.default, aten.slice.Tensor, aten.select.int}
-    | {aten.narrow.default, aten.index_select.default, aten.flip.default, aten.unbind.int, aten.chunk.default}
-    | {aten.split.Tensor, aten.split_with_sizes.default, operator.getitem}
-    | {aten.gather.default, aten.repeat_interleave.self_int, aten.masked_fill.Scalar}
-    | NEAREST
-    | REDUCTIONS
-    | CLAMPS
-    | {maximum_over, aten.pow.Tensor_Scalar}
-)
-"""Operations whose every value is one of their first argument's, a constant, or made of several values of it."""
-
-
-def _ancestors(node: fx.Node, besides: fx.Node | None = None) -> set[fx.Node]:
-    """What numbers a value is computed from, itself among them, without going beyond one of them."""
-    found, left = {node}, [node]
-    while left:
-        for source in left.pop().all_input_nodes:
-            if source is not besides and source not in found and holds_numbers(source):
-                found.add(source)
-                left.append(source)
-    return found
-
-
-def _is_found_in(node: Any, signal: Any) -> bool:
-    """Whether a value depends on nothing that a signal depends on but by way of that signal.
-
-    Of a signal that was shifted by a number, or by what is found in it (a mean, say), it may also be by way of what was shifted.
-    """
-    while True:
-        if _ancestors(signal).isdisjoint(_ancestors(node, besides=signal)):
-            return True
-        if signal.target not in ADDITIONS or not isinstance(signal.args[0], fx.Node):
-            return False
-        whole, shift = signal.args
-        if isinstance(shift, fx.Node) and not _is_found_in(shift, whole):
-            return False
-        signal = whole
-
-
-def _is_inverse(node: Any) -> bool:
-    """Whether a value is one over another, however it is scaled and moved."""
-    while node.target in _RESHAPED or (node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float))):
-        node = node.args[0]
-    if node.target is aten.pow.Tensor_Scalar:
-        return isinstance(node.args[1], (int, float)) and node.args[1] < 0
-    return node.target in (aten.rsqrt.default, aten.reciprocal.default)
-
-
-def _comes_from(node: Any, targets: Collection[Any], moved: Collection[Any]) -> bool:
-    """Whether a value is the result of one of these operations: ``moved`` by others, joined, scaled or shifted by a number."""
-    scalar = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.rsub.Scalar}
-    while isinstance(node, fx.Node) and (
-        node.target in moved or (node.target in scalar and isinstance(node.args[1], (int, float)))
-    ):
-        node = node.args[0]
-    if isinstance(node, fx.Node) and node.target in (aten.cat.default, aten.stack.default):
-        return all(_comes_from(part, targets, moved) for part in node.args[0])  # type: ignore[union-attr]
-    if isinstance(node, fx.Node) and node.target is aten.mul.Tensor:
-        return all(_comes_from(factor, targets, moved) for factor in node.args)
-    return isinstance(node, fx.Node) and node.target in targets
-
-
-def holds_numbers(node: fx.Node) -> bool:
-    """Whether a node's value is a tensor of real or complex numbers, or several: not an index, a size or a mask."""
-    leaves = pytree.tree_leaves(node.meta.get("val"))
-    return any(isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()) for leaf in leaves)
 
 
 def is_non_negative(node: fx.Node, layer: Layer, of: Callable[[fx.Node], bool]) -> bool:

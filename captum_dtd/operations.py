@@ -17,6 +17,11 @@ SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten.log_softmax.i
 CASTS = frozenset({aten._to_copy.default, aten.to.dtype})
 NORMS = frozenset({aten.group_norm.default, aten.instance_norm.default, aten.layer_norm.default, aten.rms_norm.default})
 """Norms that divide by what they find in their input, as torch.export records them."""
+CLAMPS = frozenset({aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default})
+NEAREST = frozenset(
+    {aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec}
+    | {aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec, aten._upsample_nearest_exact3d.vec}
+)
 AVERAGE_POOLS = frozenset({aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default})
 ADAPTIVE_AVERAGES = frozenset(
     {aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default}

@@ -35,7 +35,6 @@ from captum_dtd.layers import (
     MaxPool,
     Rearrangement,
     Weighted,
-    holds_numbers,
     in_type,
     is_non_negative,
     layer_for,
@@ -43,6 +42,7 @@ from captum_dtd.layers import (
 )
 from captum_dtd.modes import exact_modes
 from captum_dtd.operations import CONVOLUTIONS, NORMS, aten, group_norm
+from captum_dtd.patterns import holds_numbers
 from captum_dtd.rules import Group, MaxPoolRule, Rule, ZBeta
 
 
@@ -230,7 +230,7 @@ class Network:
         return uses
 
     def _find_kept(self) -> frozenset[fx.Node]:
-        """Nodes whose values the walk back needs: where rules read activations, and what layers have besides signals."""
+        """Nodes whose values the walk back needs: where rules read activations, and what layers read besides signals."""
         kept = {source for step in self.steps if step.layer.needs_activations for source in step.sources}
         for step in self.steps:
             if step.node in self.pixels or not isinstance(step.layer, Elementwise):
@@ -563,7 +563,7 @@ def _module_at(model: nn.Module, path: str) -> nn.Module | None:
 
 
 _AMBIGUOUS = {
-    "mul": "  neither factor, or both, comes from a sigmoid, tanh or softmax",
+    "mul": "  neither factor, or both, comes from a sigmoid, tanh or softmax, or is one over what is found in the other",
     "div": "  the divisor is no constant, nor found in the dividend alone",
     **dict.fromkeys(
         ("matmul", "bmm", "mm", "einsum", "tensordot"), "  not of two factors, one a constant or from a softmax"

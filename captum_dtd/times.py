@@ -23,11 +23,12 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, fx
 
 from captum_dtd.canonizers import given, shape_of
-from captum_dtd.layers import CLAMPS, NON_NEGATIVE_ACTIVATIONS, SIGN_PRESERVING_ACTIVATIONS
+from captum_dtd.layers import NON_NEGATIVE_ACTIVATIONS, SIGN_PRESERVING_ACTIVATIONS
 from captum_dtd.operations import (
     ADAPTIVE_AVERAGES,
     ADAPTIVE_MAXIMA,
     CASTS,
+    CLAMPS,
     REDUCTIONS,
     SOFTMAX,
     aten,
@@ -269,7 +270,7 @@ def _reduction(node: fx.Node, times_of: TimesOf, over: int = 1) -> InTime | None
     return _pointwise(times, times.dim - (0 if keeps else sum(dim < times.dim for dim in dims)))
 
 
-def _norm(node: fx.Node, times_of: TimesOf) -> InTime | None:
+def _vector_norm(node: fx.Node, times_of: TimesOf) -> InTime | None:
     return _reduction(node, times_of, over=2)
 
 
@@ -457,7 +458,7 @@ _TREATMENTS: dict[Any, _Treatment] = {
     **dict.fromkeys((aten.maximum.default, aten.minimum.default, aten.expand_as.default), _broadcast),
     **dict.fromkeys(SOFTMAX, _softmax),
     **dict.fromkeys((*REDUCTIONS, maximum_over, aten.var.correction), _reduction),
-    aten.linalg_vector_norm.default: _norm,
+    aten.linalg_vector_norm.default: _vector_norm,
     **dict.fromkeys((*ADAPTIVE_AVERAGES, *ADAPTIVE_MAXIMA), _adaptive),
     **dict.fromkeys((aten.permute.default, aten.transpose.int), _permute),
     **dict.fromkeys((aten.reshape.default, aten.flatten.using_ints, aten.unsqueeze.default), _reshape),

@@ -173,6 +173,66 @@ def test_what_divides_counts_as_constant(normalised: Callable[[Tensor], Tensor],
     torch.testing.assert_close(explained(model), explained(plain, given), rtol=1e-9, atol=1e-13, check_stride=False)
 
 
+def test_what_one_input_is_divided_by_is_no_constant_if_another_input_makes_it() -> None:
+    class Two(nn.Module):
+        def __init__(self, how: Callable[[Tensor, Tensor], Tensor]) -> None:
+            super().__init__()
+            self.how, self.a, self.b, self.head = how, nn.Conv3d(3, 4, 3), nn.Conv3d(3, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.head(self.how(F.relu(self.a(x)), 1 + F.relu(self.b(y))).mean((2, 3, 4)))
+
+    for how in (lambda a, b: a / b, lambda a, b: a * b.rsqrt()):
+        with pytest.raises(UnsupportedOperationError):
+            DeepTaylor(Two(how).double().eval(), LOW, HIGH).attribute((clips(), clips()), 1)
+
+
+CENTRED: dict[str, Callable[[Tensor], Tensor]] = {
+    "in ConvNeXt's way": lambda h: (
+        (h - h.mean(1, keepdim=True)) / torch.sqrt((h - h.mean(1, keepdim=True)).pow(2).mean(1, keepdim=True) + 1e-5)
+    ),
+    "of one difference": lambda h: (lambda d: d / (d * d).mean(1, keepdim=True).add(1e-5).sqrt())(
+        h - h.mean(1, keepdim=True)
+    ),
+    "by var": lambda h: (h - h.mean(1, keepdim=True)) / (h.var(1, keepdim=True, correction=0) + 1e-5).sqrt(),
+    "by rsqrt": lambda h: torch.rsqrt(h.var(1, keepdim=True, unbiased=False) + 1e-5) * (h - h.mean(1, True)),
+}
+
+
+@pytest.mark.parametrize("way", CENTRED)
+def test_a_layer_norm_by_hand_is_a_layer_norm(way: str) -> None:
+    def by_hand(m: Net, h: Tensor) -> Tensor:
+        return F.relu(m.conv(CENTRED[way](h)))
+
+    def layer_norm(m: Net, h: Tensor) -> Tensor:
+        return F.relu(m.conv(F.layer_norm(h.movedim(1, -1), (8,)).movedim(-1, 1)))
+
+    assert_alike(by_hand, layer_norm)
+
+
+def test_a_mean_that_is_taken_away_for_its_own_sake_gets_its_share() -> None:
+    """What is left of a clip without its mean over time is motion: the mean counts, whatever else is divided somewhere."""
+    bodies: list[Callable[..., Tensor]] = [
+        lambda m, h: m.conv(h - h.mean(2, keepdim=True)),
+        lambda m, h: m.conv((h - h.mean(2, keepdim=True)) / 2.0),
+        lambda m, h: (lambda d: m.conv(d) + d / (1 + d.square()))(h - h.mean(2, keepdim=True)),
+        lambda m, h: (h - h.flip(1).mean(2, keepdim=True)) * 2.0,
+    ]
+    for body in bodies:
+        rules = {row.operation: row.rule for row in DeepTaylor(net(body), LOW, HIGH).rule_table(clips()).rows}
+        assert rules["sub"].startswith("ZPlus")
+
+
+def test_clips_that_the_model_standardises_are_refused_by_name() -> None:
+    class Standardised(Net):
+        def forward(self, x: Tensor, *further: Any) -> Tensor:
+            dims = (2, 3, 4)
+            return super().forward((x - x.mean(dims, keepdim=True)) / x.std(dims, keepdim=True))
+
+    with pytest.raises(ValueError, match="in the way: sub"):
+        DeepTaylor(Standardised(lambda m, h: h).double().eval(), LOW, HIGH).attribute(clips(), 1)
+
+
 def test_what_is_divided_by_activations_alone_is_refused() -> None:
     with pytest.raises(UnsupportedOperationError, match="div"):
         explained(net(lambda m, h: F.relu(m.conv(torch.ones_like(h) / (1 + h)))))

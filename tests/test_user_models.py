@@ -474,6 +474,7 @@ def test_a_branch_through_complex_numbers_is_not_ignored() -> None:
         (lambda h: h @ h.transpose(-2, -1) @ h, "one a constant or from a softmax"),
         (lambda h: torch.einsum("nctij,nctjk->nctik", h, h), "one a constant or from a softmax"),
         (lambda h: h[:, :8] / (1 + h.square()), "divisor is no constant"),
+        (lambda h: h.sigmoid() * h.flip(2).sigmoid().mean(1, keepdim=True), "comes from a sigmoid"),
         (lambda h: h.softmax(-1) @ h.softmax(-2), "one a constant or from a softmax"),
     ],
 )
@@ -1174,8 +1175,24 @@ def test_averages_of_several_networks_probabilities_are_explained_by_their_logit
     torch.testing.assert_close(found, DeepTaylor(logits, LOW, HIGH).attribute(clips(), 1))
 
 
-def test_a_softmax_beside_logits_is_not_stepped_over() -> None:
-    m = model(lambda m, x: m.head(F.relu(m.stem(x))).softmax(1) + m.head(F.relu(m.block(F.relu(m.stem(x))))))
+def cascade(m: Layers, x: Tensor) -> Tensor:
+    """The second stage reads the first one's probabilities."""
+    seen = F.relu(m.stem(x)).mean((2, 3, 4))
+    first = m.fc(seen).softmax(1)
+    return first + m.fc(torch.cat([seen[:, :3], first], 1)).softmax(1)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda m, x: m.head(F.relu(m.stem(x))).softmax(1) + m.head(F.relu(m.block(F.relu(m.stem(x))))),
+        lambda m, x: m.head(F.relu(m.stem(x))).softmax(1) - m.head(F.relu(m.block(F.relu(m.stem(x))))).softmax(1),
+        lambda m, x: m.head(F.relu(m.stem(x))).softmax(1) * -1.0,
+        cascade,
+    ],
+)
+def test_what_is_more_than_an_average_of_probabilities_is_not_stepped_over(body: Callable[..., Tensor]) -> None:
+    m = model(body)
     with pytest.raises(UnsupportedOperationError, match="softmax"):
         DeepTaylor(m, LOW, HIGH).attribute(clips(), 1)
 
