@@ -186,8 +186,8 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
 
         Returns:
             A tensor shaped like ``inputs`` (a tuple for a tuple), in the units of the score: for the composite ``"dtd"`` it
-            sums to the seed and has its sign everywhere (where several logits are averaged, the sign of each). With
-            ``return_convergence_delta`` a pair of that and the delta (N,), ``seed - sum of relevance``.
+            sums to the seed, up to the convergence delta, and has its sign everywhere (where several logits are averaged, the
+            sign of each). With ``return_convergence_delta`` a pair of that and the delta (N,), ``seed - sum of relevance``.
 
         Raises:
             TypeError: if ``inputs`` are not tensors.
@@ -467,7 +467,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
                     delta = self.compute_convergence_delta(relevance, sums)
                     is_kept = (delta.abs() <= 0.5 * sums.abs()) & delta.isfinite()
                     if not bool(is_kept.all()):
-                        self._warn_about([_not_kept(delta[~is_kept], sums[~is_kept])])
+                        self._warn_about(_not_kept(delta[~is_kept], sums[~is_kept]))
                     chunk.append((relevance, delta))
                 chunks.append(chunk)
                 progress.update(rows.stop - rows.start)
@@ -676,12 +676,12 @@ def _varies_in_time(bound: Tensor) -> bool:
     return bound.shape[2] > 1 and bound.stride(2) != 0
 
 
-def _not_kept(delta: Tensor, scores: Tensor) -> str:
+def _not_kept(delta: Tensor, scores: Tensor) -> list[str]:
     """What became of relevance whose sum is far from the scores'."""
-    if not bool(delta.isfinite().all()):
-        return _NOT_FINITE
     left = 1 - delta / scores
-    return _MOSTLY_LOST if bool(((left >= 0) & (left <= 1)).all()) else _GROWN
+    is_finite, is_lost = delta.isfinite(), (left >= 0) & (left <= 1)
+    became = {_NOT_FINITE: ~is_finite, _MOSTLY_LOST: is_finite & is_lost, _GROWN: is_finite & ~is_lost}
+    return [text for text, examples in became.items() if bool(examples.any())]
 
 
 _MOSTLY_LOST = (
@@ -690,8 +690,8 @@ _MOSTLY_LOST = (
 )
 _GROWN = (
     "the relevance of the input is larger than the score, or of the other sign, by more than half of the score (see the "
-    "convergence delta): some denominators of signed terms are near zero; a rule of positive terms (z+, gamma, alpha-beta) or a "
-    "larger stabilizer is steadier there, and DeepTaylor.ledger(inputs, target) shows where that is"
+    "convergence delta): some denominators of signed terms are near zero, or a bias has taken a share of the other sign; "
+    "DeepTaylor.ledger(inputs, target) shows where. z+ or a larger stabilizer is steadier there"
 )
 _NOT_FINITE = (
     "scores or their relevance are NaN or infinite: weights are, or activations grow out of their type's range; "

@@ -34,12 +34,13 @@ from captum_dtd.operations import (
 )
 
 
-def canonize(graph: fx.Graph, inputs: Collection[fx.Node]) -> tuple[str, ...]:
+def canonize(graph: fx.Graph, inputs: Collection[fx.Node], explained: Collection[fx.Node]) -> tuple[str, ...]:
     """Apply every canonizer, in order, and return a note for every softmax or sigmoid at the end that was stepped over.
 
     Args:
         graph: changed in place.
         inputs: its placeholders that are no tensors of the model's own.
+        explained: those of them that are explained.
     """
     for node in list(graph.nodes):
         if node.op == "call_function" and operation_name(node).startswith(("assert", "sym_constrain")):
@@ -77,6 +78,10 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node]) -> tuple[str, ...]:
             node.target, node.args = (group_norm, by_input) if of_input else (batch_norm, by_constants)
         elif node.target is aten.scaled_dot_product_attention.default:
             _replace(graph, node, _weighted_values(graph, node))
+        elif node.target in _OF_A_SAMPLE:
+            x, dim, unbiased, keep = given(node, 2, True, False)
+            node.target, node.args = _OF_A_SAMPLE[node.target], (x, dim)
+            node.kwargs = {"correction": int(unbiased), "keepdim": keep}
         elif node.target is aten.glu.default:
             signal, gate = _halves(graph, node)
             gate = _insert(graph, node, aten.sigmoid.default, (gate,), like=gate)
@@ -84,7 +89,7 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node]) -> tuple[str, ...]:
         elif _is_shifted_relu6(node):
             gate = _insert(graph, node, aten.hardsigmoid.default, (node.args[0].args[0],), like=node)
             node.target, node.args = aten.mul.Tensor, (gate, 6.0)
-    stack_maxima(graph, inputs)
+    stack_maxima(graph, explained)
     drop_expands(graph)
     single_outputs(graph)
     stepped_over = step_over_softmax(graph)
@@ -105,6 +110,9 @@ _OTHER_NAMES: dict[Any, Any] = {
     aten.max.other: aten.maximum.default,
     aten.min.other: aten.minimum.default,
 }
+
+
+_OF_A_SAMPLE: dict[Any, Any] = {aten.var.dim: aten.var.correction, aten.std.dim: aten.std.correction}
 
 
 def _scaled(graph: fx.Graph, node: fx.Node) -> tuple[Any, ...]:
@@ -377,8 +385,7 @@ def fold_signs(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
         if not _is_weighted_for_one(source) or dim != _channel_dim(source):
             continue
         x, own, *rest = source.args
-        signs = _insert(graph, node, signs_of, (weight, own.meta["val"].dtype), like=weight)
-        signs.meta["val"] = weight.meta["val"].flatten().to(own.meta["val"].dtype)
+        signs = _traced(_insert(graph, node, signs_of, (weight, own.meta["val"].dtype), like=weight))
         turned = _insert(graph, node, aten.mul.Tensor, (own, _reshaped(graph, node, signs, 0, own)), like=own)
         if rest and rest[0] is not None:
             rest[0] = _insert(graph, node, aten.mul.Tensor, (rest[0], signs), like=rest[0])
@@ -461,12 +468,9 @@ def _probabilities(node: Any, averaged: set[int]) -> list[fx.Node]:
     if node.target in AVERAGE_POOLS | ADAPTIVE_AVERAGES:
         changed = {dim for dim, size in enumerate(shape_of(source)) if size != shape_of(node)[dim]}
         return _probabilities(source, averaged | changed)
-    if (
-        node.target in (aten.mul.Tensor, aten.div.Tensor)
-        and isinstance(node.args[1], (int, float))
-        and node.args[1] > 0
-    ):
-        return _probabilities(source, averaged)
+    if node.target in _ARITHMETIC and isinstance(node.args[1], (int, float)):
+        is_turned = node.target in (aten.mul.Tensor, aten.div.Tensor) and node.args[1] <= 0
+        return [] if is_turned else _probabilities(source, averaged)
     parts: list[Any] = []
     if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) > 0:  # type: ignore[operator]
         parts = [part for part in node.args if isinstance(part, fx.Node) and shape_of(part) == shape_of(node)]

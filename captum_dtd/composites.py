@@ -32,7 +32,7 @@ class Composite:
         pixel: first linear layers, reached from the input through nothing but affine steps and rearrangements.
         convolution: convolutions that are not pixel layers.
         linear: fully connected layers.
-        combination: additions, sums, means and average pools, and attention's averages.
+        combination: additions, sums, means and average pools, linear upsampling, and attention's averages.
         max_pool: max pooling.
         overrides: pairs of a selector and a rule; the last that matches decides.
 

@@ -19,7 +19,6 @@ from captum_dtd.operations import (
     AVERAGE_POOLS,
     CONVOLUTIONS,
     MAX_POOLS,
-    NORMS,
     REDUCTIONS,
     aten,
     batch_norm,
@@ -31,7 +30,7 @@ _NEW = (
     | AVERAGE_POOLS
     | ADAPTIVE_AVERAGES
     | REDUCTIONS
-    | NORMS
+    | {aten.group_norm.default, aten.instance_norm.default, aten.layer_norm.default, aten.rms_norm.default}
     | {aten.linear.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default, aten.leaky_relu.default}
     | {aten.elu.default, aten.silu.default, aten.gelu.default, aten.hardtanh.default, aten.softmax.int}
     | {aten.matmul.default, aten.bmm.default, aten.scaled_dot_product_attention.default}

@@ -49,13 +49,13 @@ from captum_dtd.operations import (
     CONVOLUTIONS,
     MAX_POOLS,
     NEAREST,
+    NORMS,
     REDUCTIONS,
     SHAPE_ONLY,
     SOFTMAX,
     aten,
     attention,
     batch_norm,
-    group_norm,
     maximum_over,
 )
 from captum_dtd.patterns import PARTS, RESHAPED, SUMMARIES, comes_from, divided, holds_numbers, is_centred_to_be_divided
@@ -439,7 +439,7 @@ class Rearrangement(Layer):
             return [adjoint([outputs[i] for i in given], leaves, list(given.values())) for given in every]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gate(Elementwise):
     """``signal * gate``: all relevance to the signal, none to the gate (Arras et al. 2017, *Explaining recurrent networks*).
 
@@ -566,7 +566,7 @@ covers(*NON_NEGATIVE_ACTIVATIONS, *SIGN_PRESERVING_ACTIVATIONS, *CLAMPS, aten.pr
     _only_first(Elementwise())
 )
 covers(*LINEAR_UPSAMPLING)(_only_first(Interpolation()))
-covers(group_norm, aten.layer_norm.default, aten.rms_norm.default)(_only_first(Elementwise()))
+covers(*NORMS)(_only_first(Elementwise()))
 covers(*CASTS, batch_norm, aten.neg.default, aten.rsub.Scalar)(_only_first(Elementwise(affine=True)))
 
 
@@ -678,6 +678,8 @@ def is_non_negative(node: fx.Node, layer: Layer, of: Callable[[fx.Node], bool]) 
         return is_filled_so and all(of(source) for source in inputs if holds_numbers(source))
     if isinstance(layer, (Average, MaxPool)) or node.target in SIGN_PRESERVING_ACTIVATIONS | CASTS:
         return of(inputs[0])
+    if isinstance(layer, Gate) and node.target in ADDITIONS:  # what is left of a signal without its mean
+        return False
     if isinstance(layer, Gate) or (isinstance(layer, Sum) and layer.sign > 0):
         return all(of(source) for source in inputs) and float(node.kwargs.get("alpha", 1)) >= 0  # type: ignore[arg-type]
     return False

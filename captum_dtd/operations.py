@@ -15,13 +15,16 @@ CONVOLUTIONS = frozenset(
 )
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default})
 CASTS = frozenset({aten._to_copy.default, aten.to.dtype})
-NORMS = frozenset({aten.group_norm.default, aten.instance_norm.default, aten.layer_norm.default, aten.rms_norm.default})
-"""Norms that divide by what they find in their input, as torch.export records them."""
 CLAMPS = frozenset({aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default})
 NEAREST = frozenset(
     {aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec}
     | {aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec, aten._upsample_nearest_exact3d.vec}
 )
+SHAPE_READERS = frozenset(
+    {aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default}
+    | {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default}
+)
+"""Operations that read a signal's shape and not its values."""
 AVERAGE_POOLS = frozenset({aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default})
 ADAPTIVE_AVERAGES = frozenset(
     {aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default}
@@ -76,6 +79,10 @@ def group_norm(
     if bias is not None:
         normalised = normalised + bias.view(-1, 1, 1, 1)
     return normalised.to(x.dtype)
+
+
+NORMS = frozenset({group_norm, aten.layer_norm.default, aten.rms_norm.default})
+"""Norms that divide by what they find in their input."""
 
 
 def _mean_in_time(of_groups: Tensor, counts: Sequence[int]) -> Tensor:

@@ -13,7 +13,17 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from captum_dtd.operations import ADDITIONS, CASTS, CLAMPS, NEAREST, REDUCTIONS, SHAPE_ONLY, aten, maximum_over
+from captum_dtd.operations import (
+    ADDITIONS,
+    CASTS,
+    CLAMPS,
+    NEAREST,
+    REDUCTIONS,
+    SHAPE_ONLY,
+    SHAPE_READERS,
+    aten,
+    maximum_over,
+)
 
 RESHAPED = SHAPE_ONLY | CASTS | {aten.expand.default}
 """Operations that keep every value of their first argument."""
@@ -29,7 +39,7 @@ PARTS = (
 """Operations whose every value is one of their first argument's, or a constant."""
 
 SUMMARIES = PARTS | REDUCTIONS | CLAMPS | {maximum_over, aten.pow.Tensor_Scalar}
-"""Operations that leave a gate a gate: means, maxima, limits and powers of what lies between 0 and 1."""
+"""Operations that leave a gate a gate: sums, means, maxima, limits and powers of what is bounded."""
 
 
 def holds_numbers(node: fx.Node) -> bool:
@@ -38,9 +48,23 @@ def holds_numbers(node: fx.Node) -> bool:
     return any(isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()) for leaf in leaves)
 
 
+def mark_varying(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
+    """Note on every value whether it is computed from inputs that are explained; all else is as good as constant."""
+    for node in graph.nodes:
+        is_computed = node.op == "call_function" and node.target not in SHAPE_READERS and holds_numbers(node)
+        node.meta[_VARIES] = node in inputs or (is_computed and any(map(_varies, node.all_input_nodes)))
+
+
+_VARIES = "captum_dtd varies"
+
+
+def _varies(value: Any) -> bool:
+    return isinstance(value, fx.Node) and bool(value.meta.get(_VARIES))
+
+
 def comes_from(node: Any, targets: Collection[Any], moved: Collection[Any]) -> bool:
     """Whether a value is the result of one of these operations: ``moved`` by others, joined, multiplied, scaled or shifted."""
-    node = _unscaled(node, moved)
+    node = _stepped(node, moved, _SCALED | _SHIFTED)
     if node.target in targets:
         return True
     parts: Any = ()
@@ -52,11 +76,11 @@ def comes_from(node: Any, targets: Collection[Any], moved: Collection[Any]) -> b
 
 
 def divided(node: fx.Node) -> tuple[Any, Any] | None:
-    """The value that is divided, and what it is divided by, where that is found in the value itself; else None.
+    """Where a value is divided by what is found in itself, the value, and the divisor or one over it; else None.
 
     That is what norms written by hand do: ``x / sqrt(mean(x^2))``, ``x * rsqrt(mean(x^2))``.
     """
-    if not (len(node.args) == 2 and all(isinstance(each, fx.Node) for each in node.args)):
+    if len(node.args) != 2 or not all(map(_varies, node.args)):
         return None
     one, other = node.args
     pairs: list[tuple[Any, Any]] = [(one, other)] if node.target is aten.div.Tensor else []
@@ -66,60 +90,107 @@ def divided(node: fx.Node) -> tuple[Any, Any] | None:
 
 
 def is_centred_to_be_divided(node: fx.Node) -> bool:
-    """Whether a mean is taken from the value that it is the mean of, and what is left is then divided by what is found in it."""
-    if node.target is not aten.sub.Tensor:
+    """Whether a mean is taken from the value that it is the mean of, and what is left is divided by what is found in it.
+
+    What is left may be scaled before, and is read for nothing else.
+    """
+    if node.target is not aten.sub.Tensor or node.kwargs or not all(map(_varies, node.args)):
         return False
-    x, mean = node.args
-    mean = _unscaled(mean, RESHAPED)
-    if mean.target is not aten.mean.dim or mean.args[0] is not x:
+    x, mean = (_stepped(each, RESHAPED) for each in node.args)
+    if mean.target is not aten.mean.dim or _stepped(mean.args[0], RESHAPED) is not x:
         return False
-    divisors = {user: pair[1] for user in node.users if (pair := divided(user)) is not None and pair[0] is node}
-    found = {each for divisor in divisors.values() for each in _ancestors(divisor)}
-    return bool(divisors) and found.union(divisors).issuperset(node.users)
+    divisors, ends = _divisors(node)
+    statistics = {each for divisor in divisors for each in _ancestors(divisor)}
+    left, seen = [node], {node}
+    while left:
+        for user in left.pop().users:
+            if user in ends or user in seen:
+                continue
+            is_scaled = user.target in RESHAPED or _constant_operand(user, _SCALED) is not None
+            if user not in statistics and not (is_scaled and _divisors(user)[0]):
+                return False
+            seen.add(user)
+            left.append(user)
+    return bool(divisors)
 
 
-def _unscaled(node: Any, moved: Collection[Any]) -> Any:
-    """What a value is, apart from being ``moved`` by some operations, and scaled or shifted by numbers."""
-    while node.target in moved or (node.target in _BY_A_NUMBER and isinstance(node.args[1], (int, float))):
-        node = node.args[0]
-    return node
+def _divisors(node: fx.Node) -> tuple[list[fx.Node], set[fx.Node]]:
+    """What a value is divided by, perhaps after it was scaled by constants, and the operations that divide it."""
+    divisors: list[fx.Node] = []
+    ends: set[fx.Node] = set()
+    for user in node.users:
+        pair = divided(user)
+        if pair is not None and pair[0] is node:
+            divisors.append(pair[1])
+            ends.add(user)
+        elif user.target in RESHAPED or _constant_operand(user, _SCALED) is not None:
+            further = _divisors(user)
+            divisors += further[0]
+            ends |= further[1]
+    return divisors, ends
 
 
-_BY_A_NUMBER = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.rsub.Scalar})
+_SCALED = frozenset({aten.mul.Tensor, aten.div.Tensor})
+_SHIFTED = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar})
+
+
+def _constant_operand(node: Any, arithmetic: Collection[Any]) -> Any:
+    """The operand that is scaled or shifted by a constant; None where none is. One over it is not a scaled value."""
+    if node.target not in arithmetic:
+        return None
+    one, other = node.args
+    if not _varies(other):
+        return one
+    return other if not _varies(one) and node.target is not aten.div.Tensor else None
+
+
+def _stepped(node: Any, moved: Collection[Any], arithmetic: Collection[Any] = ()) -> Any:
+    """What a value is, apart from being ``moved`` by some operations, and scaled or shifted by constants."""
+    while True:
+        if node.target in moved:
+            node = node.args[0]
+        elif (operand := _constant_operand(node, arithmetic)) is not None and isinstance(operand, fx.Node):
+            node = operand
+        else:
+            return node
 
 
 def _is_inverse(node: Any) -> bool:
-    """Whether a value is one over another, however it is scaled and moved."""
-    node = _unscaled(node, RESHAPED)
+    """Whether a value is a constant over another, however it is moved."""
+    node = _stepped(node, RESHAPED, _SCALED)
     if node.target is aten.pow.Tensor_Scalar:
         return isinstance(node.args[1], (int, float)) and node.args[1] < 0
+    if node.target is aten.div.Tensor:
+        return not _varies(node.args[0])
     return node.target in (aten.rsqrt.default, aten.reciprocal.default)
 
 
 def _is_found_in(node: Any, signal: Any) -> bool:
-    """Whether a value is computed from a signal, and from nothing that the signal depends on but by way of it.
+    """Whether a value is computed from a signal, and from nothing that is explained but by way of it.
 
-    Of a signal that was shifted by a number, or by what is found in it (a mean, say), it may also be by way of what was shifted.
+    Of a signal that was moved, scaled or shifted by constants, or shifted by what is found in it (a mean, say), it may also be
+    by way of what it was before.
     """
     while node is not signal:
         origins = _ancestors(node, besides=signal)
-        if any(signal in each.all_input_nodes for each in origins) and _ancestors(signal).isdisjoint(origins):
+        is_read = any(signal in each.all_input_nodes for each in origins)
+        if is_read and not any(each.op == "placeholder" for each in origins):
             return True
-        if signal.target not in ADDITIONS or not isinstance(signal.args[0], fx.Node):
+        before = signal.args[0] if signal.target in RESHAPED else _constant_operand(signal, _SCALED | _SHIFTED)
+        if before is None and signal.target in ADDITIONS and _is_found_in(signal.args[1], signal.args[0]):
+            before = signal.args[0]
+        if not _varies(before):
             return False
-        whole, shift = signal.args
-        if isinstance(shift, fx.Node) and not _is_found_in(shift, whole):
-            return False
-        signal = whole
+        signal = before
     return False
 
 
 def _ancestors(node: fx.Node, besides: fx.Node | None = None) -> set[fx.Node]:
-    """What numbers a value is computed from, itself among them, without going beyond one of them."""
+    """Of what is explained, all that a value is computed from, itself among it, but not by way of ``besides``."""
     found, left = {node}, [node]
     while left:
         for source in left.pop().all_input_nodes:
-            if source is not besides and source not in found and holds_numbers(source):
+            if source is not besides and source not in found and _varies(source):
                 found.add(source)
                 left.append(source)
     return found

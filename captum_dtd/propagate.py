@@ -29,6 +29,7 @@ from captum_dtd.kernels import Precision
 from captum_dtd.layers import (
     Call,
     Elementwise,
+    Interpolation,
     Layer,
     Limits,
     LinearMap,
@@ -41,8 +42,8 @@ from captum_dtd.layers import (
     signal_positions,
 )
 from captum_dtd.modes import exact_modes
-from captum_dtd.operations import CONVOLUTIONS, NORMS, aten, group_norm
-from captum_dtd.patterns import holds_numbers
+from captum_dtd.operations import CONVOLUTIONS, NORMS, SHAPE_READERS, aten
+from captum_dtd.patterns import holds_numbers, mark_varying
 from captum_dtd.rules import Group, MaxPoolRule, Rule, ZBeta
 
 
@@ -122,7 +123,9 @@ class Network:
         precision: Precision | None = None,
     ) -> None:
         self.precision = precision
-        self.notes = canonize(traced.graph, [node for node in traced.inputs if node is not None])
+        given = [node for node in traced.inputs if node is not None]
+        self.inputs = tuple(node for node in traced.inputs[:explained] if node is not None)
+        self.notes = canonize(traced.graph, given, self.inputs)
         self.any_batch = traced.any_batch
         self._traced = traced
         self._model_name = type(model).__name__
@@ -130,7 +133,6 @@ class Network:
         if output is None or not isinstance(output.meta.get("val"), Tensor):
             raise ValueError(f"{self._model_name} must return one tensor of scores, (N,) or (N, classes, ...)")
         self.output = output
-        self.inputs = tuple(node for node in traced.inputs[:explained] if node is not None)
         self.nodes = [node for node in traced.graph.nodes if node.op in ("placeholder", "call_function")]
         self._non_negative: set[fx.Node] = set()
         self.pixels: set[fx.Node] = set(self.inputs)
@@ -183,18 +185,23 @@ class Network:
     def _in_the_way(self, steps: Sequence[Step]) -> str:
         """What stands between the pixels and the first linear layers."""
         first = [step for step in steps if self.pixels.issuperset(step.sources) and step.node not in self.pixels]
-        names = ", ".join(f"{operation_name(step.node)} in {module_path(step.node) or 'forward'}" for step in first)
-        return f"; in the way: {names} (if it prepares pixels, do so before the model is called)" if names else ""
+        names = dict.fromkeys(f"{operation_name(step.node)} in {module_path(step.node) or 'forward'}" for step in first)
+        return (
+            f"; in the way: {', '.join(names)} (if it prepares pixels, do so before the model is called)"
+            if names
+            else ""
+        )
 
     def _crossed(self) -> list[tuple[fx.Node, Layer | None, tuple[int, ...]]]:
         """Operations between input and output that relevance crosses, their layers, and where their signals are.
 
         What leads to nothing but gates is left out: no relevance goes there, so anything may happen on that path.
         """
+        mark_varying(self._traced.graph, self.inputs)
         signals: set[fx.Node] = set(self.inputs)
         found: list[tuple[fx.Node, Layer | None, tuple[int, ...]]] = []
         for node in self.nodes:
-            if node.op == "placeholder" or node.target in _SHAPE_READERS or not holds_numbers(node):
+            if node.op == "placeholder" or node.target in SHAPE_READERS or not holds_numbers(node):
                 continue
             positions = signal_positions(node, signals.__contains__)
             if not positions:
@@ -208,7 +215,9 @@ class Network:
             found.append((node, layer, positions))
             if is_non_negative(node, layer, self._non_negative.__contains__):
                 self._non_negative.add(node)
-            affine = isinstance(layer, Rearrangement) or (isinstance(layer, Elementwise) and layer.affine)
+            affine = isinstance(layer, (Rearrangement, Interpolation)) or (
+                isinstance(layer, Elementwise) and layer.affine
+            )
             if affine and self.pixels.issuperset(_arguments(node, positions)):
                 self.pixels.add(node)
         if self.output not in signals:
@@ -248,7 +257,7 @@ class Network:
 
     def _find_overwrites(self) -> frozenset[fx.Node]:
         """ReLUs that may write over what they read: a new tensor of the operation before them, which nothing else needs."""
-        fresh = CONVOLUTIONS | {aten.linear.default, aten.add.Tensor, group_norm} | NORMS
+        fresh = CONVOLUTIONS | NORMS | {aten.linear.default, aten.add.Tensor}
         return frozenset(
             node
             for node in self.nodes
@@ -311,7 +320,7 @@ class Network:
             return Activations(values, output)
 
     def rectifies(self, node: fx.Node) -> bool:
-        """Whether a convolution or linear layer gives the positive part of its output at once: a ReLU alone reads it."""
+        """Whether an operation gives the positive part of its output at once: a ReLU alone reads it."""
         return node in self._rectified
 
     def compute(self, node: fx.Node, value_of: ValueOf, args: tuple[Any, ...] | None = None) -> Any:
@@ -509,13 +518,6 @@ def _add(relevance: Values, step: Step, source: fx.Node, part: Tensor) -> None:
     into[key] = room.add(into[key], part) if key in into else part
 
 
-_SHAPE_READERS = frozenset(
-    {aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default}
-    | {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default}
-)
-"""Operations that read a signal's shape and not its values."""
-
-
 def _shape_only(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
@@ -563,7 +565,7 @@ def _module_at(model: nn.Module, path: str) -> nn.Module | None:
 
 
 _AMBIGUOUS = {
-    "mul": "  neither factor, or both, comes from a sigmoid, tanh or softmax, or is one over what is found in the other",
+    "mul": "  neither factor, or both, comes from a sigmoid, tanh, erf or softmax, or is one over what is found in the other",
     "div": "  the divisor is no constant, nor found in the dividend alone",
     **dict.fromkeys(
         ("matmul", "bmm", "mm", "einsum", "tensordot"), "  not of two factors, one a constant or from a softmax"

@@ -457,7 +457,7 @@ _TREATMENTS: dict[Any, _Treatment] = {
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor), _broadcast),
     **dict.fromkeys((aten.maximum.default, aten.minimum.default, aten.expand_as.default), _broadcast),
     **dict.fromkeys(SOFTMAX, _softmax),
-    **dict.fromkeys((*REDUCTIONS, maximum_over, aten.var.correction), _reduction),
+    **dict.fromkeys((*REDUCTIONS, maximum_over, aten.var.correction, aten.std.correction), _reduction),
     aten.linalg_vector_norm.default: _vector_norm,
     **dict.fromkeys((*ADAPTIVE_AVERAGES, *ADAPTIVE_MAXIMA), _adaptive),
     **dict.fromkeys((aten.permute.default, aten.transpose.int), _permute),

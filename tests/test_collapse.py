@@ -371,6 +371,10 @@ def test_statistics_of_whole_clips_are_of_every_time_as_often_as_it_occurs(norm:
         lambda a, b: a + b.mean((1, 3, 4), keepdim=True).expand(a.shape),
         lambda a, b: a * torch.sigmoid(b.mean((2, 3, 4), keepdim=True)).expand(-1, -1, -1, 3, 3),
         lambda a, b: (a - a.mean(1, keepdim=True)) / (a.var(1, keepdim=True, correction=0) + 1e-3).sqrt() + b,
+        lambda a, b: (
+            (a - a.mean(1, True)) / (a.var(1, unbiased=False, keepdim=True) + a.std((1, 3), keepdim=True) + 1e-3) + b
+        ),
+        lambda a, b: F.glu(torch.cat([a, b], 1), 1) + F.glu(torch.cat([b, a], -1), -1),
         lambda a, b: a * (a.square().sum((1, 3, 4), keepdim=True) + 1e-3).rsqrt() + b,
     ],
 )
@@ -416,6 +420,7 @@ class Watching(nn.Module):
 
 def test_attention_within_frames_and_across_them() -> None:
     method = DiscriminativeDeepTaylor(Watching().double().eval(), LOW, HIGH)
+    assert method.rule_table(pixels(2, 3, 7, 4, 3)).rows[0].times == "1 -> 3 of 7"
     for readout, normalize in READ_OUTS:
         assert_same(*both(method, pixels(2, 3, 7, 4, 3), [1, 2], readout, normalize))
 

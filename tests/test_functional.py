@@ -292,7 +292,8 @@ def without_copies_for_dropout(g: fx.Graph) -> fx.Graph:
 
 def operations(g: fx.Graph) -> list[Any]:
     """What is left to relevance of a graph, in order."""
-    canonize(g, g.find_nodes(op="placeholder"))
+    given = g.find_nodes(op="placeholder")
+    canonize(g, given, given)
     return [node.target for node in g.nodes if node.op == "call_function" and node.target is not aten.sym_size.int]
 
 

@@ -1152,12 +1152,14 @@ FUSED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": lambda p, q: (p.softmax(1) + q.softmax(1)) / 2,
     "weighted": lambda p, q: torch.add(p.softmax(1), q.softmax(1), alpha=0.5) * 0.7,
     "stack": lambda p, q: torch.stack([p.softmax(-1), q.softmax(-1)]).mean(0),
+    "python's sum": lambda p, q: sum([p.softmax(1), q.softmax(1)]) / 2,
     "stack behind": lambda p, q: torch.stack([p.sigmoid(), q.sigmoid()], -1).mean(-1),
 }
 WITHOUT_PROBABILITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": lambda p, q: (p + q) / 2,
     "weighted": lambda p, q: torch.add(p, q, alpha=0.5) * 0.7,
     "stack": lambda p, q: torch.stack([p, q]).mean(0),
+    "python's sum": lambda p, q: (p + q) / 2,
     "stack behind": lambda p, q: torch.stack([p, q], -1).mean(-1),
 }
 
@@ -1229,3 +1231,40 @@ def test_relevance_that_grew_or_turned_is_not_called_lost(weight: float, bias: f
         relevance = method.attribute(torch.ones(2, 1, 2, 3, 3), 0)
     torch.testing.assert_close(relevance.sum((1, 2, 3, 4)), torch.full((2,), 2 * weight))
     assert [told in str(warning.message) for warning in caught] == ([True] if told else [])
+
+
+def test_a_maximum_with_an_argument_that_is_not_explained_passes() -> None:
+    m, x = model(lambda m, x, least: m.head(F.relu(m.block(torch.maximum(F.relu(m.stem(x)), least))))), clips()
+    whole = DeepTaylor(m, LOW, HIGH).attribute(x, 1, torch.full((2, 8, 8, 10, 10), 0.01, dtype=torch.float64))
+    single = DeepTaylor(m, LOW, HIGH).attribute(x, 1, torch.full((2, 1, 1, 1, 1), 0.01, dtype=torch.float64))
+    torch.testing.assert_close(whole, single)
+
+
+def test_pixels_that_the_model_resizes_are_still_pixels() -> None:
+    m = model(lambda m, x: m.head(F.relu(m.stem(F.interpolate(x, scale_factor=(1, 2, 2), mode="trilinear")))))
+    rules = {row.operation: row.rule for row in DeepTaylor(m, LOW, HIGH).rule_table(clips()).rows}
+    assert rules["conv3d"].startswith("ZBeta") and rules["upsample_trilinear3d"].startswith("ZBeta")
+    relevance = DeepTaylor(m, LOW, HIGH).attribute(clips(), 1)
+    with torch.no_grad():
+        torch.testing.assert_close(relevance.sum((1, 2, 3, 4)), m(clips())[:, 1], rtol=1e-8, atol=1e-12)
+
+
+def test_hints_for_inputs_of_several_views_and_of_different_lengths() -> None:
+    m = model(lambda m, x: m.head(F.relu(m.stem(x))))
+    with pytest.raises(ValueError, match=r"several views of each example: pass inputs.flatten\(0, 1\)"):
+        DiscriminativeDeepTaylor(m, LOW, HIGH).attribute(clips(2)[:, None], 1)
+    two = model(lambda m, x, y: m.head(F.relu(m.stem(x)).mean(2, True) + F.relu(m.stem(y)).mean(2, True)))
+    with pytest.raises(ValueError, match="picks those of each input itself"):
+        DiscriminativeDeepTaylor(two, LOW, HIGH).attribute((clips(), clips()[:, :, ::4]), 1)
+
+
+def test_lost_and_grown_examples_of_one_batch_are_told_apart() -> None:
+    m = nn.Sequential(nn.Conv3d(1, 2, 1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(2, 1))
+    for parameter, value in zip(m.parameters(), (1.0, 1.0, -1.0), strict=True):
+        parameter.data.fill_(value)
+    x = torch.ones(2, 1, 2, 3, 3)
+    x[1] = 0  # its score is the bias alone
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        DeepTaylor(m.eval(), 0.0, 1.0, composite={"4": Epsilon(stabilizer=0.0)}).attribute(x, 0)
+    assert ["was lost" in str(each.message) for each in caught] == [True, False]
