@@ -138,7 +138,7 @@ def _constant_operand(node: Any, arithmetic: Collection[Any]) -> Any:
     """The operand that is scaled or shifted by a constant; None where none is. One over it is not a scaled value."""
     if node.target not in arithmetic:
         return None
-    one, other = node.args
+    one, other = node.args[:2]
     if not _varies(other):
         return one
     return other if not _varies(one) and node.target is not aten.div.Tensor else None
