@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from captum_dtd.graph import operation_name
+from captum_dtd.graph import depending, operation_name
 from captum_dtd.operations import (
     ADAPTIVE_AVERAGES,
     ADAPTIVE_MAXIMA,
@@ -232,18 +232,9 @@ def single_outputs(graph: fx.Graph) -> None:
             _replace(graph, node, _insert(graph, node, maximum_over, node.args, like=node))
 
 
-def _depending(graph: fx.Graph, inputs: Collection[fx.Node]) -> set[fx.Node]:
-    """Some inputs, and every value that is computed from one of them."""
-    found = set(inputs)
-    for node in graph.nodes:
-        if not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
-
-
 def stack_maxima(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
     """The larger of two values of one shape is the maximum over a dimension along which they are stacked."""
-    varying = _depending(graph, inputs)
+    varying = depending(graph, inputs)
     for node in list(graph.nodes):
         if node.target is not aten.maximum.default or not varying.issuperset(node.all_input_nodes):
             continue
@@ -322,7 +313,7 @@ def fold_channelwise(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
     A batch norm that is frozen is often written out so, as ``x * scale + shift``. What is done to a layer's output is done to
     its weights and its bias.
     """
-    varying = _depending(graph, inputs)
+    varying = depending(graph, inputs)
     for node in list(graph.nodes):
         if node.target not in _ARITHMETIC or node.kwargs:
             continue
@@ -370,7 +361,7 @@ def fold_signs(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
     nothing of a scale but its sign: a channel that is turned round excites where its weights are negative. What stands between
     the two may move channels, as a permute does, and change their type.
     """
-    varying = _depending(graph, inputs)
+    varying = depending(graph, inputs)
     for node in list(graph.nodes):
         weight, dim = _channel_scale(node)
         if weight is None or weight in varying:

@@ -22,7 +22,7 @@ import warnings
 import weakref
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
@@ -463,6 +463,17 @@ def source_line(node: fx.Node) -> str:
         return ""
     file, line, code = own[-1]
     return f"{Path(file).name}:{line}: {code.strip()}"
+
+
+def depending(
+    graph: fx.Graph, inputs: Collection[fx.Node], carries: Callable[[fx.Node], bool] = lambda _: True
+) -> set[fx.Node]:
+    """Some inputs, and every value that is computed from one of them, by way of those that ``carries`` says yes to."""
+    found = set(inputs)
+    for node in graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes) and carries(node):
+            found.add(node)
+    return found
 
 
 def operation_name(node: fx.Node) -> str:

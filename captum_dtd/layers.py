@@ -354,15 +354,7 @@ class Average(LinearMap):
 
 @dataclass(frozen=True)
 class Interpolation(Average):
-    """Linear upsampling, an average of neighbours with weights of their own."""
-
-    def apply(self, call: Call, inputs: Sequence[Tensor], part: WeightPart) -> Tensor:
-        if part not in ("v", "v+"):
-            raise ValueError(
-                f"composite: flat and w-squared need the single weights of {operation_name(call.node)}, which interpolates; "
-                "choose another rule for it"
-            )
-        return super().apply(call, inputs, part)
+    """Linear upsampling: an average of neighbours, each with a weight of its own, which is known to nobody."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from captum_dtd.graph import depending
 from captum_dtd.operations import (
     ADDITIONS,
     CASTS,
@@ -50,9 +51,9 @@ def holds_numbers(node: fx.Node) -> bool:
 
 def mark_varying(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
     """Note on every value whether it is computed from inputs that are explained; all else is as good as constant."""
+    varying = depending(graph, inputs, lambda node: node.target not in SHAPE_READERS and holds_numbers(node))
     for node in graph.nodes:
-        is_computed = node.op == "call_function" and node.target not in SHAPE_READERS and holds_numbers(node)
-        node.meta[_VARIES] = node in inputs or (is_computed and any(map(_varies, node.all_input_nodes)))
+        node.meta[_VARIES] = node in varying
 
 
 _VARIES = "captum_dtd varies"

@@ -171,6 +171,11 @@ class Network:
                 raise ValueError(
                     f"composite: z-beta needs pixel bounds, and {path} ({operation_name(node)}) is a hidden layer"
                 )
+            if isinstance(layer, Interpolation) and isinstance(rule, Rule) and not _reads_signs_only(rule):
+                raise ValueError(
+                    f"composite: {rule} needs single weights, and {path} ({operation_name(node)}) interpolates; choose another "
+                    "rule for it"
+                )
             used |= chosen
             steps.append(Step(node, layer, rule, positions, sources, is_pixel_layer, path))
         if not any(step.is_pixel_layer for step in steps):
@@ -466,6 +471,11 @@ class Network:
                 ends = [torch.minimum(*ends), torch.maximum(*ends)]
             low[step.node], high[step.node] = ends
         return Box(low, high)
+
+
+def _reads_signs_only(rule: Rule) -> bool:
+    """Whether a rule takes weights as they are or leaves them out, by their signs."""
+    return all(term.weight in ("v", "v+", "v-") for group in rule.groups for term in group.terms)
 
 
 @dataclass(frozen=True)

@@ -510,3 +510,18 @@ def test_a_gate_with_times_on_a_signal_without() -> None:
     whole = DiscriminativeRelevance(method.method).attribute(x, 1)
     for part, wanted in zip(method.attribute(x, 1), whole, strict=True):
         torch.testing.assert_close(part, wanted, rtol=0, atol=1e-10 * float(whole.total.abs().max()))
+
+
+def test_a_video_transformer_is_explained_but_for_what_z_plus_cannot_share() -> None:
+    """Its activations keep their signs: z+ has nothing to share where only negative numbers are added up."""
+    transformers = pytest.importorskip(
+        "torchvision.models.video.swin_transformer", reason="torchvision is not installed"
+    )
+    torch.manual_seed(0)
+    model = transformers.SwinTransformer3d([2, 4, 4], 16, [2, 2], [2, 2], [2, 4, 4], num_classes=5).double().eval()
+    x = between((LOW,) * 3, (HIGH,) * 3, (1, 3, 4, 32, 32), 1, torch.float64)
+    relevance, delta = DeepTaylor(model, LOW, HIGH).attribute(x, 1, return_convergence_delta=True)
+    with torch.no_grad():
+        score = model(x)[:, 1]
+    torch.testing.assert_close(relevance.sum((1, 2, 3, 4)) + delta, score)
+    assert 0.1 < float(delta / score) < 0.9

@@ -56,7 +56,7 @@ def test_sums_of_different_tensors_are_torchs_too(other: Tensor) -> None:
     assert found.dtype == right.dtype and torch.equal(found, right)
 
 
-@pytest.mark.skipif("cpu" not in native.loaded, reason="weights are hashed by the compiled kernels")
+@pytest.mark.skipif("cpu" not in native.loaded, reason="compiled kernels hash weights, and this installation has none")
 def test_weights_are_not_changed_by_being_used_again_and_are_seen_to_change() -> None:
     """They are moved to other pages of memory, once they come a second time."""
     x, weight = torch.rand(2, 1024, 1, 1, 1), torch.randn(2048, 1024, 1, 1, 1)
