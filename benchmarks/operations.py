@@ -52,7 +52,7 @@ class Case:
 
 def cases(precisions: Sequence[Precision], small: bool, compiled: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
     """The name of every layer in every precision, and what makes its case: tensors are drawn then, and die with it."""
-    for layer in workloads.CONVOLUTIONS + workloads.LINEAR_LAYERS:
+    for layer in workloads.CONVOLUTIONS + workloads.LINEAR_LAYERS + workloads.GROUPED_LAYERS:
         measured = workloads.reduced(layer) if small else layer
         for precision in precisions:
             yield f"{layer} {precision}", partial(_convolution_case, measured, precision, compiled)
@@ -77,7 +77,8 @@ def _convolution_case(layer: workloads.Convolution, precision: Precision, compil
     reference = partial(workloads.z_plus, layer, given, "reference")
     case = Case(str(layer), precision, layer.flops, reference, weights=[given.weight])
     theirs = _by_name(rivals.z_plus_rivals(layer, given, compiled))
-    kind = "linear layers" if workloads.shape_class(layer) == "linear" else "convolution layers"
+    kinds = {"linear": "linear layers", "grouped": "grouped layers"}
+    kind = kinds.get(workloads.shape_class(layer), "convolution layers")
     case.add(f"{kind} / best composition", precision, _ours(layer, given, kernel, workloads.z_plus), theirs)
     return case
 

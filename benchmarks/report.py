@@ -76,7 +76,7 @@ def sections(record: Record) -> Iterator[str]:
         yield "## Single operations\n\n" + "\n".join(_operations(operations))
 
 
-OPERATIONS = ("convolution layers", "linear layers", "pixel layers", "max pooling", "additions")
+OPERATIONS = ("convolution layers", "grouped layers", "linear layers", "pixel layers", "max pooling", "additions")
 
 
 def _same_workload(job: Record, case: Record) -> bool:

@@ -51,19 +51,20 @@ class Rival:
 
 
 def _conv3d(layer: Convolution, weight: Tensor, x: Tensor) -> LinearMap:
-    return partial(F.conv3d, weight=weight, stride=layer.stride, padding=layer.padding)
+    return partial(F.conv3d, weight=weight, stride=layer.stride, padding=layer.padding, groups=layer.groups)
 
 
 def _mkldnn(layer: Convolution, weight: Tensor, x: Tensor) -> LinearMap:
     """oneDNN, also where F.conv3d would choose a slower path for few examples."""
-    return lambda u: aten.mkldnn_convolution(u, weight, None, layer.padding, layer.stride, ONE, 1)
+    return lambda u: aten.mkldnn_convolution(u, weight, None, layer.padding, layer.stride, ONE, layer.groups)
 
 
 def _prepacked(layer: Convolution, weight: Tensor, x: Tensor) -> LinearMap:
     """oneDNN with the weights reordered beforehand, as torch.compile freezes them."""
-    packed = torch.ops.mkldnn._reorder_convolution_weight(weight, layer.padding, layer.stride, ONE, 1, list(x.shape))
+    shape = [layer.padding, layer.stride, ONE, layer.groups]
+    packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *shape, list(x.shape))
     pointwise = torch.ops.mkldnn._convolution_pointwise
-    return lambda u: pointwise(u, packed, None, layer.padding, layer.stride, ONE, 1, "none", [], "")
+    return lambda u: pointwise(u, packed, None, *shape, "none", [], "")
 
 
 CONVOLUTIONS = {"conv3d": _conv3d, "mkldnn_convolution": _mkldnn, "prepacked": _prepacked}
@@ -81,14 +82,14 @@ def _left_over(layer: Convolution) -> list[int]:
 
 def _conv_transpose3d(layer: Convolution, weight: Tensor, x: Tensor) -> LinearMap:
     left_over = _left_over(layer)
-    return lambda s: F.conv_transpose3d(s, weight, None, layer.stride, layer.padding, left_over)
+    return lambda s: F.conv_transpose3d(s, weight, None, layer.stride, layer.padding, left_over, layer.groups)
 
 
 def _convolution_backward(layer: Convolution, weight: Tensor, x: Tensor) -> LinearMap:
     def backward(s: Tensor) -> Tensor:
         only_input = [True, False, False]
         pulled: Tensor = aten.convolution_backward(
-            s, x, weight, None, layer.stride, layer.padding, ONE, False, NONE, 1, only_input
+            s, x, weight, None, layer.stride, layer.padding, ONE, False, NONE, layer.groups, only_input
         )[0]
         return pulled
 
@@ -98,10 +99,12 @@ def _convolution_backward(layer: Convolution, weight: Tensor, x: Tensor) -> Line
 def _prepacked_transpose(layer: Convolution, weight: Tensor, x: Tensor) -> LinearMap:
     left_over, shape = _left_over(layer), [1, layer.c_out, *layer.output_size]
     packed = torch.ops.mkldnn._reorder_convolution_transpose_weight(
-        weight, layer.padding, left_over, layer.stride, ONE, 1, shape
+        weight, layer.padding, left_over, layer.stride, ONE, layer.groups, shape
     )
     pointwise = torch.ops.mkldnn._convolution_transpose_pointwise
-    return lambda s: pointwise(s, packed, None, layer.padding, left_over, layer.stride, ONE, 1, "none", [], "")
+    return lambda s: pointwise(
+        s, packed, None, layer.padding, left_over, layer.stride, ONE, layer.groups, "none", [], ""
+    )
 
 
 ADJOINTS = {
@@ -127,7 +130,10 @@ def _adjoints(layer: Convolution, weight: Tensor, x: Tensor) -> Iterator[tuple[s
     for name, make in _usable(ADJOINTS, weight.dtype).items():
         yield name, make(layer, weight, x)
     if layer.stride == ONE:
-        flipped = _like(weight.transpose(0, 1).flip(2, 3, 4), weight)
+        turned = (
+            weight.view(layer.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+        )  # in and out, within each group
+        flipped = _like(turned.flip(2, 3, 4), weight)
         s = weight.new_empty(1, layer.c_out, *layer.output_size)
         for name, make_convolution in _usable(CONVOLUTIONS, weight.dtype).items():
             yield f"flipped {name}", make_convolution(_flipped(layer), flipped, s)

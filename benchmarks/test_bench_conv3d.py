@@ -1,4 +1,4 @@
-"""Relevance across each convolution of C3D and r3d_18: the fused operation, and the fastest composition of PyTorch's."""
+"""Relevance across convolutions, each by the fused operation and by the fastest composition of PyTorch's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 
 @pytest.mark.parametrize("contender", ["captum_dtd", "composition"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("layer", workloads.CONVOLUTIONS + workloads.LINEAR_LAYERS, ids=str)
+@pytest.mark.parametrize("layer", workloads.CONVOLUTIONS + workloads.LINEAR_LAYERS + workloads.GROUPED_LAYERS, ids=str)
 def test_z_plus(
     benchmark: BenchmarkFixture, layer: Convolution, precision: Precision, contender: str, small: bool
 ) -> None:

@@ -2,6 +2,7 @@
 
     python benchmarks/tune.py                 # rewrites this CPU's part of captum_dtd/kernel_table.json
     python benchmarks/tune.py --device cuda   # the GPU's
+    python benchmarks/tune.py --only grouped  # only kinds of shape whose name matches
 
 What other kinds of machine have measured stays. A table, not a timing at run time: the same model on the same kind of machine
 is always explained by the same kernels. Where two kernels are about equally fast the more precise one is entered.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +41,8 @@ ABOUT = {
     "within 10 % the more precise.",
     "feature levels": "The best of amx_bf16, avx512_fp16, avx512_bf16, avx512, avx2, generic; sm_<major><minor> of a GPU.",
     "kinds": {
-        "pixels": "at most 4 input channels in a group",
+        "grouped": "groups of at most 16 channels",
+        "pixels": "at most 4 input channels",
         "linear": "kernel 1x1x1 at one position",
         "pointwise": "kernel 1x1x1 at more positions",
         "strided": "any other with a stride",
@@ -155,14 +158,16 @@ def by_kind(layers: Iterable[Convolution]) -> dict[str, list[Convolution]]:
     return kinds
 
 
-def tuned(clock: Clock, batch: Batch, small: bool) -> Iterator[Entries]:
-    """Time everything on a device; after each operation what is fastest so far."""
+def tuned(clock: Clock, batch: Batch, small: bool, only: str = "") -> Iterator[Entries]:
+    """Time every kind of shape that matches on a device; after each operation what is fastest so far."""
+    pattern = re.compile(only)
     found: defaultdict[tuple[str, Precision, str], list[Times]] = defaultdict(list)
     device = batch.device.type
+    layers_of_all_kinds = workloads.CONVOLUTIONS + workloads.LINEAR_LAYERS + workloads.GROUPED_LAYERS
     operations = {
-        "z_plus_conv3d": (workloads.z_plus, workloads.CONVOLUTIONS + workloads.LINEAR_LAYERS),
+        "z_plus_conv3d": (workloads.z_plus, layers_of_all_kinds),
         "z_beta_conv3d": (workloads.z_beta, workloads.PIXEL_LAYERS),
-        "conv3d": (workloads.convolved, workloads.CONVOLUTIONS + workloads.LINEAR_LAYERS),
+        "conv3d": (workloads.convolved, layers_of_all_kinds),
     }
     pools = [workloads.reduced_pooling(pool) for pool in workloads.POOLINGS] if small else workloads.POOLINGS
     sums = [workloads.reduced_addition(each) for each in workloads.ADDITIONS] if small else workloads.ADDITIONS
@@ -171,12 +176,16 @@ def tuned(clock: Clock, batch: Batch, small: bool) -> Iterator[Entries]:
             names = kernels.available(op, device, dtype)
             if op == "conv3d":  # which "mixed" computes as "bf16" does, and is not asked to: it is about the walk back
                 names = [name for name in names if not name.endswith("/mixed")]
-            for kind, members in by_kind(layers).items():
+            for kind, members in by_kind(
+                layer for layer in layers if pattern.search(workloads.shape_class(layer))
+            ).items():
                 usable = names if kind in TRANSFORMED else [name for name in names if not transforms(name)]
                 chosen = [workloads.reduced(layer) for layer in members] if small else members
                 runs = [_convolution(operation, layer, dtype, op == "z_beta_conv3d", batch) for layer in chosen]
                 _add(found, op, precisions, kind, compared(runs, usable, precisions, clock))
             yield winners(found)
+        if not pattern.search("any"):
+            continue
         for op, without_weights in (
             ("max_pool3d", [_pooling(workloads.pooled, pool, dtype, batch) for pool in reversed(pools)]),
             ("max_pool3d_relevance", [_pooling(workloads.max_pool, pool, dtype, batch) for pool in reversed(pools)]),
@@ -248,8 +257,13 @@ def _add(
 
 
 def merged(table: dict[str, Any], device: str, level: str, entries: Entries, about: dict[str, Any]) -> dict[str, Any]:
-    """The table with the entries of one feature level of a device replaced; everything else as it was."""
-    by_level = {**table.get("kernels", {}).get(device, {}), level: entries}
+    """The table with some entries of one feature level of a device replaced; everything else as it was."""
+    of_device = table.get("kernels", {}).get(device, {})
+    ops = dict(of_device.get(level, {}))
+    for op, by_precision in entries.items():
+        old = ops.get(op, {})
+        ops[op] = {**old, **{precision: {**old.get(precision, {}), **new} for precision, new in by_precision.items()}}
+    by_level = {**of_device, level: ops}
     return {
         "about": ABOUT,
         "measured on": {**table.get("measured on", {}), level: about},
@@ -263,6 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
     timed_by(parser, Protocol(repetitions=5, seconds=0.3))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, default=TABLE, help="where the table goes; one that is there is rewritten")
+    parser.add_argument("--only", default="", help="regular expression that a kind of shape must match to be timed")
     given = parser.parse_args(arguments)
     if given.device not in native.loaded:
         parser.error(
@@ -284,14 +299,13 @@ def main(arguments: list[str] | None = None) -> None:
         batch, clock = ONE_CLIP, clock_of_cpu(protocol)
         measured_on = {key: about[key] for key in ("cpu", "threads")} | measured_on
     level = kernels.feature_level(given.device)
-    before = table.get("kernels", {}).get(given.device, {}).get(level, {})
+    if given.only:
+        measured_on = {**table.get("measured on", {}).get(level, {}), given.only: measured_on}
     with torch.no_grad():
-        for entries in tuned(
-            clock, batch, given.small
-        ):  # if it is stopped what it found stays, and what it did not measure
-            given.out.write_text(
-                json.dumps(merged(table, given.device, level, {**before, **entries}, measured_on), indent=1) + "\n"
-            )
+        # If it is stopped what it found stays, and what it did not measure.
+        for entries in tuned(clock, batch, given.small, given.only):
+            new = merged(table, given.device, level, entries, measured_on)
+            given.out.write_text(json.dumps(new, indent=1) + "\n")
             print(f"written to {given.out}: {', '.join(entries)}", flush=True)
 
 

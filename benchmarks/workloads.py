@@ -1,4 +1,4 @@
-"""Layers that are measured: those of C3D and of torchvision's r3d_18 for a clip of 16 frames of 112 x 112 pixels."""
+"""Layers that are measured: those of C3D and torchvision's r3d_18, for clips of 16 frames of 112 x 112 pixels; grouped ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLIP: Triple = (16, 112, 112)
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution without groups; ``size`` is (T, H, W) of its input. A linear layer is one of kernel 1 at one position."""
+    """A convolution; ``size`` is (T, H, W) of its input. A linear layer is one of kernel 1 at one position."""
 
     network: str
     name: str
@@ -29,6 +29,12 @@ class Convolution:
     kernel: Triple = (3, 3, 3)
     stride: Triple = (1, 1, 1)
     padding: Triple = (1, 1, 1)
+    groups: int = 1
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        """Shape of its weights."""
+        return (self.c_out, self.c_in // self.groups, *self.kernel)
 
     @property
     def output_size(self) -> Triple:
@@ -42,11 +48,12 @@ class Convolution:
     @property
     def flops(self) -> int:
         """Of z and its adjoint, by z+: two convolutions."""
-        return 4 * self.c_in * self.c_out * math.prod(self.kernel) * math.prod(self.output_size)
+        return 4 * math.prod(self.weight) * math.prod(self.output_size)
 
     def __str__(self) -> str:
         kernel, stride, size = ("x".join(map(str, numbers)) for numbers in (self.kernel, self.stride, self.size))
-        return f"{self.network} {self.name} {self.c_in}->{self.c_out} k{kernel} s{stride} {size}"
+        groups = f" g{self.groups}" if self.groups > 1 else ""
+        return f"{self.network} {self.name} {self.c_in}->{self.c_out}{groups} k{kernel} s{stride} {size}"
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,18 @@ R3D_18_CONVOLUTIONS = (
 
 CONVOLUTIONS = C3D_CONVOLUTIONS + R3D_18_CONVOLUTIONS
 
+GROUPED_LAYERS = (
+    Convolution("X3D-M", "stem in time", 24, 24, (16, 112, 112), (5, 1, 1), padding=(2, 0, 0), groups=24),
+    Convolution("X3D-M", "res2", 54, 54, (16, 56, 56), groups=54),
+    Convolution("X3D-M", "res3", 108, 108, (16, 28, 28), groups=108),
+    Convolution("X3D-M", "res4, first", 216, 216, (16, 28, 28), stride=(1, 2, 2), groups=216),
+    Convolution("X3D-M", "res5", 432, 432, (16, 7, 7), groups=432),
+    Convolution("3D ResNeXt-101", "layer1", 128, 128, (8, 28, 28), groups=32),
+    Convolution("3D ResNeXt-101", "layer2", 256, 256, (4, 14, 14), groups=32),
+    Convolution("3D ResNeXt-101", "layer3", 512, 512, (2, 7, 7), groups=32),
+)
+"""Depthwise layers (Feichtenhofer 2020), and of a few channels each (Hara et al. 2018)."""
+
 PIXEL_LAYERS = tuple(layer for layer in CONVOLUTIONS if layer.size == CLIP)
 
 LINEAR_LAYERS = tuple(
@@ -158,6 +177,9 @@ def dtype_of(precision: Precision) -> torch.dtype:
 def reduced(layer: Convolution) -> Convolution:
     """A layer of the same kind that takes no time: a few channels and a few positions."""
     t, h, w = (min(n, 2 * s + 2) for n, s in zip(layer.size, layer.stride, strict=True))
+    if layer.groups > 1:
+        of_group = layer.c_in // layer.groups
+        return replace(layer, c_in=2 * of_group, c_out=2 * of_group, groups=2, size=(t, h, w))
     return replace(layer, c_in=min(layer.c_in, 4), c_out=min(layer.c_out, 6), size=(t, h, w))
 
 
@@ -214,7 +236,7 @@ def draw(
     low, high = (torch.tensor(bound, device=batch.device).view(1, 3, 1, 1, 1) for bound in (LOW, HIGH))
     shape = (batch.clips, layer.c_in, *layer.size)
     x = low + (high - low) * random(shape) if pixels else normal(shape).clamp(min=0)
-    weight = normal(layer.c_out, layer.c_in, *layer.kernel) / math.sqrt(layer.c_in * math.prod(layer.kernel))
+    weight = normal(layer.weight) / math.sqrt(math.prod(layer.weight[1:]))
     relevance = random(batch.clips, layer.c_out, *layer.output_size)
     return Tensors(_channels_last(x.to(dtype)), weight.to(dtype), _channels_last(relevance), low, high)
 
@@ -258,7 +280,7 @@ def chosen(op: str, layer: Convolution | Pooling | Addition, dtype: torch.dtype,
 
 def shape_class(layer: Convolution) -> kernels.ShapeClass:
     """What kind of convolution it is to the table of kernels."""
-    return kernels.shape_class(layer.output_size, (layer.c_out, layer.c_in, *layer.kernel), layer.stride)
+    return kernels.shape_class(layer.output_size, layer.weight, layer.stride, layer.groups)
 
 
 def z_plus(layer: Convolution, given: Tensors, kernel: str) -> Tensor:
@@ -269,6 +291,7 @@ def z_plus(layer: Convolution, given: Tensors, kernel: str) -> Tensor:
         given.relevance,
         stride=layer.stride,
         padding=layer.padding,
+        groups=layer.groups,
         non_negative=True,
         kernel=kernel,
     )
@@ -282,7 +305,9 @@ def z_beta(layer: Convolution, given: Tensors, kernel: str) -> Tensor:
 
 def convolved(layer: Convolution, given: Tensors, kernel: str) -> Tensor:
     """The convolution itself."""
-    return ops.conv3d(given.x, given.weight, stride=layer.stride, padding=layer.padding, kernel=kernel)
+    return ops.conv3d(
+        given.x, given.weight, stride=layer.stride, padding=layer.padding, groups=layer.groups, kernel=kernel
+    )
 
 
 def pooled(layer: Pooling, x: Tensor, _: Tensor, kernel: str) -> Tensor:

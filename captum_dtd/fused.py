@@ -375,5 +375,5 @@ def _chosen(op: str, call: Call, output: Sequence[int], precision: Precision) ->
     if conv.weight.dtype != x.dtype or (conv.dims and x.ndim != conv.dims + 2):
         return "reference"
     size = output[2:] if conv.dims else ()
-    shape = kernels.shape_class(size, conv.weight.shape, conv.geometry["stride"])
+    shape = kernels.shape_class(size, conv.weight.shape, conv.geometry["stride"], conv.geometry["groups"])
     return kernels.choose(op, x.device.type, x.dtype, precision, shape)

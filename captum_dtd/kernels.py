@@ -68,8 +68,11 @@ _PRECISIONS: tuple[Precision, ...] = ("ieee", "float32", "mixed", "bfloat16")
 CPU_LEVELS = ("amx_bf16", "avx512_fp16", "avx512_bf16", "avx512", "avx2", "generic")
 """What CPUs are told apart by, from the most capable to the least."""
 
-ShapeClass: TypeAlias = Literal["pixels", "linear", "pointwise", "strided", "small", "dense"]
+ShapeClass: TypeAlias = Literal["grouped", "pixels", "linear", "pointwise", "strided", "small", "dense"]
 """What convolutions are told apart by; none of it depends on the batch."""
+
+_FEW = 16
+"""Channels of a group, of which several fill a register; more fill it by themselves."""
 
 FROZEN = "frozen_"
 """What operations on layers of frozen clips begin with; the rest is what they are named on any clip."""
@@ -105,18 +108,23 @@ def transforms(kernel: str) -> bool:
     return kernel.partition("/")[2].startswith("winograd")
 
 
-def shape_class(size: Sequence[int], weight: Sequence[int], stride: Sequence[int]) -> ShapeClass:
+def shape_class(size: Sequence[int], weight: Sequence[int], stride: Sequence[int], groups: int = 1) -> ShapeClass:
     """What kind of convolution this is to a kernel.
 
     Args:
         size: of the output, (T, H, W).
         weight: its shape, (C_out, C_in / groups, kT, kH, kW).
         stride: of the convolution.
+        groups: of the convolution.
 
     Example:
         >>> shape_class((16, 112, 112), (64, 3, 3, 3, 3), (1, 1, 1))
         'pixels'
+        >>> shape_class((16, 56, 56), (64, 1, 3, 3, 3), (1, 1, 1), groups=64)
+        'grouped'
     """
+    if groups > 1 and max(weight[0] // groups, weight[1]) <= _FEW:
+        return "grouped"
     if weight[1] <= 4:
         return "pixels"
     if math.prod(weight[2:]) == 1:
@@ -139,7 +147,8 @@ def choose(op: str, device: str, dtype: torch.dtype, precision: Precision, shape
     """The kernel that serves an operation: the table's where it has an entry, else the first that the precision allows.
 
     The convolution on the way forward is torch's own where the table has no entry and neither Winograd's transforms serve nor a
-    GPU's tensor units. Those torch gives to halves, so there it always is, but not to floats. At pixels "mixed" is "float32".
+    CPU's kernels for groups nor a GPU's tensor units. Those torch gives to halves, so there it always is, but not to floats. At
+    pixels "mixed" is "float32".
 
     Args:
         op: its name, a key of `captum_dtd.ops.SCHEMAS`.
@@ -172,9 +181,11 @@ def _choose(
     if shape not in TRANSFORMED or (op == "conv3d" and dtype != torch.float32):
         usable = [name for name in usable if not transforms(name)]
     if op == "conv3d" and dtype != torch.float64:
-        # What torch calls was tuned for this machine, but multiplies by definition, and floats not on a GPU's tensor units.
-        on_tensor_units = device == "cuda" and dtype == torch.float32 and shape != "linear"
-        usable = [name for name in usable if transforms(name) or on_tensor_units or name == "reference"]
+        # What torch calls was tuned for this machine, but multiplies by definition, and floats not on a GPU's tensor units. Of
+        # groups it knows depthwise layers of whole windows only.
+        on_tensor_units = device == "cuda" and dtype == torch.float32 and shape not in ("linear", "grouped")
+        of_groups = device == "cpu" and shape == "grouped"
+        usable = [name for name in usable if transforms(name) or on_tensor_units or of_groups or name == "reference"]
     return min(usable, key=lambda name: _unmeasured_order(name, shape))
 
 
@@ -189,10 +200,19 @@ _CHEAPEST_FIRST = {
 }
 
 
+# Of few numbers on one side most of a tile is padding; a GPU's share of groups is left to what torch calls for them.
+_TOO_THIN: dict[str, tuple[ShapeClass, ...]] = {
+    "amx": ("pixels", "linear"),
+    "cuda": ("grouped",),
+    "wgmma": ("grouped",),
+}
+
+
 def _unmeasured_order(name: str, shape: ShapeClass | None) -> tuple[int, int]:
     """Where the table is silent: the best instruction set by its cheapest arithmetic; tensor units not for thin shapes."""
     instruction_set, _, arithmetic = name.partition("/")
-    if name == "reference" or (instruction_set == "amx" and shape in ("pixels", "linear")):
+    too_thin = shape in _TOO_THIN.get(instruction_set, ())
+    if name == "reference" or too_thin:
         return len(_CHEAPEST_FIRST), 0
     return list(_CHEAPEST_FIRST).index(instruction_set), _CHEAPEST_FIRST[instruction_set].index(arithmetic)
 

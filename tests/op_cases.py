@@ -188,6 +188,17 @@ CONVS = (
     Conv("depthwise", (2, 5, 3, 5, 5), 5, padding=1, groups=5),
     Conv("depthwise, two each", (1, 3, 3, 4, 5), 6, (3, 3, 2), (1, 2, 1), 1, groups=3),
     Conv("depthwise, 32 channels", (1, 32, 2, 3, 3), 32, (1, 3, 3), padding=(0, 1, 1), groups=32),
+    # Kernels take neighbouring groups together, and the last ones may be fewer.
+    Conv("depthwise, 35 channels, stride 2", (2, 35, 2, 4, 5), 35, 2, 2, 1, groups=35),
+    Conv("depthwise, 19 channels, dilated", (1, 19, 3, 5, 4), 19, (2, 3, 2), 1, 2, (1, 2, 3), groups=19),
+    Conv("depthwise in time", (1, 18, 4, 3, 3), 18, (3, 1, 1), padding=(1, 0, 0), groups=18),
+    Conv("18 groups, one to three", (1, 18, 2, 3, 3), 54, (1, 2, 2), padding="same", groups=18),
+    Conv("9 groups, three to one", (2, 27, 1, 4, 3), 9, (1, 3, 3), (1, 2, 1), (0, 1, 1), groups=9),
+    Conv("9 groups of 2", (1, 18, 2, 3, 4), 18, padding=1, groups=9),
+    Conv("7 groups, two to three", (1, 14, 2, 3, 3), 21, (1, 3, 2), padding=(0, 1, 1), groups=7),
+    Conv("5 groups, five to two", (1, 25, 2, 3, 3), 10, (2, 2, 2), groups=5),
+    Conv("3 groups of 8", (1, 24, 2, 3, 3), 24, (1, 3, 3), padding=(0, 1, 1), groups=3),
+    Conv("2 groups, 40 to 2", (1, 80, 1, 2, 3), 4, (1, 2, 2), groups=2),
     Conv("one frame", (2, 3, 1, 7, 7), 4, (1, 3, 3), padding=(0, 1, 1)),
     Conv("one frame, 3 deep", (1, 3, 1, 5, 5), 4, padding=1),
     Conv("frozen clip", (2, 3, 4, 5, 5), 4, padding=1, frozen=True),
@@ -285,6 +296,10 @@ FROZEN = (
         gives=(((-1, 0), (0, 0)),),
     ),
     Frozen("frozen, depthwise", (2, 5, 1, 3, 3), 5, padding=(0, 1, 1), groups=5, reads=ENDS, gives=ENDS),
+    Frozen(
+        "frozen, 9 groups of 2", (2, 18, 3, 2, 3), 18, padding=(0, 1, 1), groups=9, reads=THREE, gives=THREE, times=3
+    ),
+    Frozen("frozen, depthwise, of 17", (3, 17, 2, 3, 3), 17, (2, 2, 3), groups=17, reads=EACH, gives=EACH, times=2),
     Frozen(
         "frozen shortcut",
         (2, 5, 2, 6, 5),

@@ -48,7 +48,7 @@ def measured(tmp_path: Path, *options: str, code: int = 0) -> dict[str, Any]:
 
 def test_every_composition_computes_the_same(tmp_path: Path) -> None:
     record = measured(tmp_path, "--only", " k[1-7]x| add ", "--precision", *TOLERANCE)
-    assert len(record["cases"]) == 4 * (22 + 2 + 5 + 4)
+    assert len(record["cases"]) == 4 * (22 + 8 + 2 + 5 + 4)
     for case in record["cases"]:
         for name, contender in case["contenders"].items():
             assert contender["error"] <= TOLERANCE[case["case"].split()[-1]], (case["case"], name)
@@ -453,6 +453,18 @@ def test_the_table_keeps_what_other_devices_measured() -> None:
     merged = script("tune").merged(table, "cuda", "sm_90", {"z_plus_add": {}}, {"name": "a GPU"})
     assert merged["kernels"] == {"cpu": {"avx2": {"conv3d": {}}}, "cuda": {"sm_90": {"z_plus_add": {}}}}
     assert merged["measured on"] == {"avx2": {"cpu": "some"}, "sm_90": {"name": "a GPU"}}
+
+
+def test_the_table_keeps_kinds_of_shape_that_were_not_timed_again() -> None:
+    tune, timing, device = script("tune"), script("timing"), torch.device("cpu")
+    *_, found = tune.tuned(
+        tune.clock_of_cpu(timing.Protocol(repetitions=1)), script("workloads").Batch(1, device), True, "grouped"
+    )
+    assert set(found) == {"z_plus_conv3d", "conv3d"}
+    assert all(set(kinds) == {"grouped"} for each in found.values() for kinds in each.values())
+    table = {"kernels": {"cpu": {"avx2": {"conv3d": {"ieee": {"dense": "a", "grouped": "b"}}}}}}
+    kept = tune.merged(table, "cpu", "avx2", {"conv3d": {"ieee": {"grouped": "c"}}}, {})["kernels"]["cpu"]["avx2"]
+    assert kept == {"conv3d": {"ieee": {"dense": "a", "grouped": "c"}}}
 
 
 def convolutions_of(model: nn.Module) -> set[tuple[Any, ...]]:

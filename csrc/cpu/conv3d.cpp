@@ -138,11 +138,13 @@ const std::vector<Arithmetic>& full_arithmetics() {
 
 const Arithmetic& ieee() { return full_arithmetics()[0]; }
 
-// What computes in one instruction set. Where few channels are written, `pairs` serves arithmetics that multiply nothing but
-// rounded numbers, and `planar` every other, since its own is the accumulator's: more exact than any.
+// What computes in one instruction set. `groups` serves all arithmetics where groups have few channels, since its own is the
+// accumulator's: more exact than any. Where few channels are written, `pairs` serves arithmetics that multiply nothing but
+// rounded numbers, and `planar` every other, likewise.
 template <typename Operand, typename Sum>
 struct Engine {
   const MicroKernel<Operand, Sum>* tile;
+  GroupsKernel<Sum> groups;
   const PlanarKernel<Sum, Sum>* planar;
   const PlanarKernel<Operand, Sum>* pairs;  // null but of bfloat16
   const Loops<Sum>* loops;
@@ -166,27 +168,29 @@ std::vector<Engine<Operand, Sum>> engines();
 template <>
 std::vector<Engine<float, float>> engines() {
   return runnable<float, float>(
-      {{float_kernel_avx512(), float_planar_avx512(), nullptr, float_loops_avx512(), float_winograd_avx512(), 1},
-       {float_kernel_avx2(), float_planar_avx2(), nullptr, float_loops_avx2(), float_winograd_avx2(), 1},
-       {float_kernel_generic(), float_planar_generic(), nullptr, float_loops_generic(), float_winograd_generic(), 1}});
+      {{float_kernel_avx512(), float_groups_avx512, float_planar_avx512(), nullptr, float_loops_avx512(), float_winograd_avx512(),
+        1},
+       {float_kernel_avx2(), float_groups_avx2, float_planar_avx2(), nullptr, float_loops_avx2(), float_winograd_avx2(), 1},
+       {float_kernel_generic(), float_groups_generic, float_planar_generic(), nullptr, float_loops_generic(),
+        float_winograd_generic(), 1}});
 }
 
 template <>
 std::vector<Engine<double, double>> engines() {
   return runnable<double, double>(
-      {{double_kernel_avx512(), double_planar_avx512(), nullptr, double_loops_avx512(), nullptr, 1},
-       {double_kernel_avx2(), double_planar_avx2(), nullptr, double_loops_avx2(), nullptr, 1},
-       {double_kernel_generic(), double_planar_generic(), nullptr, double_loops_generic(), nullptr, 1}});
+      {{double_kernel_avx512(), double_groups_avx512, double_planar_avx512(), nullptr, double_loops_avx512(), nullptr, 1},
+       {double_kernel_avx2(), double_groups_avx2, double_planar_avx2(), nullptr, double_loops_avx2(), nullptr, 1},
+       {double_kernel_generic(), double_groups_generic, double_planar_generic(), nullptr, double_loops_generic(), nullptr, 1}});
 }
 
 template <>
 std::vector<Engine<bfloat16, float>> engines() {
-  return runnable<bfloat16, float>({{bfloat16_kernel_amx(), float_planar_avx512(), bfloat16_planar_avx512(), float_loops_avx512(),
-                                     bfloat16_winograd_avx512(), 16, bfloat16_column_kernel_amx()},
-                                    {bfloat16_kernel_avx512(), float_planar_avx512(), bfloat16_planar_avx512(),
-                                     float_loops_avx512(), bfloat16_winograd_avx512(), 2},
-                                    {bfloat16_kernel_generic(), float_planar_generic(), bfloat16_planar_generic(),
-                                     float_loops_generic(), bfloat16_winograd_generic(), 1}});
+  return runnable<bfloat16, float>({{bfloat16_kernel_amx(), float_groups_avx512, float_planar_avx512(), bfloat16_planar_avx512(),
+                                     float_loops_avx512(), bfloat16_winograd_avx512(), 16, bfloat16_column_kernel_amx()},
+                                    {bfloat16_kernel_avx512(), float_groups_avx512, float_planar_avx512(),
+                                     bfloat16_planar_avx512(), float_loops_avx512(), bfloat16_winograd_avx512(), 2},
+                                    {bfloat16_kernel_generic(), float_groups_generic, float_planar_generic(),
+                                     bfloat16_planar_generic(), float_loops_generic(), bfloat16_winograd_generic(), 1}});
 }
 
 std::string kernel_name(const char* isa, const char* arithmetic) { return std::string(isa) + "/" + arithmetic; }
@@ -266,7 +270,17 @@ void run_plans(const Task& task, const Plans& plans, const Kernel& kernel, const
 template <typename Operand, typename Sum>
 Tiling tiling_of(const MicroKernel<Operand, Sum>& tile, Cut cut = Cut::Fitting) {
   const int pair = std::is_same_v<Operand, bfloat16> ? 2 : 1;
-  return {false, tile.channels, tile.depth_multiple, pair, sizeof(Operand), tile.near_bytes, cut};
+  return {Lanes::Channels, tile.channels, tile.depth_multiple, pair, sizeof(Operand), tile.near_bytes, cut};
+}
+
+// The kernel of several groups that serves a sweep; null where another is faster.
+template <typename Operand, typename Sum>
+const MicroKernel<Sum, Sum>* groups_kernel(const Sweep& sweep, int output_parts, const std::vector<Product>& products,
+                                           const Engine<Operand, Sum>& engine) {
+  const MicroKernel<Sum, Sum>* const kernel = engine.groups(sweep.c_out);
+  const double rate = engine.rate / static_cast<double>(products.size());
+  const bool pays = kernel != nullptr && groups_pay(sweep, output_parts, kernel->channels, tiling_of(*engine.tile), rate);
+  return pays ? kernel : nullptr;
 }
 
 template <typename Operand, typename Sum>
@@ -292,6 +306,12 @@ void run_directly(const Task& task, const std::vector<Sweep>& sweeps, const Engi
     const Plans plans = make_plans(tiled, task.input_parts, task.output_parts, task.products, tiling);
     run_plans<Operand, Sum>(task, plans, tile, *engine.loops, start, epilogue, parallel_for);
   };
+  if (const auto* groups = groups_kernel(sweeps[0], task.output_parts, task.products, engine)) {
+    Tiling tiling = tiling_of(*groups);
+    tiling.lanes = Lanes::Groups;
+    const Plans plans = make_plans(sweeps, task.input_parts, task.output_parts, ieee().forward, tiling);
+    return run_plans<Sum, Sum>(task, plans, *groups, *engine.loops, start, epilogue, parallel_for);
+  }
   std::vector<Sweep> planar, tiled;
   for (const Sweep& sweep : sweeps) {
     if (runs_planar(sweep, task.output_parts, task.products, engine))
@@ -305,11 +325,11 @@ void run_directly(const Task& task, const std::vector<Sweep>& sweeps, const Engi
   if (planar.empty()) return;
   const int channels = planar_channels(planar[0], task.output_parts, PlanarKernel<Sum, Sum>::kMaxChannels);
   if (multiplies_pairs(planar[0], task.products, engine)) {
-    const Tiling pairs{true, channels, 2, 2, sizeof(Operand)};
+    const Tiling pairs{Lanes::Positions, channels, 2, 2, sizeof(Operand)};
     const Plans plans = make_plans(planar, task.input_parts, task.output_parts, task.products, pairs);
     run_plans<Operand, Sum>(task, plans, *engine.pairs, *engine.loops, start, epilogue, parallel_for);
   } else {
-    const Tiling whole{true, channels, 1, 1, sizeof(Sum)};
+    const Tiling whole{Lanes::Positions, channels, 1, 1, sizeof(Sum)};
     const Plans plans = make_plans(planar, task.input_parts, task.output_parts, ieee().forward, whole);
     run_plans<Sum, Sum>(task, plans, *engine.planar, *engine.loops, start, epilogue, parallel_for);
   }
@@ -392,7 +412,8 @@ void run_task(const Task& task, const Engine<Operand, Sum>& engine, const Sum* s
   std::vector<Sweep> direct;
   for (const Sweep& sweep : task.sweeps) {
     if constexpr (std::is_same_v<Sum, float>) {
-      if (task.transformed && winograd_pays(sweep, task.input_parts, task.output_parts, tiling_of(*engine.tile))) {
+      if (task.transformed && groups_kernel(sweep, task.output_parts, task.products, engine) == nullptr &&
+          winograd_pays(sweep, task.input_parts, task.output_parts, tiling_of(*engine.tile))) {
         run_winograd(task, sweep, engine, start, epilogue, parallel_for);
         continue;
       }
@@ -493,7 +514,9 @@ bool reads_rounded_shares(const Conv3dRelevance& problem, const std::vector<InTi
   const auto& products = arithmetic.adjoint;
   const auto is_rounded = [](const Product& product) { return product.operand == Digit::High; };
   const auto reads_all = [&](const Sweep& phase) {
-    return runs_planar(phase, parts(problem.lift), products, engine) && !multiplies_pairs(phase, products, engine);
+    const int output_parts = parts(problem.lift);
+    return groups_kernel(phase, output_parts, products, engine) != nullptr ||
+           (runs_planar(phase, output_parts, products, engine) && !multiplies_pairs(phase, products, engine));
   };
   const auto adds_up = [](const InTime& example) {
     const auto& frames = example.gives.frames;
@@ -544,7 +567,9 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
   for (size_t n = 0; n < times.size(); ++n)
     times[n] = in_time(problem.conv, problem.reads, problem.gives, static_cast<int64_t>(n));
   const Element kept = !problem.divided && reads_rounded_shares(problem, times, arithmetic, engine) ? Element::BFloat16 : sum;
-  const int64_t example_bytes = std::max<int64_t>(positions * c_out * element_bytes(kept), 1);
+  // Positions begin with cache lines.
+  const int64_t of_line = kLineBytes / element_bytes(kept), pitch = (c_out + of_line - 1) / of_line * of_line;
+  const int64_t example_bytes = std::max<int64_t>(positions * pitch * element_bytes(kept), 1);
   const bool stream = is_big(problem.conv.n * problem.conv.c_in, problem.conv.in, sum);
   const int64_t together = problem.divided
                                ? problem.conv.n
@@ -560,7 +585,7 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
     const Source x{skip_examples(problem.x, problem.element, n), problem.element, problem.lift,
                    skip_examples(problem.low, sum, n), skip_examples(problem.high, sum, n)};
     const View given = skip_examples(problem.relevance, sum, n);
-    const View channels_last{workspace.as<void>(), {positions * c_out, 1, out[1] * out[2] * c_out, out[2] * c_out, c_out}};
+    const View channels_last{workspace.as<void>(), {positions * pitch, 1, out[1] * out[2] * pitch, out[2] * pitch, pitch}};
     const Source shares{problem.divided ? given : channels_last, kept, Lift::None, {}, {}};
     const InTime* const here = has_tables ? &times[of_each ? n : 0] : nullptr;
     const int64_t* const stored = has_tables ? here->stored.data() : nullptr;

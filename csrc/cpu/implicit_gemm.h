@@ -388,7 +388,8 @@ class SweepRunner {
     const int64_t channels = plan_.tiling.channels;
     std::fill_n(sums, count * channels, Sum(0));
     if (start_ != nullptr)
-      for (int64_t i = 0; i < count; ++i) std::copy_n(start_ + first_channel(here, block), valid(block), sums + i * channels);
+      for (int64_t i = 0; i < count; ++i)
+        std::copy_n(start_ + first_channel(here, block), valid(here, block), sums + i * channels);
     return true;
   }
 
@@ -449,7 +450,7 @@ class SweepRunner {
       Sum* sums = mine.sums.as<Sum>();
       for (int channel = 0; channel < channels; ++channel)
         std::fill_n(sums + channel * pitch, pitch,
-                    start_ != nullptr && channel < valid(block) ? start_[first_channel(here, block) + channel] : Sum(0));
+                    start_ != nullptr && channel < valid(here, block) ? start_[first_channel(here, block) + channel] : Sum(0));
 
       for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
         const Operand* slab = mine.slab.as<Operand>() + chunk * plan_.chunk_elements;
@@ -503,15 +504,17 @@ class SweepRunner {
   }
 
   int64_t first_channel(const Region& here, int64_t block) const {
-    return here.group * plan_.sweep.c_out + block * plan_.block_channels;
+    return here.group * plan_.together * plan_.sweep.c_out + block * plan_.block_channels;
   }
 
   // Channels of a block that are there.
-  int64_t valid(int64_t block) const { return std::min(plan_.block_channels, plan_.sweep.c_out - block * plan_.block_channels); }
+  int64_t valid(const Region& here, int64_t block) const {
+    return std::min(plan_.block_channels, plan_.groups_of(here.group) * plan_.sweep.c_out - block * plan_.block_channels);
+  }
 
   Spot spot(const Region& here, int64_t block, const Position& p, int64_t positions) const {
     return written(plan_.sweep, {here.n + p.n, first_channel(here, block), here.first[0] + p.at[0], here.first[1] + p.at[1],
-                                 here.first[2] + p.at[2], positions, valid(block), 1, kPlanar});
+                                 here.first[2] + p.at[2], positions, valid(here, block), 1, kPlanar});
   }
 
   int64_t spot_positions() const {

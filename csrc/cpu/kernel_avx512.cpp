@@ -12,20 +12,28 @@ namespace captum_dtd::cpu {
 #ifdef __AVX512F__
 
 const MicroKernel<float, float>* float_kernel_avx512() { return features().avx512 ? &kTile<float> : nullptr; }
+const MicroKernel<float, float>* float_groups_avx512(int64_t of_group) {
+  return features().avx512 ? groups_kernel<float>(of_group) : nullptr;
+}
 const PlanarKernel<float, float>* float_planar_avx512() { return features().avx512 ? &kPlanar<float> : nullptr; }
 const Loops<float>* float_loops_avx512() { return features().avx512 ? &kLoops<float> : nullptr; }
 const WinogradKernel<float, float>* float_winograd_avx512() { return features().avx512 ? &kWinograd<float> : nullptr; }
 const MicroKernel<double, double>* double_kernel_avx512() { return features().avx512 ? &kTile<double> : nullptr; }
+const MicroKernel<double, double>* double_groups_avx512(int64_t of_group) {
+  return features().avx512 ? groups_kernel<double>(of_group) : nullptr;
+}
 const PlanarKernel<double, double>* double_planar_avx512() { return features().avx512 ? &kPlanar<double> : nullptr; }
 const Loops<double>* double_loops_avx512() { return features().avx512 ? &kLoops<double> : nullptr; }
 
 #else  // compiled for another architecture
 
 const MicroKernel<float, float>* float_kernel_avx512() { return nullptr; }
+const MicroKernel<float, float>* float_groups_avx512(int64_t) { return nullptr; }
 const PlanarKernel<float, float>* float_planar_avx512() { return nullptr; }
 const Loops<float>* float_loops_avx512() { return nullptr; }
 const WinogradKernel<float, float>* float_winograd_avx512() { return nullptr; }
 const MicroKernel<double, double>* double_kernel_avx512() { return nullptr; }
+const MicroKernel<double, double>* double_groups_avx512(int64_t) { return nullptr; }
 const PlanarKernel<double, double>* double_planar_avx512() { return nullptr; }
 const Loops<double>* double_loops_avx512() { return nullptr; }
 

@@ -32,6 +32,11 @@ struct Loops {
   void (*store)(Element type, const Sum* from, int64_t pitch, int64_t rows, int64_t columns, void* to, int64_t row_stride,
                 int64_t column_stride, bool stream);
 
+  // to[row][group][channel] = from[row][group][channel], for some neighbouring channels of all groups, which are `of_group` apart
+  // and get `to_group` apart.
+  void (*regroup)(int64_t rows, int64_t groups, int64_t channels, const Sum* from, int64_t from_pitch, int64_t of_group, Sum* to,
+                  int64_t to_pitch, int64_t to_group);
+
   // to = u_part of x (and of low or high, whichever bounds this part), in place where to is x.
   void (*lift)(Lift lift, int part, int64_t rows, int64_t columns, const Sum* x, const Sum* bound, Sum* to, int64_t pitch);
 

@@ -72,6 +72,23 @@ const MicroKernel<float, float>* float_kernel_generic();
 const MicroKernel<double, double>* double_kernel_avx512();
 const MicroKernel<double, double>* double_kernel_avx2();
 const MicroKernel<double, double>* double_kernel_generic();
+
+// Output channels of several groups of so many, and each reads its own group's: `depth` counts the channels that one group reads,
+// padded to a multiple of those it writes, and of all lanes' groups as many lie next to each other.
+//
+//   sum[p][o] += sum over taps j, d, c of  a[p * position_stride + offsets[j] + d * channels + first(o) + c] * b[j][d][c][o]
+//
+// with c < of_group, d < depth / of_group, and first(o) the lane that o's group begins with. Null where there is none.
+template <typename Sum>
+using GroupsKernel = const MicroKernel<Sum, Sum>* (*)(int64_t of_group);
+
+const MicroKernel<float, float>* float_groups_avx512(int64_t of_group);
+const MicroKernel<float, float>* float_groups_avx2(int64_t of_group);
+const MicroKernel<float, float>* float_groups_generic(int64_t of_group);
+const MicroKernel<double, double>* double_groups_avx512(int64_t of_group);
+const MicroKernel<double, double>* double_groups_avx2(int64_t of_group);
+const MicroKernel<double, double>* double_groups_generic(int64_t of_group);
+
 const MicroKernel<bfloat16, float>* bfloat16_kernel_amx();
 const MicroKernel<bfloat16, float>* bfloat16_column_kernel_amx();  // of half as many channels
 const MicroKernel<bfloat16, float>* bfloat16_kernel_avx512();

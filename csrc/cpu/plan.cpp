@@ -9,12 +9,14 @@ namespace {
 
 // Of the second-level cache of current machines (1 MB and more), one chunk of a slab and of the weights take about a half.
 constexpr int64_t kSlabBytes = 384 << 10;
+constexpr int64_t kGroupsSlabBytes = 256 << 10;  // so that neighbouring groups find the lines that they share
 constexpr int64_t kWeightBytes = 256 << 10;
 constexpr int64_t kChunkBytes = 1024;  // longer chunks gain nothing
 constexpr int64_t kDepthStep = 32;     // what kernels take at most in one instruction
 constexpr int64_t kRunChannels = 64;   // packed at a time
 constexpr int64_t kMergedBytes = 128;  // up to this depth, taps along W are merged
 constexpr int64_t kPlanes = 16;        // of a chunk of a planar slab: more would leave it too few rows
+constexpr int64_t kGroupRows = 16;     // of all lanes, in a chunk of a position of several groups
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kAliasing = 512;  // positions a multiple of this apart share too few lines of the first-level cache
 
@@ -71,7 +73,8 @@ class Planner {
   void set_depth(const std::vector<Product>& products, bool windows, int64_t most_taps) {
     const Sweep& sweep = plan_.sweep;
     const Tiling& tiling = plan_.tiling;
-    const int64_t channels = depth_of(sweep, plan_.input_parts, products);
+    const int64_t channels = plan_.of_groups() ? plan_.input_parts * round_up(sweep.c_in, tiling.depth_multiple)
+                                               : depth_of(sweep, plan_.input_parts, products);
     if (windows) {
       plan_.grain[2] = sweep.stride[2];
       plan_.stride[2] = plan_.taps[2] = 1;
@@ -82,8 +85,9 @@ class Planner {
     const int64_t depth = shifts * channels;
     const int64_t lane_bytes = tiling.channels * tiling.operand_bytes;
     const int64_t column = std::max<int64_t>(windows ? plan_.tap_volume() : most_taps, 1) * lane_bytes;
-    const int64_t longest = tiling.planar ? kPlanes * tiling.pair : kChunkBytes / tiling.operand_bytes;
+    const int64_t longest = plan_.planar() ? kPlanes * tiling.pair : kChunkBytes / tiling.operand_bytes;
     int64_t most = std::max<int64_t>(std::min(kWeightBytes / column, longest), 16);
+    if (plan_.of_groups()) most = kGroupRows * tiling.depth_multiple;
     if (tiling.near_bytes > 0) {
       const int64_t plane = std::max<int64_t>(plan_.taps[1] * plan_.taps[2], 1) * lane_bytes;
       most = std::min(most, std::max(tiling.near_bytes / plane, kDepthStep));
@@ -92,16 +96,18 @@ class Planner {
     plan_.chunks = ceil_div(depth, most);
     plan_.chunk = round_up(ceil_div(depth, plan_.chunks), tiling.depth_multiple);
     plan_.chunks = ceil_div(depth, plan_.chunk);
+    plan_.depth_pitch = plan_.of_groups() ? tiling.channels : 1;
 
     int64_t next = 0;
     for (int64_t shift = 0; shift < shifts; ++shift)
       for (const Product& product : products)
         for (int part = 0; part < plan_.input_parts; ++part)
           for (int64_t channel = 0; channel < sweep.c_in;) {
-            const int64_t count = std::min({sweep.c_in - channel, plan_.chunk - next % plan_.chunk, kRunChannels});
+            const int64_t most_here = plan_.of_groups() ? tiling.depth_multiple : kRunChannels;
+            const int64_t count = std::min({sweep.c_in - channel, plan_.chunk - next % plan_.chunk, most_here});
             plan_.runs.push_back({shift * sweep.step[2], part, product, shift, channel, count, next});
             channel += count;
-            next += count;
+            next += plan_.of_groups() ? tiling.depth_multiple : count;
           }
   }
 
@@ -117,7 +123,9 @@ class Planner {
   // Whole rows where they fit, then the block of T and H that packs the fewest positions for each it serves.
   void find_blocks() {
     const Sweep& sweep = plan_.sweep;
-    const int64_t budget = std::max<int64_t>(kSlabBytes / (plan_.chunk * plan_.tiling.operand_bytes), 1);
+    const int64_t elements = plan_.planar() ? plan_.chunk : plan_.channel_at(plan_.chunk);
+    const int64_t most = plan_.of_groups() ? kGroupsSlabBytes : kSlabBytes;
+    const int64_t budget = std::max<int64_t>(most / (elements * plan_.tiling.operand_bytes), 1);
     const auto volume = [&](int64_t t, int64_t h, int64_t w) {
       return plan_.extent_of(0, t) * plan_.extent_of(1, h) * plan_.extent_of(2, w);
     };
@@ -156,20 +164,21 @@ class Planner {
     const auto apart = [&](int64_t elements) {
       return elements * bytes % kAliasing == 0 ? elements + kCacheLine / bytes : elements;
     };
-    if (plan_.tiling.planar) {
+    if (plan_.planar()) {
       plan_.position_pitch = plan_.tiling.pair;
       plan_.depth_pitch = apart(plan_.slab_positions() * plan_.tiling.pair);
       plan_.chunk_elements = plan_.chunk / plan_.tiling.pair * plan_.depth_pitch;
     } else {
-      plan_.position_pitch = apart(plan_.chunk);
-      plan_.depth_pitch = 1;
+      plan_.position_pitch = apart(plan_.channel_at(plan_.chunk));
       plan_.chunk_elements = plan_.slab_positions() * plan_.position_pitch;
     }
   }
 
   void set_channels() {
     plan_.block_channels = plan_.tiling.channels / plan_.output_parts;
-    plan_.channel_blocks = ceil_div(plan_.sweep.c_out, plan_.block_channels);
+    plan_.together = plan_.of_groups() ? plan_.block_channels / plan_.sweep.c_out : 1;
+    if (plan_.of_groups()) plan_.block_channels = plan_.together * plan_.sweep.c_out;
+    plan_.channel_blocks = ceil_div(plan_.together * plan_.sweep.c_out, plan_.block_channels);
   }
 
   // A sweep that reads this slab from `first` on.
@@ -183,8 +192,8 @@ class Planner {
   }
 
   void set_offsets() {
-    const bool contiguous = plan_.chunks == 1 && plan_.position_pitch == plan_.chunk && plan_.step[2] == 1;
-    const bool merged = !plan_.tiling.planar && contiguous && plan_.chunk * plan_.tiling.operand_bytes <= kMergedBytes;
+    const bool contiguous = plan_.chunks == 1 && plan_.position_pitch == plan_.channel_at(plan_.chunk) && plan_.step[2] == 1;
+    const bool merged = !plan_.planar() && contiguous && plan_.chunk * plan_.tiling.operand_bytes <= kMergedBytes;
     plan_.kernel_depth = merged ? plan_.taps[2] * plan_.chunk : plan_.chunk;
     plan_.kernel_taps = merged ? std::min<int64_t>(plan_.taps[2], 1) : plan_.taps[2];
     if (plan_.sweep.in_time != nullptr) {
@@ -224,6 +233,16 @@ Sweep ascending(Sweep sweep) {
   return sweep;
 }
 
+bool groups_pay(const Sweep& sweep, int output_parts, int lanes, const Tiling& tiling, double rate) {
+  constexpr double kLoads = 1.3, kShuffles = 1.5;  // each product reads an input of its own, which of a wider group is shuffled
+  const int64_t of_group = sweep.c_out * output_parts;
+  if (sweep.groups == 1 || of_group > lanes) return false;
+  const int64_t bundles = ceil_div(sweep.groups, lanes / of_group);
+  const int64_t own = bundles * lanes * round_up(sweep.c_in, sweep.c_out);
+  const int64_t padded = sweep.groups * round_up(of_group, tiling.channels) * round_up(sweep.c_in, tiling.depth_multiple);
+  return (sweep.c_out > 1 ? kShuffles : kLoads) * rate * static_cast<double>(own) < static_cast<double>(padded);
+}
+
 bool planar_pays(const Sweep& sweep, int output_parts, int channels, double rate) {
   // Rows must follow each other in a plane, so lanes cover what is between them too.
   if (sweep.stride[1] != 1 || sweep.stride[2] != 1) return false;
@@ -246,7 +265,7 @@ bool has_windows(const Sweep& sweep, int input_parts, const std::vector<Product>
   const int64_t channels = depth_of(sweep, input_parts, products);
   const int64_t apart = sweep.taps[2] * round_up(channels, tiling.depth_multiple);
   const int64_t joined = round_up(sweep.taps[2] * channels, tiling.depth_multiple);
-  return !tiling.planar && sweep.taps[2] > 1 && 2 * joined <= apart;
+  return tiling.lanes == Lanes::Channels && sweep.taps[2] > 1 && 2 * joined <= apart;
 }
 
 Plans make_plans(std::vector<Sweep> sweeps, int input_parts, int output_parts, const std::vector<Product>& products,

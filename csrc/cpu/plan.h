@@ -4,6 +4,7 @@
 // from shapes alone, never from the number of threads, so that sums are taken in one order always.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -31,9 +32,17 @@ struct Run {
 // What a plan cuts its positions into. Whatever is chosen, sums are the same.
 enum class Cut { Fitting, OfOneExample, SinglePositions };
 
+// What the lanes of a kernel's registers are.
+//
+//   Channels   output channels, which all read one number at a time: a position has its channels next to each other
+//   Positions  neighbouring positions: each channel or pair of them has a plane of its own (a PlanarKernel's)
+//   Groups     output channels of several groups, and each reads its own group's: a position has as many input channels of all
+//              these groups next to each other as there are output channels
+enum class Lanes { Channels, Positions, Groups };
+
 // What a kernel asks of a plan.
 struct Tiling {
-  bool planar;         // a plane of positions for each channel or pair of them, instead of all channels of each position
+  Lanes lanes;
   int channels;        // of one block
   int depth_multiple;  // of a chunk
   int pair;            // neighbours in depth that packed weights keep together
@@ -63,13 +72,15 @@ struct Plan : Blocks {
   int64_t grain[3], stride[3], step[3], taps[3];
   int64_t extent[3];  // of a block's slab
 
+  int64_t together;  // groups that share a slab: one, but where lanes are of several
+
   std::vector<Run> runs;
   int64_t chunk, chunks;                // depth of one, and how many
-  int64_t position_pitch, depth_pitch;  // elements of a slab from position to position, and from channel or plane to the next
+  int64_t position_pitch, depth_pitch;  // elements of a slab from position to position, and from channels or planes to the next
   int64_t chunk_elements;               // of a slab
 
   // Elements of a chunk that come before a channel's, at the first position.
-  int64_t channel_at(int64_t channel) const { return tiling.planar ? channel / tiling.pair * depth_pitch : channel; }
+  int64_t channel_at(int64_t channel) const { return channel / of_pitch() * depth_pitch; }
 
   int64_t block_channels, channel_blocks;  // output channels of one block, and blocks in a group
 
@@ -78,7 +89,12 @@ struct Plan : Blocks {
   std::vector<std::vector<int64_t>> offsets_in_time;  // of the taps of each TimeSum
   int64_t kernel_depth, kernel_taps;                  // of a tap, and how many along W
 
-  int64_t slabs() const { return sweep.groups * per_group(); }
+  bool planar() const { return tiling.lanes == Lanes::Positions; }
+  bool of_groups() const { return tiling.lanes == Lanes::Groups; }
+  int64_t of_pitch() const { return planar() ? tiling.pair : of_groups() ? tiling.depth_multiple : 1; }
+  int64_t bundles() const { return (sweep.groups + together - 1) / together; }
+  int64_t groups_of(int64_t bundle) const { return std::min(together, sweep.groups - bundle * together); }
+  int64_t slabs() const { return bundles() * per_group(); }
   // Whether each position holds its window along W, instead of reading its neighbours.
   bool windows() const { return runs.back().tap_w > 0; }
   int64_t depth() const { return runs.back().depth + runs.back().channels; }
@@ -91,11 +107,15 @@ struct Plan : Blocks {
   int64_t slab_positions() const { return block_n * extent[0] * extent[1] * extent[2]; }
   int64_t tap_volume() const { return taps[0] * taps[1] * taps[2]; }
   int64_t packed_block() const { return chunks * tap_volume() * chunk * tiling.channels; }  // weights of a block of channels
-  int64_t packed_weights() const { return sweep.groups * channel_blocks * packed_block(); }
+  int64_t packed_weights() const { return bundles() * channel_blocks * packed_block(); }
 };
 
 // Taps that run backwards (an adjoint's) are counted from the other end.
 Sweep ascending(Sweep sweep);
+
+// Whether a kernel with channels of several groups in so many lanes is faster than one with those of one group, `rate` times as
+// fast with full lanes.
+bool groups_pay(const Sweep& sweep, int output_parts, int lanes, const Tiling& tiling, double rate);
 
 // Whether a kernel with positions in its lanes is faster than one with so many channels, `rate` times as fast with full lanes.
 bool planar_pays(const Sweep& sweep, int output_parts, int channels, double rate);

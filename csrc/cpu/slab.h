@@ -112,7 +112,7 @@ void load_lifted(const Loops<Sum>& loops, const Source& source, int part, const 
   loops.lift(source.lift, part, spot.rows(), spot.columns(), to, bound, to, pitch);
 }
 
-// A block of a grid's positions, in one group of channels.
+// A block of a grid's positions, in one group of channels, or those that a plan takes together.
 struct Region {
   int64_t n, count_n, group;
   int64_t first[3], count[3];
@@ -139,7 +139,12 @@ inline Region region(const Blocks& cut, int64_t n, int64_t groups, const int64_t
 }
 
 inline Region region(const Plan& plan, int64_t slab) {
-  return region(plan, plan.sweep.n, plan.sweep.groups, plan.sweep.grid, slab);
+  if (!plan.of_groups()) return region(plan, plan.sweep.n, plan.sweep.groups, plan.sweep.grid, slab);
+  // Neighbouring groups share cache lines, so those of a block follow each other.
+  const int64_t bundles = plan.bundles();
+  Region here = region(plan, plan.sweep.n, 1, plan.sweep.grid, slab / bundles);
+  here.group = slab % bundles;
+  return here;
 }
 
 template <typename Operand, typename Sum>
@@ -178,7 +183,9 @@ class SlabPacker {
   void pack_row(const Region& region, int64_t n, const std::vector<int64_t>& times, int64_t h, int64_t row) {
     const int64_t width = plan_.extent_of(2, region.count[2]), grain = plan_.grain[2];
     if (times.empty() || h < 0 || h >= plan_.sweep.in[1]) return clear(row, row + width);
-    const bool dense = !plan_.windows() && plan_.depth() == plan_.chunks * plan_.chunk;
+    const int64_t groups = plan_.groups_of(region.group);
+    const bool fills_lanes = !plan_.of_groups() || groups * plan_.sweep.c_out * plan_.output_parts == plan_.tiling.channels;
+    const bool dense = !plan_.windows() && fills_lanes && plan_.depth() == plan_.chunks * plan_.chunk;
     if (!dense) clear(row, row + width);
     for (const Run& run : plan_.runs) {
       // The first position that lies within the input, and the one behind the last.
@@ -189,14 +196,16 @@ class SlabPacker {
         clear(row, row + first);
         clear(row + last, row + width);
       }
-      const int64_t channel = region.group * plan_.sweep.c_in + run.channel;
+      // Of several groups all channels are read at once, of which the run's are taken.
+      const int64_t own = region.group * plan_.together * plan_.sweep.c_in;
+      const int64_t channel = plan_.of_groups() ? own : own + run.channel;
+      const int64_t channels = plan_.of_groups() ? groups * plan_.sweep.c_in : run.channels;
       Operand* to = slab_ + run.depth / plan_.chunk * plan_.chunk_elements + plan_.channel_at(run.depth % plan_.chunk);
-      const int64_t most = kBuffered / run.channels;
+      const int64_t most = kBuffered / channels;
       for (int64_t w = first; w < last; w += most)
-        pack_run(
-            run, times,
-            {n, channel, times[0], h, origin + w * grain, std::min(most, last - w), run.channels, grain, plan_.tiling.planar},
-            to + (row + w) * plan_.position_pitch);
+        pack_run(run, times,
+                 {n, channel, times[0], h, origin + w * grain, std::min(most, last - w), channels, grain, plan_.planar()},
+                 to + (row + w) * plan_.position_pitch);
     }
   }
 
@@ -205,7 +214,7 @@ class SlabPacker {
     if (from == to) return;
     for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
       Operand* slab = slab_ + chunk * plan_.chunk_elements;
-      if (plan_.tiling.planar) {
+      if (plan_.planar()) {
         for (int64_t channel = 0; channel < plan_.chunk; channel += plan_.tiling.pair)
           fill_zeros(slab + plan_.channel_at(channel) + from * plan_.position_pitch, (to - from) * plan_.position_pitch);
       } else {
@@ -221,7 +230,9 @@ class SlabPacker {
   // `spot` is at the first of these times.
   void pack_run(const Run& run, const std::vector<int64_t>& times, Spot spot, Operand* to) {
     const int64_t pitch = spot.planar ? plan_.depth_pitch : plan_.position_pitch;
-    if (source_.lift == Lift::None && times.size() == 1 && pack_as_it_is(run.product.operand, spot, to, pitch)) return;
+    const bool is_moved = plan_.of_groups() && (plan_.sweep.c_in != plan_.sweep.c_out || plan_.output_parts > 1);
+    const bool is_sum = source_.lift != Lift::None || times.size() > 1;
+    if (!is_moved && !is_sum && pack_as_it_is(run.product.operand, spot, to, pitch)) return;
     load_lifted(loops_, source_, run.part, spot, lifted_, bound_, spot.columns());
     for (size_t i = 1; i < times.size(); ++i) {
       spot.t = times[i];
@@ -229,6 +240,7 @@ class SlabPacker {
       loops_.add(spot.rows() * spot.columns(), more_, lifted_);
     }
     if (spot.planar && plan_.tiling.pair == 2) return write_pairs(run.product.operand, spot, to, pitch);
+    if (is_moved) return write_groups(run, spot, to, pitch);
     if constexpr (std::is_same_v<Operand, Sum>) {
       loops_.store(element_of<Sum>(), lifted_, spot.columns(), spot.rows(), spot.columns(), to, pitch, 1, false);
     } else {
@@ -247,6 +259,16 @@ class SlabPacker {
           pair[0] = rounded_[row * columns + column];
           pair[1] = rounded_[(row + 1) * columns + column];
         }
+    }
+  }
+
+  // A run's channels of every group, as far apart as the channels that it writes, and once for each output part.
+  void write_groups(const Run& run, const Spot& spot, Operand* to, int64_t pitch) {
+    if constexpr (std::is_same_v<Operand, Sum>) {
+      const int64_t c_in = plan_.sweep.c_in;
+      for (int part = 0; part < plan_.output_parts; ++part)
+        loops_.regroup(spot.positions, spot.channels / c_in, run.channels, lifted_ + run.channel, spot.channels, c_in,
+                       to + part * plan_.block_channels, pitch, plan_.sweep.c_out);
     }
   }
 

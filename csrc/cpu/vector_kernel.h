@@ -101,6 +101,73 @@ void run_tile(int positions, const T* a, int64_t position_stride, const int64_t*
   }
 }
 
+// ----------------------------------------------------------------------- register tile, channels of groups in lanes
+
+constexpr int kMaxGroupPositions = kRegisters - 4;  // one each for weights, inputs, which of these, and what is shuffled
+
+// Of every lane, which lane its group begins with, where groups have so many channels.
+template <typename T>
+using Index = std::conditional_t<sizeof(T) == sizeof(int32_t), int32_t, int64_t>;
+
+template <typename T, int... kLane>
+constexpr Register<Index<T>> first_lanes(int of_group, std::integer_sequence<int, kLane...>) {
+  return Register<Index<T>>{Index<T>(kLane / of_group * of_group)...};
+}
+
+template <typename T, bool kAlone, int kPositions>
+void groups_tile(int of_group, const T* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth,
+                 const T* b, T* sum, bool accumulate) {
+  constexpr int kStep = kLanes<T>, kPiece = 7, kPieces = (kPositions + kPiece - 1) / kPiece;
+  const Register<Index<T>> first = first_lanes<T>(of_group, std::make_integer_sequence<int, kStep>{});
+
+  Register<T> sums[kPositions];
+#pragma GCC unroll 32
+  for (int p = 0; p < kPositions; ++p) sums[p] = accumulate ? load_vector(sum + p * kStep) : Register<T>{};
+
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const T* pieces[kPieces];  // as in `tile`
+#pragma GCC unroll 8
+    for (int i = 0; i < kPieces; ++i) {
+      pieces[i] = a + offsets[tap] + i * kPiece * position_stride;
+      asm("" : "+r"(pieces[i]));
+    }
+    for (int64_t k = 0; k < depth; k += of_group) {
+      for (int of_channel = 0; of_channel < (kAlone ? 1 : of_group); ++of_channel) {
+        const Register<T> weights = load_vector(b);
+        const Register<Index<T>> own = first + of_channel;
+        b += kStep;
+#pragma GCC unroll 32
+        for (int p = 0; p < kPositions; ++p) {
+          const Register<T> inputs = load_vector(pieces[p / kPiece] + p % kPiece * position_stride);
+          sums[p] += (kAlone ? inputs : __builtin_shuffle(inputs, own)) * weights;
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kPieces; ++i) pieces[i] += kStep;
+    }
+  }
+
+#pragma GCC unroll 32
+  for (int p = 0; p < kPositions; ++p) store_vector(sums[p], sum + p * kStep);
+}
+
+// The tile of exactly as many positions as asked for.
+template <typename T, bool kAlone, int kPositions = kMaxGroupPositions>
+void run_groups_tile(int of_group, int positions, const T* a, int64_t position_stride, const int64_t* offsets, int64_t taps,
+                     int64_t depth, const T* b, T* sum, bool accumulate) {
+  if (positions == kPositions) {
+    groups_tile<T, kAlone, kPositions>(of_group, a, position_stride, offsets, taps, depth, b, sum, accumulate);
+  } else if constexpr (kPositions > 1) {
+    run_groups_tile<T, kAlone, kPositions - 1>(of_group, positions, a, position_stride, offsets, taps, depth, b, sum, accumulate);
+  }
+}
+
+template <typename T, int kOfGroup>
+void run_groups(int positions, const T* a, int64_t position_stride, const int64_t* offsets, int64_t taps, int64_t depth,
+                const T* b, T* sum, bool accumulate, Ahead<T>) {
+  run_groups_tile<T, kOfGroup == 1>(kOfGroup, positions, a, position_stride, offsets, taps, depth, b, sum, accumulate);
+}
+
 // -------------------------------------------------------------------------------- register tile, positions in lanes
 
 template <typename T, int kChannels, int kColumns>
@@ -372,6 +439,15 @@ inline void each(int64_t rows, int64_t columns, Body body) {
   for (int64_t row = 0; row < rows; ++row)
 #pragma GCC ivdep
     for (int64_t column = 0; column < columns; ++column) body(row, column);
+}
+
+template <typename Sum>
+void regroup(int64_t rows, int64_t groups, int64_t channels, const Sum* from, int64_t from_pitch, int64_t of_group, Sum* to,
+             int64_t to_pitch, int64_t to_group) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t group = 0; group < groups; ++group)
+      for (int64_t channel = 0; channel < channels; ++channel)
+        to[row * to_pitch + group * to_group + channel] = from[row * from_pitch + group * of_group + channel];
 }
 
 // Comparisons are written so that a NaN is kept.
@@ -649,11 +725,25 @@ void spread(Element type, const void* weights, int64_t rows, int64_t columns, Si
 }
 
 template <typename Sum>
-constexpr Loops<Sum> kLoops{load<Sum>,  store<Sum>, lift<Sum>, round<Sum>, divide<Sum>, multiply<Sum>,
-                            share<Sum>, digest,     add<Sum>,  dot<Sum>,   spread<Sum>};
+constexpr Loops<Sum> kLoops{load<Sum>,     store<Sum>, regroup<Sum>, lift<Sum>, round<Sum>, divide<Sum>,
+                            multiply<Sum>, share<Sum>, digest,       add<Sum>,  dot<Sum>,   spread<Sum>};
 
 template <typename T>
 constexpr MicroKernel<T, T> kTile{CAPTUM_DTD_ISA, kMaxPositions, kLanes<T> * kVectors, 1, run_tile<T>};
+
+template <typename T, int... kOfGroup>
+inline const MicroKernel<T, T>* groups_kernel(int64_t of_group, std::integer_sequence<int, kOfGroup...>) {
+  static constexpr MicroKernel<T, T> kKernels[] = {
+      {CAPTUM_DTD_ISA, kMaxGroupPositions, kLanes<T>, kOfGroup + 1, run_groups<T, kOfGroup + 1>, 1, nullptr, kOfGroup == 0}...};
+  return of_group <= int64_t{sizeof...(kOfGroup)} ? &kKernels[of_group - 1] : nullptr;
+}
+
+// One for groups of one channel alone, where registers cannot be shuffled by numbers that are in another.
+template <typename T>
+inline const MicroKernel<T, T>* groups_kernel(int64_t of_group) {
+  constexpr int kMost = kVectorBytes > 16 ? kLanes<T> : 1;
+  return groups_kernel<T>(of_group, std::make_integer_sequence<int, kMost>{});
+}
 
 template <typename T>
 constexpr PlanarKernel<T, T> kPlanar{

@@ -133,8 +133,9 @@ Cache& cache() {
 constexpr int64_t kInItsOrder = -1;  // where other descriptions have how many channels are packed together
 
 Description description(const Filter& filter, const Use& use, const Plan& plan) {
-  Description how{plan.tiling.channels, plan.tiling.pair, plan.tiling.operand_bytes, plan.output_parts, plan.block_channels,
-                  plan.chunk,           plan.chunks};
+  Description how{plan.tiling.channels, plan.tiling.pair, plan.tiling.operand_bytes, static_cast<int64_t>(plan.tiling.lanes),
+                  plan.output_parts,    plan.together,    plan.block_channels,       plan.chunk,
+                  plan.chunks};
   describe(filter, use, plan.sweep, how);
   how.insert(how.end(), plan.taps, plan.taps + 3);
   for (const Run& run : plan.runs)
@@ -155,7 +156,7 @@ class Packer {
     std::memset(static_cast<void*>(to), 0, static_cast<size_t>(plan_.packed_block()) * sizeof(Operand));
 
     const int64_t first = block * plan_.block_channels;
-    const int64_t lanes = std::min(plan_.block_channels, plan_.sweep.c_out - first);
+    const int64_t lanes = std::min(plan_.block_channels, plan_.groups_of(group) * plan_.sweep.c_out - first);
     std::vector<Sum> weights(static_cast<size_t>(kMostRows * tiling.channels));
     for (const Run& run : plan_.runs)
       for (int64_t tap = 0; tap < plan_.tap_volume(); ++tap) {
@@ -175,11 +176,18 @@ class Packer {
   // v of the filter, or its part, as [channel of the run][lane].
   void load(int64_t group, const Run& run, int64_t tap, int64_t first, int64_t lanes, int part, Sum* weights) const {
     const FilterStrides stride(filter_, use_);
-    const int64_t at = group * filter_.c_out * filter_.c_in * filter_.volume + first * stride.lane + run.channel * stride.depth +
+    const int64_t of_group = filter_.c_out * filter_.c_in * filter_.volume;
+    const int64_t at = group * plan_.together * of_group + first * stride.lane + run.channel * stride.depth +
                        filter_tap(plan_.sweep, tap / (plan_.taps[1] * plan_.taps[2]), tap / plan_.taps[2] % plan_.taps[1],
                                   tap % plan_.taps[2] + run.tap_w);
     const char* from = static_cast<const char*>(filter_.data) + at * element_bytes(filter_.element);
-    loops_.load(filter_.element, from, stride.depth, stride.lane, run.channels, lanes, weights, lanes);
+    if (plan_.of_groups()) {
+      for (int64_t i = 0; i < run.channels; ++i)
+        loops_.load(filter_.element, from + i * stride.depth * element_bytes(filter_.element), of_group, stride.lane,
+                    lanes / plan_.sweep.c_out, plan_.sweep.c_out, weights + i * lanes, plan_.sweep.c_out);
+    } else {
+      loops_.load(filter_.element, from, stride.depth, stride.lane, run.channels, lanes, weights, lanes);
+    }
     if (use_.split)
       loops_.lift(Lift::Signed, use_.adjoint ? part : run.part, run.channels, lanes, weights, nullptr, weights, lanes);
   }
@@ -242,7 +250,7 @@ std::shared_ptr<const Buffer> packed_weights(const Filter& filter, const Use& us
   const size_t bytes = static_cast<size_t>(plan.packed_weights()) * sizeof(Operand);
   return kept(description(filter, use, plan), bytes, [&](const Buffer& buffer) {
     const Packer<Operand, Sum> packer(filter, use, plan, loops, buffer.as<Operand>());
-    parallel(parallel_for, plan.sweep.groups * plan.channel_blocks, [&](int64_t begin, int64_t end) {
+    parallel(parallel_for, plan.bundles() * plan.channel_blocks, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) packer.pack(i / plan.channel_blocks, i % plan.channel_blocks);
     });
   });
