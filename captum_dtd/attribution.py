@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import numbers
 import os
 import threading
 import warnings
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
 from captum.attr import Attribution
@@ -146,7 +147,13 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         self._networks: OrderedDict[object, Network] = OrderedDict()
         self._frozen: OrderedDict[Network, FrozenNetwork] = OrderedDict()
         self._notes: WeakKeyDictionary[Network, list[str]] = WeakKeyDictionary()
-        self._replay = Replay(lambda finding: self._warn_about([finding]))
+        told = WeakMethod(self._warn_about)  # a method that is let go goes at once, with its model
+
+        def warn(finding: str) -> None:
+            if (warn_about := told()) is not None:
+                warn_about([finding])
+
+        self._replay = Replay(warn)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but traces and recordings, which are made again where they are needed."""
@@ -185,9 +192,10 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             show_progress: show a progress bar.
 
         Returns:
-            A tensor shaped like ``inputs`` (a tuple for a tuple), in the units of the score: for the composite ``"dtd"`` it
-            sums to the seed, up to the convergence delta, and has its sign everywhere (where several logits are averaged, the
-            sign of each). With ``return_convergence_delta`` a pair of that and the delta (N,), ``seed - sum of relevance``.
+            A tensor shaped like ``inputs`` (a tuple for a tuple), float32, or float64 for float64 inputs, in the units of the
+            score: for the composite ``"dtd"`` it sums to the seed, up to the convergence delta, and has its sign everywhere
+            (where several logits are averaged, the sign of each). With ``return_convergence_delta`` a pair of that and the delta
+            (N,), ``seed - sum of relevance``.
 
         Raises:
             TypeError: if ``inputs`` are not tensors.
@@ -450,7 +458,13 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             progress.set_postfix_str("")
             bounds = self.bounds_of(tensors)
             if count == 0:
-                nothing = tuple(torch.zeros_like(tensor) for tensor in tensors), bounds[0][0].new_zeros(0)
+                nothing = (
+                    tuple(
+                        torch.zeros_like(tensor, dtype=low.dtype)
+                        for tensor, (low, _) in zip(tensors, bounds, strict=True)
+                    ),
+                    bounds[0][0].new_zeros(0),
+                )
                 return [nothing for _ in targets]
             self._warn_about(self._findings(network, tensors, bounds))
             weights = self._weights_of(network)
@@ -713,7 +727,7 @@ def _level_of_caller() -> int:
 
 def _per_input(name: str, bound: Bound | tuple[Bound, ...], count: int) -> tuple[Bound, ...]:
     """One bound for each of ``count`` inputs: a tuple of numbers for a single input is one value per channel."""
-    if not isinstance(bound, tuple) or (count == 1 and all(isinstance(value, (int, float)) for value in bound)):
+    if not isinstance(bound, tuple) or (count == 1 and all(isinstance(value, numbers.Real) for value in bound)):
         return (bound,) * count  # type: ignore[return-value]
     if len(bound) != count:
         raise ValueError(f"{name} has {len(bound)} entries for {count} inputs; give one for each")

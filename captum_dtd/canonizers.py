@@ -55,7 +55,11 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node], explained: Collection
             node.target, node.args = aten.squeeze.dims, (node.args[0], [node.args[1]])
         elif node.target is aten.copy.default:
             # Writing into a tensor in place: what was there before is gone, only its shape matters.
-            node.target, node.args = aten.expand_as.default, (node.args[1], node.args[0])
+            old, new = node.args[0], node.args[1]
+            if new.meta["val"].dtype != old.meta["val"].dtype:
+                cast = _insert(graph, node, aten.to.dtype, (new, old.meta["val"].dtype), like=new)
+                new = _traced(cast)
+            node.target, node.args = aten.expand_as.default, (new, old)
         elif node.target in _OTHER_NAMES:
             node.target = _OTHER_NAMES[node.target]
         elif node.target is aten.hstack.default:
@@ -68,6 +72,10 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node], explained: Collection
                 node.target, node.args = aten.leaky_relu.default, (node.args[0], (lower + upper) / 2)
         elif node.target is aten.addmm.default and node.kwargs:
             node.args, node.kwargs = _scaled(graph, node), {}
+        elif node.target is aten.zero.default:
+            node.target, node.args = aten.fill.Scalar, (node.args[0], 0)
+        elif node.target is aten.rsub.Tensor and not node.kwargs:
+            node.target, node.args = aten.sub.Tensor, (node.args[1], node.args[0])
         elif node.target is aten.diff.default:
             _replace(graph, node, _differences(graph, node))
         elif node.target is aten.group_norm.default:
@@ -107,6 +115,7 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node], explained: Collection
 _OTHER_NAMES: dict[Any, Any] = {
     aten.concat.default: aten.cat.default,
     aten.concatenate.default: aten.cat.default,
+    aten.clip.default: aten.clamp.default,
     aten.max.other: aten.maximum.default,
     aten.min.other: aten.minimum.default,
 }

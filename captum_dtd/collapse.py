@@ -30,12 +30,12 @@ from torch.utils import _pytree as pytree
 
 from captum_dtd import fused, room
 from captum_dtd.graph import operation_name
-from captum_dtd.layers import Arguments, Call, Limits, Weighted
+from captum_dtd.layers import Arguments, Call, Limits, Weighted, asks_for_signs
 from captum_dtd.modes import exact_modes
 from captum_dtd.operations import aten, maximum_over
 from captum_dtd.ops import Table
 from captum_dtd.propagate import Activations, Box, Network, Step, ValueOf, Values, elements
-from captum_dtd.rules import Group, Rule, WinnerTakesAll, ZBeta, ZPlus
+from captum_dtd.rules import OUTPUT, Group, Rule, WinnerTakesAll, ZBeta, ZPlus
 from captum_dtd.times import InTime, Times, in_time, time_axis
 
 Wanted: TypeAlias = Literal["all", "classes"] | Sequence[tuple[int, ...]]
@@ -651,14 +651,18 @@ class FrozenNetwork:
         to_made = Route.of([along.made.numbers(row) for row in at.times], along.made.distinct)
         own = Route.of([along.read.numbers(row) for row in kept.times], along.read.distinct)
         shared = [_SumsInTime(_empty_like(values[along.source], 2, kept.count).to(dtype)) for _ in arriving]
+
+        def tap_call(take: Take, tap: int) -> _TapCall:
+            return _TapCall(self.network, step, along.call(tap, values, take, step.positions), limits, take, dtype)
+
+        def denominator(group: Group) -> Tensor:
+            z: Tensor = to_made.gather(along.sum_of_taps(lambda take, tap: tap_call(take, tap).denominator(group)), 2)
+            return z
+
+        output = denominator(OUTPUT) if asks_for_signs(rule) else None
         for group in self.network.reference_rule(step).groups:
-
-            def tap_call(take: Take, tap: int) -> _TapCall:
-                return _TapCall(self.network, step, along.call(tap, values, take, step.positions), limits, take, dtype)
-
-            z = along.sum_of_taps(lambda take, tap, g=group: tap_call(take, tap).denominator(g))  # type: ignore[misc]
-            z = to_made.gather(z, 2)
-            quotients = [layer.quotient(with_bias, one, z, group, rule.stabilizer) for one in arriving]
+            z = denominator(group)
+            quotients = [layer.quotient(with_bias, one, z, group, rule.stabilizer, output) for one in arriving]
             for tap, route in enumerate(taps):
                 if not route.used:
                     continue

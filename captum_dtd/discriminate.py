@@ -158,6 +158,21 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         )
         return result
 
+    def _check_maps(self, maps: Any, clips: tuple[Tensor, ...]) -> None:
+        """Raise TypeError unless these are maps of the clips, of any number of channels."""
+        parts = maps if isinstance(maps, tuple) else (maps,)
+        shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+        wanted = [tuple(clip.shape) for clip in clips]
+        fits = [
+            isinstance(shape, tuple) and shape[:1] + shape[2:] == clip[:1] + clip[2:]
+            for shape, clip in zip(shapes, wanted, strict=False)
+        ]
+        if len(shapes) != len(wanted) or not all(fits):
+            raise TypeError(
+                f"method must return maps shaped like its inputs, {', '.join(map(str, wanted))}; {self.method.get_name()} "
+                f"returned {', '.join(map(str, shapes))} (a method that discriminates already needs no wrapping)"
+            )
+
     def _attribute(
         self,
         make_reader: Callable[..., _Reader],
@@ -206,6 +221,8 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
                 explained, deltas = zip(*explain(clips, every, targets, return_convergence_delta=True), strict=True)
             else:
                 explained, deltas = tuple(explain(clips, every, targets)), (None,) * len(targets)
+            for one in explained:
+                self._check_maps(one, clips)
             unscaled = [_over_channels(one) for one in explained]
             progress.update(count)
             size = internal_batch_size or self.frozen_batch(clips, extra)

@@ -1,8 +1,8 @@
 """What torch.export records, made functional by hand where that is simple.
 
 export's own pass (``run_decompositions``) makes any program functional, but takes longer than the recording itself. Most models
-need little of it: ReLUs and additions that write over a new tensor, and batch norm in evaluation mode. Dropout in evaluation
-mode is taken out by hand for every model.
+need little of it: ReLUs and additions that write over a new tensor, and batch norm in evaluation mode. What returns its input
+itself, as dropout in evaluation mode does, is taken out by hand for every model.
 """
 
 from __future__ import annotations
@@ -57,29 +57,47 @@ _IN_PLACE: dict[Any, Any] = {
 }
 
 
-def step_over_dropout(module: fx.GraphModule) -> None:
-    """Take dropout that does nothing out of a recorded program, also where a part of it sets gradients or autocast.
+def step_over_aliases(module: fx.GraphModule) -> None:
+    """Take out of a recorded program what returns its input itself: dropout that does nothing, casts to a tensor's own type.
 
-    It returns its input itself: who writes over the one writes over the other. export's pass copied instead, and what was
-    written was lost, until https://github.com/pytorch/pytorch/pull/185981: so it must be gone before that pass.
+    Who writes over the one writes over the other. export's pass copies casts instead, as it did dropout until
+    https://github.com/pytorch/pytorch/pull/185981, and what was written is lost: so they must be gone before that pass, also
+    where a part of the program sets gradients or autocast.
     """
     for part in module.modules():
         if not isinstance(part, fx.GraphModule):
             continue
-        # Without training, or with a probability of 0.
-        idle = [n for n in part.graph.nodes if n.target is aten.dropout.default and not (n.args[2] and n.args[1])]
+        idle = [node for node in part.graph.nodes if _returns_its_input(node)]
         for node in idle:
             _step_over(node)
         if idle:
             part.recompile()  # whoever runs its code, not its graph, sees the same
 
 
-def active_dropout(module: fx.GraphModule) -> Iterator[fx.Node]:
-    """Dropout in a recorded program that does something, of whatever kind."""
+def _returns_its_input(node: fx.Node) -> bool:
+    if node.target is aten.dropout.default:  # without training, or with a probability of 0
+        return not (node.args[2] and node.args[1])
+    if node.target is aten.type_as.default:
+        own, other = (node.args[i].meta["val"] for i in (0, 1))  # type: ignore[union-attr]
+        return bool(own.dtype == other.dtype and own.device == other.device)
+    return False
+
+
+def drawn_numbers(module: fx.GraphModule) -> Iterator[fx.Node]:
+    """What draws random numbers in a recorded program, dropout that does something among it."""
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
-            yield from (n for n in part.graph.nodes if n.target in _DROPOUTS and n.args[1] and n.args[2])
-            yield from (n for n in part.graph.nodes if n.target in _ATTENTION and n.args[4:] and n.args[4])
+            yield from filter(_draws, part.graph.nodes)
+
+
+def _draws(node: fx.Node) -> bool:
+    if node.target in _DROPOUTS:
+        return bool(node.args[1] and node.args[2])
+    if node.target in _ATTENTION:
+        return bool(node.args[4:] and node.args[4])
+    if node.target in _RANDOM_IN_TRAINING:
+        return bool(node.args[3:] and node.args[3])
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 _DROPOUTS = frozenset(
@@ -88,13 +106,14 @@ _DROPOUTS = frozenset(
 )
 _ATTENTION = frozenset({aten.scaled_dot_product_attention.default})
 """Its fifth argument is a probability, and it drops out in evaluation mode, too."""
+_RANDOM_IN_TRAINING = frozenset({aten.rrelu.default, aten.rrelu_.default})
 
 
 def functionalize(graph: fx.Graph) -> bool:
     """Rewrite a recorded graph in place as export's pass would; False, and nothing changed, where that takes more than this.
 
     Args:
-        graph: of a program that ``torch.export.export`` gave, after ``step_over_dropout``.
+        graph: of a program that ``torch.export.export`` gave, after ``step_over_aliases``.
     """
     rewrites: list[Callable[[], None]] = []
     place = {node: number for number, node in enumerate(graph.nodes)}

@@ -21,7 +21,7 @@ import threading
 import warnings
 import weakref
 from argparse import Namespace
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -39,8 +39,9 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from captum_dtd.functional import active_dropout, functionalize, step_over_dropout
+from captum_dtd.functional import drawn_numbers, functionalize, step_over_aliases
 from captum_dtd.modes import plain_modes
+from captum_dtd.operations import CONVOLUTIONS
 
 # torch.export patches process-wide state while it runs, so two traces never overlap.
 _EXPORT_LOCK = threading.Lock()
@@ -102,9 +103,9 @@ def structure_of(model: nn.Module) -> tuple[object, ...]:
     """A value that changes when modules are replaced or reconfigured, and does not when only weights change.
 
     It covers what a trace depends on: the modules, their settings and other plain attributes, those of their classes and the
-    methods among them, which parameters and buffers they have, and hooks that run before their forward. Attributes are compared
-    by value as far as they are numbers, strings, NumPy arrays, and lists, dicts, sets, dataclasses and namespaces of such;
-    tensors and other objects by identity. Globals that a forward reads are not covered.
+    methods among them, which parameters and buffers they have, of which shapes and types, and hooks that run before their
+    forward. Attributes are compared by value as far as they are numbers, strings, NumPy arrays, and lists, deques, dicts, sets,
+    dataclasses and namespaces of such; tensors and other objects by identity. Globals that a forward reads are not covered.
     """
     classes = dict.fromkeys(map(type, model.modules()))
     modules = tuple(
@@ -113,13 +114,18 @@ def structure_of(model: nn.Module) -> tuple[object, ...]:
             _Same(module),
             _Same(type(module)),
             module.extra_repr(),
-            tuple((key, tensor is None) for key, tensor in (*module._parameters.items(), *module._buffers.items())),
+            tuple((key, _kind_of(tensor)) for key, tensor in (*module._parameters.items(), *module._buffers.items())),
             tuple(map(_Same, module._forward_pre_hooks.values())),
             tuple((key, value_of(value)) for key, value in vars(module).items() if key not in _OF_EVERY_MODULE),
         )
         for name, module in model.named_modules()
     )
     return tuple(map(_class_attributes, classes)), modules
+
+
+def _kind_of(tensor: Tensor | None) -> object:
+    """What of a tensor a trace depends on: numbers of channels, say, of a layer that was pruned."""
+    return None if tensor is None else (tuple(tensor.shape), tensor.dtype)
 
 
 def _class_attributes(cls: type) -> tuple[object, ...]:
@@ -167,14 +173,16 @@ def value_of(value: Any, depth: int = 8) -> object:
     if depth == 0:
         return _Same(value)
     inner = partial(value_of, depth=depth - 1)
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, deque)):
         return type(value), tuple(map(inner, value))
     if isinstance(value, (set, frozenset)):
         return type(value), frozenset(map(inner, value))
     if isinstance(value, Mapping):
         return type(value), tuple((inner(key), inner(each)) for key, each in value.items())
     if dataclasses.is_dataclass(value) or isinstance(value, (SimpleNamespace, Namespace)):
-        return _Same(value), inner(vars(value)) if hasattr(value, "__dict__") else None
+        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        named = {field.name: getattr(value, field.name, None) for field in fields}
+        return _Same(value), inner({**named, **getattr(value, "__dict__", {})})
     return _Same(value)
 
 
@@ -314,18 +322,21 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
         with warnings.catch_warnings(), _partial_graph_unprinted(), _DataIsDetached():
             warnings.simplefilter("ignore")  # of export's own doings, which no user can act on
             program = export(model, tuple(arguments), dynamic_shapes=shapes)
-            step_over_dropout(program.graph_module)
-            active = next(active_dropout(program.graph_module), None)
+            step_over_aliases(program.graph_module)
+            drawn = next(drawn_numbers(program.graph_module), None)
             if not functionalize(program.graph):
                 program = program.run_decompositions({})
     except Exception as error:
         raise _untraceable(model, arguments, error) from error
 
-    if active is not None:
-        raise UnsupportedOperationError(
-            f"{type(model).__name__}: dropout is active although the model is in evaluation mode: pass training=self.training "
-            f"({source_line(active) or 'no source line'})"
+    _check_types(model, program.graph)
+    if drawn is not None:
+        reason = (
+            "dropout is active although the model is in evaluation mode: pass training=self.training"
+            if "dropout" in operation_name(drawn) or "attention" in operation_name(drawn)
+            else f"{operation_name(drawn)} draws random numbers, and relevance would be random: draw them before forward"
         )
+        raise UnsupportedOperationError(f"{type(model).__name__}: {reason} ({source_line(drawn) or 'no source line'})")
     if not program.call_spec.out_spec.is_leaf():
         raise _not_one_tensor(model)
     graph, signature = program.graph, program.graph_signature
@@ -361,6 +372,18 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
         if node is not None and has_free_batch(leaf)
     )
     return TracedModel(graph, inputs, tensors, constants, free, len(leaves[0]))
+
+
+def _check_types(model: nn.Module, graph: fx.Graph) -> None:
+    """Raise InputMismatchError where a layer is given another type than its weights have, which export lets pass."""
+    for node in graph.nodes:
+        if node.target in CONVOLUTIONS or node.target is torch.ops.aten.linear.default:
+            given, own = (argument.meta["val"].dtype for argument in node.args[:2])
+            if given != own:
+                raise InputMismatchError(
+                    f"{type(model).__name__} does not run on such inputs: {operation_name(node)} is given {given}, and its "
+                    f"weights are {own}"
+                )
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def order_hint(tensor: Tensor, channels: Sequence[int] = (3, 1), rank: int = 5) 
     if len(shape) == rank and shape[-1] in channels:
         order = ", ".join(map(str, (0, rank - 1, *range(1, rank - 1))))
         return f"; channels seem to come last: pass inputs.permute({order})"
-    if len(shape) == rank - 1 and shape[0] in channels:
+    if len(shape) == rank - 1 and shape[0] in channels and shape[1] not in channels:  # else it is a batch of images
         return "; the batch dimension seems to be missing: pass inputs.unsqueeze(0)"
     if len(shape) == rank - 1 and shape[-1] in channels:
         order = ", ".join(map(str, (rank - 2, *range(rank - 2))))

@@ -60,7 +60,7 @@ from captum_dtd.operations import (
 )
 from captum_dtd.patterns import PARTS, RESHAPED, SUMMARIES, comes_from, divided, holds_numbers, is_centred_to_be_divided
 from captum_dtd.reference import divide
-from captum_dtd.rules import Group, MaxPoolRule, Rule, WeightPart, WinnerTakesAll
+from captum_dtd.rules import OUTPUT, Group, MaxPoolRule, Rule, WeightPart, WinnerTakesAll
 
 # Under which name a node keeps its `Arguments`.
 _FLAT = "captum_dtd arguments"
@@ -203,6 +203,9 @@ class Layer(ABC):
     needs_activations: bool = False
     """Whether sharing relevance needs the values that entered, or their shapes only."""
 
+    text: str = "passes"
+    """What rule tables say of it where no rule is chosen."""
+
     def carriers(self, signals: Sequence[int]) -> tuple[int, ...]:
         """Which of the arguments that depend on what is explained get relevance; the others are as good as constants."""
         return tuple(signals)
@@ -234,13 +237,14 @@ class LinearMap(Layer):
     ) -> list[tuple[Tensor, ...]]:
         """Share relevance by a rule: the one place where every rule meets every linear layer."""
         shared: list[list[Tensor | None]] = [[None] * len(call.signals) for _ in relevances]
+        output = self.denominator(call, OUTPUT, bounds) if asks_for_signs(rule) else None
         for group in rule.groups:
             with local_gradients():
                 z, leaves = self._contributions(call, group, bounds)
                 if z is None:
                     continue
                 for relevance, own in zip(relevances, shared, strict=True):
-                    s = self.quotient(call, relevance, z.detach(), group, rule.stabilizer)
+                    s = self.quotient(call, relevance, z.detach(), group, rule.stabilizer, output)
                     self._pull(own, z, leaves, s)
         return [_filled(call, own) for own in shared]
 
@@ -249,11 +253,18 @@ class LinearMap(Layer):
         z, _ = self._contributions(call, group, bounds)
         return None if z is None else z.detach()
 
-    def quotient(self, call: Call, relevance: Tensor, z: Tensor, group: Group, stabilizer: float) -> Tensor:
-        """``s = coefficient R / (z + bias)``, given the denominator before the bias."""
+    def quotient(
+        self, call: Call, relevance: Tensor, z: Tensor, group: Group, stabilizer: float, output: Tensor | None = None
+    ) -> Tensor:
+        """``s = coefficient R / (z + bias)``, given the denominator before the bias, and that of `OUTPUT` where signs count."""
+        given = relevance if group.coefficient == 1 else relevance * group.coefficient
+        if group.outputs != "all":
+            assert output is not None
+            for part, scale in group.bias:
+                output = output + scale * self.bias(call, output, part) if part == "v" else output
+            given = torch.where((output < 0) == (group.outputs == "negative"), given, 0)
         for part, scale in group.bias:
             z = z + scale * self.bias(call, z, part)
-        given = relevance if group.coefficient == 1 else relevance * group.coefficient
         return divide(given, z, stabilizer, group.is_positive)
 
     def pull(self, call: Call, s: Tensor, group: Group, bounds: Limits | None) -> tuple[Tensor, ...]:
@@ -287,6 +298,11 @@ class LinearMap(Layer):
                 shared[i % len(shared)] = value.detach() * gradient
             else:
                 sum_so_far.addcmul_(value.detach(), gradient)
+
+
+def asks_for_signs(rule: Rule) -> bool:
+    """Whether a rule has groups for outputs of one sign."""
+    return any(group.outputs != "all" for group in rule.groups)
 
 
 def _filled(call: Call, shared: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -420,6 +436,8 @@ class Elementwise(Layer):
 class Rearrangement(Layer):
     """Relevance follows the element: every output element is one input element, or a constant."""
 
+    text = "follows"
+
     def redistribute(self, call: Call, relevances: Sequence[Any], rule: Any, bounds: Any) -> list[tuple[Tensor, ...]]:
         """Put relevance back where its elements came from; a split's is a dict from output number to relevance."""
         every: list[dict[int, Tensor]] = [one if isinstance(one, dict) else {0: one} for one in relevances]
@@ -438,6 +456,8 @@ class Gate(Elementwise):
     So it is with ``signal / divisor`` where the divisor is found in the signal, and with the mean that was taken from it before:
     a norm written by hand.
     """
+
+    text = "to the signal"
 
     signal: int = 0
     """Which argument is the signal."""
@@ -504,7 +524,22 @@ _FACTORIES: dict[Any, LayerFactory] = {}
 
 
 def covers(*targets: Any) -> Callable[[LayerFactory], LayerFactory]:
-    """Register a factory as the layer of these operations (ATen overloads, as ``torch.export`` names them)."""
+    """Register a factory as the layer of these operations, in the whole process and in place of a layer that they have.
+
+    The factory is called with a node of the canonized graph and the positions of those of its flattened arguments that depend
+    on what is explained; it returns a layer, of one of this module's kinds, or None: such a use is not covered.
+
+    Args:
+        *targets: ATen overloads, as ``torch.export`` names them.
+
+    Example:
+        >>> @covers(torch.ops.aten.diagonal.default)
+        ... def diagonal(node, signals):
+        ...     return Rearrangement()
+
+    A `LinearMap` of one's own says in ``apply`` what the map makes of other inputs with a part of its weights, and in ``has``
+    which parts there are.
+    """
 
     def register(factory: LayerFactory) -> LayerFactory:
         _FACTORIES.update(dict.fromkeys(targets, factory))
@@ -634,7 +669,7 @@ def _product(node: fx.Node, signals: Sequence[int]) -> Layer | None:
         return None
     constant = set(factors).difference(signals)
     if constant:
-        return Weighted(weight=constant.pop())
+        return Weighted(weight=constant.pop(), channel_dim=-1)
     weights = [i for i in factors if comes_from(leaves[i], ATTENTION, SUMMARIES)]
     return Attention(weights[0], sum(factors) - weights[0]) if len(weights) == 1 else None
 

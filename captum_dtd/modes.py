@@ -72,6 +72,11 @@ def _set_aside() -> Iterator[Callable[[], None]]:
         if cudnn.conv.fp32_precision == "tf32":
             yield partial(setattr, cudnn.conv, "fp32_precision", "tf32")
             cudnn.conv.fp32_precision = "ieee"
+    onednn: Any = torch.backends.mkldnn
+    for switch in (onednn.conv, onednn.matmul):
+        if switch.fp32_precision not in ("ieee", "none"):
+            yield partial(setattr, switch, "fp32_precision", switch.fp32_precision)
+            switch.fp32_precision = "ieee"
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:  # the newer interface was used

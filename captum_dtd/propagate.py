@@ -62,9 +62,7 @@ class Step:
     @property
     def rule_text(self) -> str:
         """The rule as shown in tables; layers without a choice say what they do."""
-        if self.rule is not None:
-            return str(self.rule)
-        return {"Elementwise": "passes", "Rearrangement": "follows", "Gate": "to the signal"}[type(self.layer).__name__]
+        return self.layer.text if self.rule is None else str(self.rule)
 
 
 Observer: TypeAlias = Callable[[Step, Any, Sequence[Tensor]], None]
@@ -499,6 +497,7 @@ class _WithoutNegativeParts(Rule):
                 ),
                 group.bias,
                 group.coefficient,
+                group.outputs,
             )
             for group in self.rule.groups
         )
@@ -584,6 +583,12 @@ _AMBIGUOUS = {
 """What makes a product or quotient one that nothing covers."""
 
 
+def _register(names: set[str]) -> str:
+    """What else helps with operations that no layer covers in any use."""
+    which = ", ".join(sorted(names))
+    return f", or register a layer for {which} with captum_dtd.layers.covers." if names else "."
+
+
 def _uncovered(model: str, nodes: Sequence[fx.Node]) -> str:
     lines = Counter(
         f"  {operation_name(node):20} in {module_path(node) or 'forward'}  ({source_line(node) or 'no source line'})"
@@ -593,5 +598,6 @@ def _uncovered(model: str, nodes: Sequence[fx.Node]) -> str:
     return (
         f"{model} has {len(nodes)} operation(s) that no relevance rule covers:\n"
         + "\n".join(line if count == 1 else f"{line}  x{count}" for line, count in lines.items())
-        + "\nReplace them by covered ones, or register a layer for each with @captum_dtd.layers.covers(operation)."
+        + "\nReplace them by covered ones"
+        + _register({operation_name(node) for node in nodes} - _AMBIGUOUS.keys())
     )

@@ -18,6 +18,7 @@ proportional max pooling: Hiley et al. 2019, *Discriminating spatial and tempora
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -32,6 +33,10 @@ Bias: TypeAlias = Literal["ignored", "absorbed"]
 """``"ignored"``: biases do not enter the denominator; ``"absorbed"``: they do, and keep the share that is theirs."""
 
 
+Outputs: TypeAlias = Literal["all", "negative", "non-negative"]
+"""Which outputs of a layer a group of terms is for."""
+
+
 @dataclass(frozen=True)
 class Term:
     """One summand of a denominator: ``scale * A_weight(input)``."""
@@ -43,11 +48,16 @@ class Term:
 
 @dataclass(frozen=True)
 class Group:
-    """Terms that share one denominator; ``bias`` lists the parts of the layer's bias that are added to it, with their scale."""
+    """Terms that share one denominator.
+
+    ``bias`` lists the parts of the layer's bias that are added to it, with their scale. ``outputs`` says whose relevance it is
+    for: that of all outputs, or of those that are negative, or are not. An output is ``A_v(x)``, with the bias if it has a share.
+    """
 
     terms: tuple[Term, ...]
     bias: tuple[tuple[WeightPart, float], ...] = ()
     coefficient: float = 1.0
+    outputs: Outputs = "all"
 
     @property
     def is_positive(self) -> bool:
@@ -55,6 +65,10 @@ class Group:
         signs = {"x+": 1, "v+": 1, "1": 1, "v^2": 1, "x-": -1, "v-": -1}
         terms = [signs.get(term.input, 0) * signs.get(term.weight, 0) * term.scale for term in self.terms]
         return min(terms + [signs.get(part, 0) * scale for part, scale in self.bias], default=0) > 0
+
+
+OUTPUT = Group((Term("x", "v"),))
+"""Its denominator is the layer's output, without its bias."""
 
 
 class Rule(ABC):
@@ -70,10 +84,14 @@ class Rule(ABC):
 
 
 def _check(stabilizer: float, bias: str = "ignored") -> None:
-    if not stabilizer >= 0:
-        raise ValueError(f"stabilizer must be zero or positive, got {stabilizer}")
+    _check_number("stabilizer", stabilizer)
     if bias not in ("ignored", "absorbed"):
         raise ValueError(f"bias must be 'ignored' or 'absorbed', got {bias!r}")
+
+
+def _check_number(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be zero or positive, and finite, got {value}")
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,9 @@ class ZPlus(Rule):
     Args:
         bias: ``"ignored"`` (as in deep Taylor decomposition) or ``"absorbed"``: the bias's positive part joins the denominator.
         stabilizer: added to the denominator, away from zero.
+
+    Raises:
+        ValueError: if the stabilizer is negative or not finite, or the bias option does not exist.
 
     Example:
         >>> ZPlus()
@@ -116,6 +137,9 @@ class ZBeta(Rule):
         bias: ``"ignored"`` or ``"absorbed"`` (positive part).
         stabilizer: added to the denominator, away from zero.
 
+    Raises:
+        ValueError: if the stabilizer is negative or not finite, or the bias option does not exist.
+
     Example:
         >>> ZBeta().groups[0].terms[0]
         Term(input='x-low', weight='v+', scale=1.0)
@@ -141,6 +165,9 @@ class Epsilon(Rule):
         stabilizer: the epsilon.
         bias: ``"absorbed"`` (as usual for this rule) or ``"ignored"``.
 
+    Raises:
+        ValueError: if the stabilizer is negative or not finite, or the bias option does not exist.
+
     Example:
         >>> Epsilon(1e-3).stabilizer
         0.001
@@ -159,21 +186,24 @@ class Epsilon(Rule):
 
 @dataclass(frozen=True)
 class Gamma(Rule):
-    """Gamma: as epsilon, with the exciting contributions counted ``1 + gamma`` times.
+    """Gamma: as epsilon, with the contributions that made an output what it is counted ``1 + gamma`` times.
 
-    ``z = A_v(x) + gamma (A_v+(x+) + A_v-(x-)) + b + gamma b+``.
+    Of an output that is not negative those are the exciting ones, ``z = A_v(x) + gamma (A_v+(x+) + A_v-(x-)) + b + gamma b+``,
+    of a negative one the inhibiting ones, ``z = A_v(x) + gamma (A_v-(x+) + A_v+(x-)) + b + gamma b-`` (Andeol et al. 2021,
+    *Learning domain invariant representations by joint Wasserstein distance minimization*, and zennit's rule of this name): so
+    no denominator is nearer to zero than epsilon's.
 
     Args:
-        gamma: how much more excitation counts; 0 is epsilon, large values approach z+.
+        gamma: how much more they count; 0 is epsilon, large values approach z+.
         stabilizer: added to the denominator, away from zero.
-        bias: ``"absorbed"`` or ``"ignored"``.
+        bias: ``"absorbed"`` or ``"ignored"``; it is part of the output whose sign is looked at where it is absorbed.
 
     Raises:
-        ValueError: if ``gamma`` is negative, the stabilizer negative or not finite, or the bias option does not exist.
+        ValueError: if ``gamma`` or the stabilizer is negative or not finite, or the bias option does not exist.
 
     Example:
-        >>> Gamma(0.5).groups[0].terms[1]
-        Term(input='x+', weight='v+', scale=0.5)
+        >>> [group.outputs for group in Gamma(0.5).groups]
+        ['non-negative', 'negative']
     """
 
     gamma: float = 0.25
@@ -182,15 +212,17 @@ class Gamma(Rule):
 
     def __post_init__(self) -> None:
         _check(self.stabilizer, self.bias)
-        if not self.gamma >= 0:
-            raise ValueError(f"gamma must be zero or positive, got {self.gamma}")
+        _check_number("gamma", self.gamma)
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        bias: tuple[tuple[WeightPart, float], ...] = ()
-        if self.bias == "absorbed":
-            bias = (("v", 1.0), ("v+", self.gamma))
-        return (Group((Term("x", "v"), Term("x+", "v+", self.gamma), Term("x-", "v-", self.gamma)), bias),)
+        return self._group("v+", "v-", "non-negative"), self._group("v-", "v+", "negative")
+
+    def _group(self, of_positive: WeightPart, of_negative: WeightPart, outputs: Outputs) -> Group:
+        """With the weights that count more, of positive inputs and of negative ones."""
+        terms = (Term("x", "v"), Term("x+", of_positive, self.gamma), Term("x-", of_negative, self.gamma))
+        bias: tuple[tuple[WeightPart, float], ...] = (("v", 1.0), (of_positive, self.gamma))
+        return Group(terms, bias if self.bias == "absorbed" else (), outputs=outputs)
 
 
 @dataclass(frozen=True)
@@ -204,7 +236,7 @@ class AlphaBeta(Rule):
         bias: ``"ignored"`` or ``"absorbed"`` (positive part with alpha, negative part with beta).
 
     Raises:
-        ValueError: if ``alpha - beta != 1`` or one is negative.
+        ValueError: if ``alpha - beta != 1``, or a number is negative or not finite.
 
     Example:
         >>> len(AlphaBeta(2.0, 1.0).groups)
@@ -218,7 +250,8 @@ class AlphaBeta(Rule):
 
     def __post_init__(self) -> None:
         _check(self.stabilizer, self.bias)
-        if self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-12:
+        _check_number("alpha", self.alpha)
+        if not self.beta >= 0 or not abs(self.alpha - self.beta - 1) <= 1e-12:
             raise ValueError(f"alpha - beta must be 1 and beta >= 0, got alpha={self.alpha} and beta={self.beta}")
 
     @property
@@ -232,6 +265,8 @@ class AlphaBeta(Rule):
 @dataclass(frozen=True)
 class WSquare(Rule):
     """w-squared: shares by squared weights, whatever the input: ``R_in = adj_v2(R / A_v2(1))``. Zero padding gets nothing.
+
+    Biases are ignored.
 
     Example:
         >>> WSquare().groups[0].terms

@@ -73,8 +73,15 @@ def epsilon(a: Layer, R: Tensor, stabilizer: float = 1e-6, bias: str = "absorbed
 
 
 def gamma(a: Layer, R: Tensor, gamma: float = 0.25, stabilizer: float = 1e-6, bias: str = "absorbed") -> Tensor:
-    Z = pos(a.x) * (a.V + gamma * pos(a.V)) + neg(a.x) * (a.V + gamma * neg(a.V))
-    return share(Z, R, a.b + gamma * pos(a.b) if bias == "absorbed" else 0.0, stabilizer)
+    """What made an output positive counts more, or what made it negative."""
+    absorbed = a.b if bias == "absorbed" else torch.zeros_like(a.b)
+    is_negative = (a.x * a.V).sum(1) + absorbed < 0
+    helping = pos(a.x) * (a.V + gamma * pos(a.V)) + neg(a.x) * (a.V + gamma * neg(a.V))
+    hindering = pos(a.x) * (a.V + gamma * neg(a.V)) + neg(a.x) * (a.V + gamma * pos(a.V))
+    of_positive = share(helping, torch.where(is_negative, 0.0, R), absorbed + gamma * pos(absorbed), stabilizer)
+    return of_positive + share(
+        hindering, torch.where(is_negative, R, 0.0), absorbed + gamma * neg(absorbed), stabilizer
+    )
 
 
 def alpha_beta(

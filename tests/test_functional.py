@@ -14,7 +14,7 @@ from torch.export import export
 
 from captum_dtd import functional, graph
 from captum_dtd.canonizers import canonize
-from captum_dtd.functional import functionalize, step_over_dropout
+from captum_dtd.functional import functionalize, step_over_aliases
 from captum_dtd.operations import aten
 
 Body = Callable[["Net", Tensor], Tensor]
@@ -220,7 +220,7 @@ def test_dropout_may_come_last(name: str) -> None:
 
 def recorded_graph(body: Body) -> fx.Graph:
     program = export(Net(body).eval(), (torch.rand(2, 3, 4, 6, 6),))
-    step_over_dropout(program.graph_module)
+    step_over_aliases(program.graph_module)
     return program.graph
 
 
@@ -231,7 +231,7 @@ def test_only_dropout_that_does_nothing_is_stepped_over() -> None:
             return F.dropout(F.dropout(y, 0.5, False), 0.25, True)
 
     program = export(Net(body).eval(), (torch.rand(2, 3, 4, 6, 6),))
-    step_over_dropout(program.graph_module)
+    step_over_aliases(program.graph_module)
     parts = [part for part in program.graph_module.modules() if isinstance(part, fx.GraphModule)]
     assert len(parts) > 1  # what is computed without gradients is a part of its own
     left = [node.args[1:] for part in parts for node in part.graph.nodes if node.target is aten.dropout.default]
@@ -305,7 +305,7 @@ def test_a_graph_is_that_of_exports_own_pass(name: str, monkeypatch: pytest.Monk
         found = {node.target for node in ours.nodes if node.op == "call_function"}
         assert (functional._NEW | functional._VIEWS) - {aten.sym_size.int} <= found
     monkeypatch.setattr(graph, "functionalize", lambda _: False)
-    monkeypatch.setattr(graph, "step_over_dropout", lambda _: None)
+    monkeypatch.setattr(graph, "step_over_aliases", lambda _: None)
     theirs = graph.trace(net, [x], 2).graph
     if DROPOUT_COPIES:
         theirs = without_copies_for_dropout(theirs)

@@ -66,3 +66,29 @@ def test_zennit_agrees_on_a_c3d(target: int) -> None:
     theirs = zennits(model, x.clone(), target)
     assert (ours - theirs).abs().max() <= 1e-10 * theirs.abs().max()
     assert theirs.abs().max() > 0
+
+
+def test_zennit_agrees_on_epsilon_gamma_box() -> None:
+    """On a C3D with biases, also where scores, and what gamma's layers give, are negative."""
+    from zennit.attribution import Gradient
+    from zennit.composites import EpsilonGammaBox
+
+    torch.manual_seed(0)
+    model = narrow_c3d().double().eval()
+    for module in model.modules():
+        if isinstance(module, (nn.Conv3d, nn.Linear)) and module.bias is not None:
+            nn.init.normal_(module.bias, std=0.1)
+    x = between(LOW, HIGH, (1, 3, 16, 32, 32), 1)
+    scores = model(x)[0].detach()
+    targets = [int(scores.argmin()), int(scores.argmax())]
+    assert scores[targets[0]] < 0 < scores[targets[1]]
+    low, high = (torch.full_like(x, bound) for bound in (LOW, HIGH))
+    for target, ours in zip(
+        targets, DeepTaylor(model, LOW, HIGH, composite="epsilon-gamma-box").attribute_targets(x, targets), strict=True
+    ):
+        seed = torch.zeros_like(model(x))
+        seed[0, target] = scores[target]
+        with Gradient(model=model, composite=EpsilonGammaBox(low=low, high=high)) as attributor:
+            theirs = attributor(x.clone(), seed)[1]
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+        assert theirs.abs().max() > 0

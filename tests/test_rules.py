@@ -278,6 +278,8 @@ def test_by_hand() -> None:
     assert by_hand([2, -1], 3, [3, 2], Epsilon(1.0)) == pytest.approx([6 / 8, -2 / 8])
     assert by_hand([2, -1], 3, [3, 2], Gamma(0.5, 0.0)) == pytest.approx([9 / 11.5, -2 / 11.5])
     assert by_hand([2, -1], 3, [3, -2], Gamma(0.5, 0.0, "ignored")) == pytest.approx([9 / 12, 3 / 12])
+    assert by_hand([2, -1], 3, [1, 4], Gamma(0.5, 0.0)) == pytest.approx([3 / 3.5, -4 / 3.5])
+    assert by_hand([2, -1], 3, [1, 4], Gamma(0.5, 0.0, "ignored")) == pytest.approx([2 / -4, -6 / -4]), "negative: -2"
     assert by_hand([2, -1], 3, [3, 2], AlphaBeta(2, 1)) == pytest.approx([2, -1])
     assert by_hand([2, -1], 3, [3, 2], AlphaBeta(2, 1, bias="absorbed")) == pytest.approx([12 / 9, -1])
     assert by_hand([2, -1], 3, [3, 2], WSquare()) == pytest.approx([4 / 5, 1 / 5])
