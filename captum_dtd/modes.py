@@ -84,6 +84,8 @@ def _set_aside() -> Iterator[Callable[[], None]]:
         products.fp32_precision = "ieee"
         return
     if precision != "highest":
+        own = onednn.matmul.fp32_precision  # which the older interface sets as well as the GPU's
+        yield partial(setattr, onednn.matmul, "fp32_precision", own)
         yield partial(torch.set_float32_matmul_precision, precision)
         torch.set_float32_matmul_precision("highest")
 

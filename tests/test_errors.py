@@ -281,6 +281,69 @@ def test_output_must_be_a_tensor(cls: type[nn.Module]) -> None:
         refused(partial(method.attribute, x, 1), "return", "tensor", model=model, tensors=(x,))
 
 
+@pytest.mark.parametrize("first", [nn.Conv3d(3, 4, 3, bias=False), nn.Conv3d(3, 4, 3), nn.Linear(6, 4)])
+@pytest.mark.parametrize(("own", "given"), [("float32", "float64"), ("bfloat16", "float32"), ("float64", "float32")])
+def test_inputs_of_another_type_than_the_models(first: nn.Module, own: str, given: str) -> None:
+    """Layers without a bias, and linear ones, torch.export lets take what they do not take."""
+    net = nn.Sequential(first, nn.ReLU(), nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.LazyLinear(CLASSES))
+    net = copy.deepcopy(net).eval()
+    net(torch.zeros(1, 3, 4, 6, 6))
+    with pytest.raises(
+        ValueError, match=rf"inputs are torch\.{given}, the model is torch\.{own}: convert one with .to"
+    ):
+        DeepTaylor(net.to(getattr(torch, own)), 0.0, 1.0).attribute(
+            torch.rand(1, 3, 4, 6, 6, dtype=getattr(torch, given)), 1
+        )
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 6, 6), (3, 3, 6, 6)])
+def test_images_are_not_taken_for_a_clip_without_its_batch(model: nn.Module, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"must be clips \(N, C, T, H, W\), got shape \(., 3, 6, 6\)") as caught:
+        DiscriminativeDeepTaylor(model, 0.0, 1.0).attribute(torch.rand(shape), 1)
+    assert "unsqueeze" not in str(caught.value)
+
+
+class Squared(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * F.relu(x)
+
+
+class OfAnotherShape(Attribution):  # type: ignore[misc]
+    """Gives what a function makes of its inputs."""
+
+    def __init__(self, model: nn.Module, make: Callable[[Tensor], Any]) -> None:
+        super().__init__(model)
+        self.make = make
+
+    def attribute(self, inputs: Tensor, target: int = 0, **options: Any) -> Any:
+        return self.make(inputs)
+
+
+@pytest.mark.parametrize(
+    ("make", "shapes"),
+    [
+        (lambda x: (x.sum(1), x.sum(1), x.sum(1)), r"\(1, 4, 6, 6\), \(1, 4, 6, 6\), \(1, 4, 6, 6\)"),
+        (lambda x: torch.cat([x, x], 2), r"\(1, 3, 8, 6, 6\)"),
+        (lambda x: x[:, :, :1], r"\(1, 3, 1, 6, 6\)"),
+        (lambda x: x[:, :, :, ::2], r"\(1, 3, 4, 3, 6\)"),
+        (lambda x: None, "NoneType"),
+    ],
+)
+def test_maps_of_another_shape_are_no_maps_of_the_clip(
+    model: nn.Module, make: Callable[[Tensor], Any], shapes: str
+) -> None:
+    method = DiscriminativeRelevance(OfAnotherShape(model, make))
+    with pytest.raises(
+        TypeError, match=rf"shaped like its inputs, \(1, 3, 4, 6, 6\); Of Another Shape returned {shapes}"
+    ):
+        method.attribute(torch.rand(1, 3, 4, 6, 6), target=1)
+
+
+def test_maps_may_have_one_channel(model: nn.Module) -> None:
+    method = DiscriminativeRelevance(OfAnotherShape(model, lambda x: x.sum(1, keepdim=True)))
+    assert method.attribute(torch.rand(1, 3, 4, 6, 6), target=1).total.shape == (1, 4, 6, 6)
+
+
 def test_some_layer_must_see_the_pixels() -> None:
     model, x = build(NoPixelLayer), clip()
     refused(lambda: DeepTaylor(model, 0, 1).attribute(x, 1), "pixel", model=model, tensors=(x,))
@@ -291,9 +354,18 @@ def test_unsupported_operations_are_listed_all() -> None:
     for method in (DeepTaylor(model, 0, 1), DiscriminativeDeepTaylor(model, 0, 1)):
         words = ("sort", "inner.0", "cumprod", "test_errors.py")
         refused(partial(method.attribute, x, 1), *words, model=model, tensors=(x,))
-        with pytest.raises(UnsupportedOperationError):
+        with pytest.raises(
+            UnsupportedOperationError, match=r"register a layer for .*sort.* with captum_dtd.layers.covers"
+        ):
             method.attribute(x, 1)
     assert issubclass(UnsupportedOperationError, ValueError)
+
+
+def test_no_layer_is_to_be_registered_for_what_has_one() -> None:
+    net = nn.Sequential(nn.Conv3d(3, CLASSES, 1), nn.AdaptiveAvgPool3d(1), nn.Flatten(), Squared()).eval()
+    with pytest.raises(UnsupportedOperationError, match=r"mul .*comes from a sigmoid") as caught:
+        DeepTaylor(net, 0, 1).attribute(clip(), 1)
+    assert "register" not in str(caught.value)
 
 
 # --- settings ----------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ def told():
     for name, read in {
         "convolutions": lambda: torch.backends.cudnn.conv.fp32_precision,
         "products": lambda: torch.backends.cuda.matmul.fp32_precision,
+        "oneDNN's convolutions": lambda: torch.backends.mkldnn.conv.fp32_precision,
+        "oneDNN's products": lambda: torch.backends.mkldnn.matmul.fp32_precision,
         "older, convolutions": lambda: torch.backends.cudnn.allow_tf32,
         "older, products": lambda: torch.get_float32_matmul_precision(),
     }.items():
@@ -71,6 +73,9 @@ SETTINGS = {
     "newer, products": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
     "newer, convolutions": "torch.backends.cudnn.conv.fp32_precision = 'tf32'",
     "newer, all": "torch.backends.fp32_precision = 'tf32'",
+    "newer, oneDNN's convolutions": "torch.backends.mkldnn.conv.fp32_precision = 'bf16'",
+    "newer, oneDNN's products": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "newer, all bfloat16": "torch.backends.fp32_precision = 'bf16'",
     "newer, exact": "torch.backends.fp32_precision = 'ieee'",
 }
 
@@ -87,6 +92,6 @@ def told() -> dict[str, Any]:
 def test_products_are_exact_inside_and_as_they_were_after(told: dict[str, Any], setting: str) -> None:
     assert told[setting] is not None, "its process failed"
     for moment in ("inside", "still", "between"):
-        products = {told[setting][moment][name] for name in ("convolutions", "products")}
+        products = {value for name, value in told[setting][moment].items() if "older" not in name}
         assert products <= {"ieee", "none"}, (moment, told[setting])
     assert told[setting]["after"] == told[setting]["before"]

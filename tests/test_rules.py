@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -381,9 +382,13 @@ def test_rules_and_composites_are_records() -> None:
     [
         lambda: ZPlus(bias="kept"),
         lambda: ZPlus(stabilizer=-1.0),
+        lambda: ZPlus(stabilizer=math.inf),
+        lambda: Gamma(gamma=math.inf),
+        lambda: AlphaBeta(math.nan, math.nan),
+        lambda: AlphaBeta(math.inf, math.inf),
         lambda: Epsilon(stabilizer=float("nan")),
     ],
 )
 def test_rules_refuse_parameters_without_a_meaning(wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"bias|stabilizer"):
+    with pytest.raises(ValueError, match=r"bias|stabilizer|gamma|alpha"):
         wrong()

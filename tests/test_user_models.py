@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -20,8 +21,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn import functional as F
 
 import captum_dtd.attribution
-from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, DiscriminativeRelevance, UnsupportedOperationError
+from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, DiscriminativeRelevance, UnsupportedOperationError, layers
 from captum_dtd.composites import DTD
+from captum_dtd.layers import Elementwise
 from captum_dtd.rules import Epsilon, Flat, Rule, ZPlus
 
 LOW, HIGH = -2.0, 2.0
@@ -203,6 +205,18 @@ def _widened(h: Tensor) -> Tensor:
     return h @ F.interpolate(eye[:, None], scale_factor=2, mode="linear")[:, 0]
 
 
+def _copied(h: Tensor, dtype: torch.dtype) -> Tensor:
+    """By way of a tensor of another type that is written to."""
+    return torch.zeros(h.shape, dtype=dtype).copy_(h * 3).double()
+
+
+def _written_through_a_view(h: Tensor) -> Tensor:
+    y = h + 0.1
+    turned, same = y.mT, y.type_as(y)
+    turned.mul_(0.5)
+    return same.mul_(3.0)
+
+
 MINUS = torch.linspace(-0.2, 0.5, 10, dtype=torch.float64)
 
 SAME: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -211,6 +225,11 @@ SAME: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] =
     "hstack": (lambda h: torch.hstack([h[:, 2:], h[:, :2]]), lambda h: torch.cat([h[:, 2:], h[:, :2]], 1)),
     "type_as": (lambda h: h.float().type_as(WEIGHT), lambda h: h.float().double()),
     "type_as of a signal": (lambda h: h.float().type_as(h), lambda h: h.float().double()),
+    "type_as of its own type": (_written_through_a_view, lambda h: (h + 0.1) * 0.5 * 3.0),
+    "copy into float16": (lambda h: _copied(h, torch.half), lambda h: (h * 3).half().double()),
+    "clip": (lambda h: torch.clip(h - 0.1, 0.0, 0.5), lambda h: torch.clamp(h - 0.1, 0.0, 0.5)),
+    "zero_": (lambda h: torch.cat([(h * 2).zero_()[:, :, :1], h], 2), lambda h: F.pad(h, (0, 0, 0, 0, 1, 0))),
+    "rsub": (lambda h: torch.rsub(MINUS, h), lambda h: h - MINUS),
     "repeat_interleave": (lambda h: h.repeat_interleave(2, 2), _repeated),
     "nearest-exact": (
         lambda h: F.interpolate(h, scale_factor=2, mode="nearest-exact"),
@@ -291,6 +310,28 @@ def test_frozen_clips_know_those_operations_times(what: str) -> None:
     tables = (DiscriminativeDeepTaylor(model(of_rectified(f)), LOW, HIGH).rule_table(clips()) for f in (written, plain))
     ours, theirs = ([row.times for row in table.rows].count("every time") for table in tables)
     assert ours == theirs
+
+
+def test_numbers_that_are_cut_to_integers_on_the_way_are_those_of_the_model() -> None:
+    m = model(lambda m, x: m.head(F.relu(m.block(F.relu(m.stem(x)) + _copied(m.stem(x), torch.long)))))
+    seeds = DeepTaylor(m, LOW, HIGH).ledger(clips(), 1).seed
+    torch.testing.assert_close(seeds, m(clips()).detach()[:, 1])
+
+
+RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
+    "randperm": lambda h: h[:, :, torch.randperm(8)[:4]],
+    "rand": lambda h: h + torch.rand(10, 10, dtype=h.dtype),
+    "randn_like": lambda h: h + torch.randn_like(h),
+    "randint": lambda h: h[:, :, torch.randint(8, (4,), generator=torch.Generator().manual_seed(1))],
+}
+
+
+@pytest.mark.parametrize("what", RANDOM)
+def test_random_numbers_in_forward_are_refused(what: str) -> None:
+    state = torch.get_rng_state()
+    with pytest.raises(UnsupportedOperationError, match=f"{what} draws random numbers.*test_user_models.py:"):
+        DeepTaylor(model(of_rectified(RANDOM[what])), LOW, HIGH).attribute(clips(), 1)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("method", [DeepTaylor, DiscriminativeDeepTaylor])
@@ -966,6 +1007,50 @@ def test_what_a_class_says_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None
     assert not torch.isclose(first, second).any() and not torch.isclose(second, third).any()
 
 
+@dataclass(slots=True)
+class Slotted:
+    slope: float = 0.1
+
+
+class Configured(Sloped):
+    """What it holds says what it computes."""
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+
+    @property
+    def slope(self) -> float:  # type: ignore[override]
+        return float(self.settings[0] if isinstance(self.settings, deque) else self.settings.slope)
+
+
+@pytest.mark.parametrize("settings", [Slotted(), deque([0.1])], ids=["a dataclass with slots", "a deque"])
+def test_what_a_module_holds_is_read_anew(settings: Any) -> None:
+    net, x = Configured(settings).double().eval(), clips()
+    method = DeepTaylor(net, LOW, HIGH)
+    first = method.attribute(x, 1)
+    if isinstance(settings, deque):
+        settings[0] = 1.0
+    else:
+        settings.slope = 1.0
+    second = method.attribute(x, 1)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(second, DeepTaylor(net, LOW, HIGH).attribute(x, 1))
+
+
+def test_a_layer_that_was_pruned_is_traced_anew() -> None:
+    def scaled(m: Layers, x: Tensor) -> Tensor:
+        return (
+            F.linear(F.relu(m.stem(x)).mean((2, 3, 4))[:, : m.fc.weight.shape[1]], m.fc.weight) / m.fc.weight.shape[1]
+        )
+
+    m, x = model(scaled), clips()
+    method = DeepTaylor(m, LOW, HIGH)
+    method.attribute(x, 1)
+    m.fc.weight = nn.Parameter(m.fc.weight[:, :3])
+    torch.testing.assert_close(method.attribute(x, 1).flatten(1).sum(1), m(x).detach()[:, 1])
+
+
 class Described(Sloped):
     """Python makes its forward anew whenever it is asked for."""
 
@@ -1268,3 +1353,45 @@ def test_lost_and_grown_examples_of_one_batch_are_told_apart() -> None:
         warnings.simplefilter("always")
         DeepTaylor(m.eval(), 0.0, 1.0, composite={"4": Epsilon(stabilizer=0.0)}).attribute(x, 0)
     assert ["was lost" in str(each.message) for each in caught] == [True, False]
+
+
+def test_a_product_with_a_weight_follows_the_rule_of_linear_layers() -> None:
+    def rules(body: Callable[..., Tensor]) -> list[str]:
+        table = DeepTaylor(model(body), LOW, HIGH, composite="epsilon-gamma-box").rule_table(clips())
+        return [row.rule for row in table.rows if row.operation in ("linear", "matmul", "einsum")]
+
+    written = (
+        lambda m, x: F.relu(m.stem(x)).mean((2, 3, 4)) @ m.fc.weight.T,
+        lambda m, x: torch.einsum("nc,oc->no", F.relu(m.stem(x)).mean((2, 3, 4)), m.fc.weight),
+    )
+    (wanted,) = rules(lambda m, x: F.linear(F.relu(m.stem(x)).mean((2, 3, 4)), m.fc.weight))
+    assert wanted.startswith("Epsilon")
+    assert all(rules(body) == [wanted] for body in written)
+
+
+class Halved(Elementwise):
+    """A layer of a user's own."""
+
+
+def test_a_layer_of_ones_own_is_in_the_rule_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    def halved(m: Layers, x: Tensor) -> Tensor:
+        return m.head(torch.ldexp(F.relu(m.stem(x)), torch.tensor(-1)))
+
+    monkeypatch.setitem(layers._FACTORIES, torch.ops.aten.ldexp.Tensor, lambda node, signals: Halved())
+    method = DeepTaylor(model(halved), LOW, HIGH)
+    assert "passes" in [row.rule for row in method.rule_table(clips()).rows if row.operation == "ldexp"]
+    torch.testing.assert_close(method.attribute(clips(), 1).flatten(1).sum(1), method.model(clips()).detach()[:, 1])
+
+
+def test_relevance_of_no_examples_has_its_type_too() -> None:
+    method = DeepTaylor(model(lambda m, x: m.head(F.relu(m.stem(x))), torch.bfloat16), LOW, HIGH)
+    x = clips().bfloat16()
+    assert method.attribute(x, 1).dtype == method.attribute(x[:0], 1).dtype == torch.float32
+
+
+def test_bounds_may_be_tuples_of_numpys_numbers() -> None:
+    m, x = model(lambda m, x: m.head(F.relu(m.stem(x)))), clips()
+    high = tuple(np.full(3, HIGH, np.float32))
+    torch.testing.assert_close(
+        DeepTaylor(m, LOW, high).attribute(x, 1), DeepTaylor(m, LOW, float(high[0])).attribute(x, 1)
+    )
