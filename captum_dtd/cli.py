@@ -280,6 +280,7 @@ def _explain(args: argparse.Namespace) -> int:
                 f"the relevance of {args.video} is not finite: look for NaN, infinite or very large numbers in the weights "
                 f"of {args.model} and in what it computes"
             )
+        rules = explainer.method.method.rule_table(inputs)
         moves, looks = np.abs(maps["temporal"]).sum(), np.abs(maps["spatial"]).sum()
         record = {
             "version": __version__,
@@ -295,14 +296,14 @@ def _explain(args: argparse.Namespace) -> int:
             "target": target,
             "class": classes[target] if classes else f"class {target}",
             "score": float(explainer.scores(inputs, outputs)[0, target]),
-            "probability": float(_probabilities(outputs)[0, target]),
+            "probability": float(_probabilities(outputs, bool(rules.notes))[0, target]),
             "preset": args.preset or "none",
             "readout": explainer.method.readout,
             "normalize": explainer.method.normalize,
             "seed": explainer.method.method.seed,
             "composite": args.composite,
             "precision": explainer.method.method.precision,
-            "kernels": sorted({row.kernel for row in explainer.method.method.rule_table(inputs).rows}),
+            "kernels": sorted({row.kernel for row in rules.rows}),
             "low": prepare.bounds[0].tolist(),
             "high": prepare.bounds[1].tolist(),
             "preprocessing": prepare.to_dict(),
@@ -459,9 +460,9 @@ def _mean_outputs(explainer: Explainer, source: _Source, quiet: bool) -> Tensor:
     return torch.stack(outputs).mean(0)
 
 
-def _probabilities(outputs: Tensor) -> Tensor:
-    """Softmax, unless the model has applied it already."""
-    done = bool((outputs >= 0).all()) and torch.allclose(outputs.sum(1), torch.ones_like(outputs[:, 0]), atol=1e-4)
+def _probabilities(outputs: Tensor, ends_in_them: bool) -> Tensor:
+    """Softmax, unless the model ends in one, or in a sigmoid for each class; of a log-softmax it is the exponential."""
+    done = ends_in_them and bool((outputs >= 0).all())
     return outputs if done else outputs.softmax(1)
 
 

@@ -37,6 +37,8 @@ def run() -> int:
         except ImportError:
             purpose, install = _OPTIONAL[name]
             print(f"  {name:12} not installed ({purpose}): {install}")
+        except Exception as error:  # what is installed may fit nothing else that is
+            print(f"  {name:12} BROKEN, its import fails: {type(error).__name__}: {' '.join(str(error).split())}")
     print("devices")
     print(f"  cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads, {', '.join(_cpu_features())}")
     for index in range(torch.cuda.device_count()):

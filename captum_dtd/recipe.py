@@ -85,8 +85,6 @@ class Recipe:
         settings = Preprocessing.from_dict(known).to_dict() if known else {}
         if "size" in given:
             settings.pop("resize", None)
-        elif "mean" in given and "channels" not in given and not known:
-            given["channels"] = len(given["mean"])
         settings |= given
         missing = [f"--{name}" for name in ("size", "mean", "std", "frames") if name not in settings]
         if missing:

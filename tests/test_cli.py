@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -429,6 +431,40 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     out = capsys.readouterr().out
     assert "FAILED: relevance sums to the logit" in out
     assert "pip install nothing" in out
+
+
+def test_doctor_goes_on_where_an_import_fails(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "unfitting.py").write_text("raise RuntimeError('operator nms does not exist')")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setitem(doctor._OPTIONAL, "unfitting", ("does nothing", "pip install nothing"))
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "unfitting    BROKEN, its import fails: RuntimeError: operator nms does not exist" in out
+    assert "ok: relevance sums" in out
+
+
+@pytest.mark.parametrize("last", ["Sigmoid()", "Softmax(1)", "LogSoftmax(1)", "Identity()"])
+def test_probabilities_are_the_models_own(folder: Path, monkeypatch: pytest.MonkeyPatch, last: str) -> None:
+    (folder / "ends.py").write_text(
+        "from torch import nn\nfrom captum_dtd.models import c3d_mini\n"
+        f"def build():\n    return nn.Sequential(c3d_mini(num_classes=3), nn.{last})\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "ends", raising=False)
+    torch.manual_seed(0)
+    options = ["--size", "32", "32", "--mean", "0.5", "--std", "0.5", "--frames", "4", "--target", "1", "--quiet"]
+    assert main(["explain", "generated:jack", "--model", "ends:build", *options, "-o", "out"]) == 0
+    _, record = read(folder / "out")
+    torch.manual_seed(0)
+    monkeypatch.setattr(cli, "_probabilities", lambda outputs, _: outputs)
+    assert main(["explain", "generated:jack", "--model", "ends:build", *options, "-o", "again"]) == 0
+    own = read(folder / "again")[1]["probability"]  # the model's output
+    if last == "Identity()":
+        assert record["probability"] != own and 0 < record["probability"] < 1
+    else:
+        assert record["probability"] == pytest.approx(math.exp(own) if last == "LogSoftmax(1)" else own)
 
 
 def test_real_clips(folder: Path, data: Path) -> None:

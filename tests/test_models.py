@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from captum_dtd.models import BUNDLED, C3D, bundled, c3d_mini, load_checkpoint, load_model
@@ -346,7 +347,9 @@ def test_a_pickled_whole_model_is_refused_without_running_it(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["corrupt.pth", "corrupt.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"hello, this is text", b"PK\x03\x04" + bytes(60)])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello, this is text", b"PK\x03\x04" + bytes(60), b"a\nb\n", b"0 jack\n1 walk\n"]
+)
 def test_corrupt_files_are_errors(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     _refused(SmallC3D(), tmp_path / name)
@@ -389,6 +392,24 @@ def test_c3d_mini_loads_what_the_training_scripts_write(tmp_path: Path) -> None:
     assert torch.equal(loaded.model(x), model(x))
     assert loaded.classes is not None and loaded.classes[1] == "jack" and loaded.weights == str(copy)
     assert loaded.preprocessing is not None and loaded.preprocessing["channels"] == 1
+
+
+@pytest.mark.parametrize("metadata", [{"classes": "a,b"}, {"classes": '["a"]'}, {"format": "pt"}])
+def test_words_of_other_programs_in_a_checkpoint_are_not_ours(tmp_path: Path, metadata: dict[str, str]) -> None:
+    source = c3d_mini(num_classes=4).eval()
+    save_file(source.state_dict(), tmp_path / "other.safetensors", metadata)
+    loaded = load_model("c3d_mini", weights=str(tmp_path / "other.safetensors"), num_classes=4)
+    x = torch.rand(1, 3, 4, 16, 16)
+    assert torch.equal(loaded.model(x), source(x)) and loaded.classes is None
+
+
+def test_a_damaged_description_of_a_checkpoint_is_named(tmp_path: Path) -> None:
+    with resources.as_file(resources.files("captum_dtd.models") / "weights" / "weizmann.safetensors") as stored:
+        with safe_open(stored, framework="pt") as file:
+            metadata = file.metadata()
+        save_file(load_file(stored), tmp_path / "mine.safetensors", {**metadata, "mean": "[0.5"})
+    with pytest.raises(ValueError, match=r"mine\.safetensors says of itself what cannot be read"):
+        load_model("c3d_mini", weights=str(tmp_path / "mine.safetensors"))
 
 
 def test_c3d_mini_with_a_bare_state_dict(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def _read(path: Path) -> Any:
                 "not loaded, since that would run code from it: save model.state_dict() alone"
             ) from error
         raise ValueError(f"{path} is no checkpoint that PyTorch or safetensors wrote") from error
-    except (RuntimeError, EOFError, OSError, SafetensorError, KeyError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, SafetensorError, LookupError, ValueError) as error:
         reason = (str(error) or "it is empty").splitlines()[0]
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
 

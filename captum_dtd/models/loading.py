@@ -145,6 +145,11 @@ def _bundled_path(name: str) -> AbstractContextManager[Path]:
     return resources.as_file(resources.files("captum_dtd.models") / "weights" / f"{name}.safetensors")
 
 
+_PREPROCESSING = ("frames", "stride", "resize", "size", "mean", "std", "scale", "channels")
+_DESCRIBED = {"classes", "num_classes", "in_channels", *_PREPROCESSING}
+"""What benchmarks/train writes about a checkpoint into its metadata."""
+
+
 def _description(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What benchmarks/train wrote about a checkpoint into its metadata; empty for any other file."""
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
@@ -154,7 +159,14 @@ def _description(path: str | os.PathLike[str]) -> dict[str, Any]:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
-    return {key: json.loads(value) for key, value in metadata.items()} if "classes" in metadata else {}
+    if not metadata.keys() >= _DESCRIBED:  # another program's, which may use some of these words
+        return {}
+    try:
+        return {key: json.loads(value) for key, value in metadata.items()}
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} says of itself what cannot be read ({error}); save its tensors without metadata"
+        ) from error
 
 
 def _trained_mini(path: str | os.PathLike[str], info: dict[str, Any]) -> tuple[C3DMini, dict[str, Any]]:
@@ -175,9 +187,7 @@ def _load_mini(weights: str | os.PathLike[str] | None, num_classes: int | None) 
         return LoadedModel(model.eval(), "c3d_mini", None, None, source)
     if num_classes not in (None, info["num_classes"]):
         raise ValueError(f"num_classes must be {info['num_classes']} for the weights {source!r}, not {num_classes}")
-    preprocessing = {
-        key: info[key] for key in ("frames", "stride", "resize", "size", "mean", "std", "scale", "channels")
-    }
+    preprocessing = {key: info[key] for key in _PREPROCESSING}
     return LoadedModel(model, "c3d_mini", tuple(info["classes"]), preprocessing, source)
 
 
