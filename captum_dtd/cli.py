@@ -10,10 +10,10 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, TextIO, cast, get_args
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         main(["explain", "generated:jack", "--model", "c3d_mini", "--weights", "weizmann", "-o", "out"])
     """
-    with warnings.catch_warnings():
+    with _outlasting_readers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning)
         warnings.showwarning = _show_warning
@@ -75,9 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         except SystemExit as done:  # --help and --version
             return int(done.code or 0)
-        except BrokenPipeError:  # the reader of our output has left, as in "| head -1"
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
         except KeyboardInterrupt:
             print("captum-dtd: interrupted, nothing was written", file=sys.stderr)
             return 130
@@ -86,6 +83,45 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = " ".join(str(error).split()) or type(error).__name__
             print("captum-dtd: error: " + (text if expected else f"{type(error).__name__}: {text}"), file=sys.stderr)
             return 2
+
+
+class _Outlasting:
+    """A standard stream whose reader may leave, as in "| head -1": what is written then goes nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._without_a_reader():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._without_a_reader():
+            self._stream.flush()
+
+    @contextmanager
+    def _without_a_reader(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _outlasting_readers() -> Iterator[None]:
+    """Work is done, and an exit code tells how, whoever reads what is printed meanwhile."""
+    with open(os.devnull, "w") as nowhere:  # streams that were closed before are None
+        out, err = _Outlasting(sys.stdout or nowhere), _Outlasting(sys.stderr or nowhere)
+        with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
+            try:
+                yield
+            finally:
+                out.flush()
+                err.flush()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -329,7 +365,7 @@ def _dataset(args: argparse.Namespace) -> int:
             target=args.target,
             lists=args.list,
             clip_stride=args.clip_stride,
-            maps=() if args.maps == "none" else tuple(args.maps.split(",")),
+            maps=() if args.maps == "none" else tuple(name.strip() for name in args.maps.split(",")),
             encoding=args.encoding,
             batch_clips=args.batch_clips,
             internal_batch_size=args.internal_batch_size,

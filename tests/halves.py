@@ -1,4 +1,4 @@
-"""A task that may kill the process it runs in; a module of its own, since processes import what they run."""
+"""Tasks that may kill the process they run in; a module of their own, since processes import what they run."""
 
 from __future__ import annotations
 
@@ -11,3 +11,8 @@ def half(number: int) -> int:
     if number % 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return number // 2
+
+
+def die_at_once(*_: object) -> None:
+    """As a process that finds no memory when it starts."""
+    os._exit(9)

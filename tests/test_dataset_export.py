@@ -104,6 +104,20 @@ def test_webdataset_reads_its_archives(store: dataset.Relevance) -> None:
     before = [path.read_bytes() for path in archives]
     export_webdataset(store, "archives")
     assert [path.read_bytes() for path in archives] == before
+    with pytest.raises(ValueError, match=r"archives of another export.*\(relevance-00001\.tar\): name another folder"):
+        export_webdataset(store, "archives", rows=[0])
+    assert [path.read_bytes() for path in archives] == before
+
+
+def test_mp4_leaves_out_clips_of_a_video_that_was_replaced(store: dataset.Relevance) -> None:
+    data_sets.write_avi(Path("root/bend/a.avi"), 9, seed=7)
+    exported = export_mp4(store, "videos")
+    of_it = [row["id"] for row in store.table.to_pylist() if row["path"] == "bend/a.avi"]
+    assert of_it and {exported.left_out[name] for name in of_it} == {
+        "its video is of another size than when it was explained"
+    }
+    assert exported.clips == exported.files == 6 - len(of_it)
+    assert not list(Path("videos").glob("bend/*"))
 
 
 def test_mp4_shows_the_clip_beside_its_relevance(store: dataset.Relevance) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 pytest.importorskip("av", reason="PyAV is not installed")
 
 import data_sets
+import halves
 import pyarrow as pa
 import pyarrow.parquet as pq
 from data_sets import CLASSES, FRAMES, OPTIONS, RECIPE, frames_of, make_tree, same, stored, write_avi
@@ -34,6 +39,7 @@ from captum_dtd.dataset.clips import probe_entry
 from captum_dtd.dataset.configuration import weights_digest
 from captum_dtd.dataset.engine_local import local_engine
 from captum_dtd.dataset.run import _fair_share
+from captum_dtd.dataset.store import Store
 from captum_dtd.models import load_model
 from captum_dtd.recipe import Recipe
 from captum_dtd.video import Preprocessing, WindowReader
@@ -522,7 +528,7 @@ def test_a_damaged_file_of_maps_is_named(root: Path) -> None:
     file.write_bytes(file.read_bytes()[:-20])
     store = dataset.open("out")
     assert store.spatial[:4].any()
-    with pytest.raises(StoreError, match=r"maps\.zarr/spatial: the file of shard 1 is damaged .* Delete it"):
+    with pytest.raises(StoreError, match=r"maps\.zarr/spatial/c\.1\.0\.0\.0 is damaged .* Delete it"):
         store.spatial[5]
 
 
@@ -770,6 +776,33 @@ def test_a_clip_that_failed_comes_out_as_if_it_had_not(root: Path, folder: Path,
     assert same(Path("out"), Path("whole"))
 
 
+@pytest.mark.parametrize("committed", [0, 1, 2])
+def test_a_retry_that_is_interrupted_is_one_all_the_same(
+    root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, committed: int
+) -> None:
+    """Rows of a video that was replaced are of the new one, those that were explained before it, too."""
+    whole = (root / "walk/d.avi").read_bytes()
+    (root / "walk/d.avi").write_bytes(whole[: len(whole) // 2])
+    assert 0 < explain_dataset(root, "out", RECIPE, **SETTINGS).failed < 4
+    shutil.copytree("out", "undisturbed")
+    write_avi(root / "walk/d.avi", 4 * data_sets.FRAMES, seed=99)
+    assert explain_dataset(root, "undisturbed", RECIPE, **SETTINGS, retry_failed=True).failed == 0
+
+    commit, done = Store.commit, itertools.count()
+
+    def dies(store: Store, shard: int, rows: Any) -> None:
+        if next(done) == committed:
+            raise OSError("the disk is gone")
+        commit(store, shard, rows)
+
+    monkeypatch.setattr(Store, "commit", dies)
+    with suppress(OSError):
+        explain_dataset(root, "out", RECIPE, **SETTINGS, retry_failed=True)
+    monkeypatch.setattr(Store, "commit", commit)
+    assert explain_dataset(root, "out", RECIPE, **SETTINGS, retry_failed=True).failed == 0
+    assert same(Path("out"), Path("undisturbed"))
+
+
 def test_clips_follow_each_other_at_any_stride(root: Path) -> None:
     strided = replace(RECIPE, preprocessing={**data_sets.PREPROCESSING, "stride": 2})
     explain_dataset(root, "out", strided, **SETTINGS)
@@ -803,6 +836,38 @@ def test_maps_are_two_different_ones(root: Path, maps: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="maps must be two of"):
         explain_dataset(root, "out", RECIPE, maps=maps, **SETTINGS)
     assert not Path("out").exists()
+
+
+def test_processes_that_die_while_they_start_are_given_up(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more clips to tell them of than a pipe holds."""
+    (root / "t.csv").write_text("path,start\n" + "bend/a.avi,0\n" * 2000)
+    monkeypatch.setattr(engine_local, "_serve", halves.die_at_once)
+    with pytest.raises(RuntimeError, match=r"the process for cpu died 3 times in a row \(exit code 9\)"):
+        explain_dataset(root / "t.csv", "out", RECIPE, **{**SETTINGS, "shard_clips": 100}, devices=["cpu", "cpu"])
+
+
+def without_a_reader() -> TextIO:
+    """What a stream is whose reader has left."""
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w", buffering=1)
+
+
+@pytest.mark.parametrize("stderr", [without_a_reader, lambda: None], ids=["left", "closed"])
+@pytest.mark.parametrize("stdout", [without_a_reader, lambda: None], ids=["left", "closed"])
+def test_a_run_outlasts_who_reads_what_it_prints(
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stdout: Callable[[], TextIO | None],
+    stderr: Callable[[], TextIO | None],
+) -> None:
+    (root / "jack" / "empty.avi").touch()
+    monkeypatch.setattr(sys, "stdout", stdout())
+    monkeypatch.setattr(sys, "stderr", stderr())
+    options = [option for option in OPTIONS if option != "--quiet"]
+    assert main(["dataset", str(root), *options, "-o", "out", "--decoders", "0", "--batch-clips", "2"]) == 1
+    rows, _ = stored(Path("out"))
+    assert [row["status"] for row in rows].count("ok") == 11 and len(rows) == 12
 
 
 def test_the_command_and_its_exit_codes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -213,6 +214,46 @@ def test_a_start_in_words_is_named(tmp_path: Path) -> None:
         find_videos(tmp_path / "t.parquet")
     with pytest.raises(ValueError, match="column:start: that column says which clip it is"):
         find_videos(tmp_path / "t.parquet", target_column="start")
+
+
+def test_a_video_in_place_of_a_table_is_told_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "v.avi").write_bytes(b"RIFF\x00\x1b[31m,\n,,,\n" + bytes(range(256)))
+    with pytest.raises(ValueError, match=r"v\.avi is a video: name a folder, or a CSV or parquet file") as caught:
+        find_videos(tmp_path / "v.avi")
+    assert str(caught.value).isprintable()
+
+
+def test_a_published_list_in_place_of_a_table_is_told_what_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "ssv2.json").write_text('[{"id": "1", "template": "Moving [something]"}]')
+    with pytest.raises(ValueError, match=r"ssv2\.json.*column path"):
+        find_videos(tmp_path / "ssv2.json")
+
+
+def test_a_video_that_is_listed_twice_is_refused(ucf: Path) -> None:
+    (ucf.parent / "ucfTrainTestlist" / "again.txt").write_text("JumpRope/v_JumpRope_g01_c01.avi\n")
+    with pytest.raises(ValueError, match=r"JumpRope/v_JumpRope_g01_c01\.avi twice"):
+        find_videos(ucf, ["trainlist01.txt", "again.txt"])
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path / "root", "jack/v.avi", "walk/v.avi")
+    scandir = os.scandir
+
+    def denied(folder: bytes) -> Any:
+        if os.fsencode(folder).endswith(b"jack"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(PermissionError, match=r"the folder .*root/jack may not be read") as caught:
+        find_videos(tmp_path / "root")
+    assert "b'" not in str(caught.value)
+
+
+def test_no_name_is_not_the_working_directory(ucf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ucf)
+    with pytest.raises(ValueError, match="root is empty"):
+        find_videos("")
 
 
 def test_nothing_to_explain(tmp_path: Path, ucf: Path) -> None:

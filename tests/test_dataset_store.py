@@ -156,6 +156,31 @@ def test_files_that_cannot_be_understood_are_named(store: dataset.Relevance) -> 
     assert len(dataset.open(out).table) == 7
 
 
+@pytest.mark.parametrize("file", ["clips.parquet", "maps.zarr/spatial/zarr.json"])
+def test_files_that_were_cut_short_are_named(store: dataset.Relevance, file: str) -> None:
+    path = store.folder / file
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(StoreError, match=rf"{Path(file).name} cannot be understood"):
+        dataset.open(store.folder)
+
+
+def test_an_empty_file_of_maps_is_one_that_is_gone(store: dataset.Relevance) -> None:
+    (store.folder / "maps.zarr/temporal/c.1.0.0.0").write_bytes(b"")
+    with pytest.raises(StoreError, match="shard"):
+        dataset.open(store.folder).temporal[:]
+
+
+def test_damage_is_found_in_its_file(store: dataset.Relevance) -> None:
+    path = store.folder / "maps.zarr/temporal/c.1.0.0.0"
+    data = path.read_bytes()
+    for place in range(0, len(data), max(1, len(data) // 40)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        with pytest.raises(StoreError, match=r"temporal/c\.1\.0\.0\.0 is damaged"):
+            dataset.open(store.folder).temporal[:]
+    path.write_bytes(data)
+    dataset.open(store.folder).temporal[:]
+
+
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_durably(tmp_path / "deep" / "file", b"before")
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("full")))

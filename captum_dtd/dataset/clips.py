@@ -29,6 +29,7 @@ __all__ = [
     "clips_of_table",
     "differences",
     "failure",
+    "of_another_size",
     "probe_entry",
     "resized",
     "with_new_sizes",
@@ -193,16 +194,18 @@ def with_new_sizes(clips: Sequence[Clip], folder: Path, changing: Collection[byt
 
 
 def resized(clips: Sequence[Clip], folder: Path, changing: Collection[bytes]) -> list[str]:
-    """Which videos are not of the size they had when the clips were listed, but for some, by path; in words.
+    """Which videos are `of_another_size`, but for some, by path; in words."""
+    told = _some("of another size", (path for path in of_another_size(clips, folder) if path not in changing))
+    return [told] if told else []
+
+
+def of_another_size(clips: Sequence[Clip], folder: Path) -> list[bytes]:
+    """Which videos are not of the size they had when the clips were listed, by path.
 
     A video that is gone is none of them: its clips get rows that say so.
     """
-    sizes = {clip.path: clip.size for clip in clips if clip.size is not None and clip.path not in changing}
-    return [
-        text
-        for text in [_some("of another size", (p for p, size in sizes.items() if _size(folder, p) not in (None, size)))]
-        if text
-    ]
+    sizes = {clip.path: clip.size for clip in clips if clip.size is not None}
+    return [path for path, size in sizes.items() if _size(folder, path) not in (None, size)]
 
 
 def _size(folder: Path, path: bytes) -> int | None:

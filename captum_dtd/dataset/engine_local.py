@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -204,13 +204,15 @@ class _Team:
         """Where the process sends what it has done; it is started if it does not run."""
         if self._running is None:
             context = multiprocessing.get_context("spawn")
-            ours, theirs = context.Pipe(duplex=False)
-            arguments = (self._job, self._device, self._share, tuple(self.left.values()), theirs)
-            process = context.Process(target=_serve, args=arguments)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(self._device, theirs))
             with without_interrupts():
                 process.start()
             theirs.close()
             self._running = process, ours
+            # The work comes after: a list of all clips would wait for ever in the way to a process that dies while it starts.
+            work = self._job, self._share, tuple(self.left.values())
+            threading.Thread(target=_hand_over, args=(ours, work), daemon=True).start()
         return self._running[1]
 
     def listen(self) -> None:
@@ -288,11 +290,17 @@ class _Messages:
             self._connection.send((name, arguments))
 
 
-def _serve(job: Job, device: str, share: _Share, works: Sequence[Work], connection: Connection) -> None:
+def _hand_over(connection: Connection, work: tuple[Job, _Share, Sequence[Work]]) -> None:
+    with suppress(OSError):  # the process has died, which whoever listens to it finds
+        connection.send(work)
+
+
+def _serve(device: str, connection: Connection) -> None:
     """What a device's process does."""
     end_with_parent()
     messages = _Messages(connection)
     try:
+        job, share, works = connection.recv()
         torch.set_num_threads(share.threads)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # who started this has loaded the recipe too, and told

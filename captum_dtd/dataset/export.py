@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from captum_dtd.dataset.clips import of_another_size
 from captum_dtd.dataset.configuration import MAPS
 from captum_dtd.dataset.reader import Relevance
 from captum_dtd.dataset.sources import escaped
@@ -114,9 +115,16 @@ def export_webdataset(
     by_shard: dict[int, list[dict[str, Any]]] = {}
     for clip in chosen:
         by_shard.setdefault(clip["shard"], []).append(clip)
+    of_others = sorted({path.name for path in Path(folder).glob("relevance-*.tar")} - set(map(_archive, by_shard)))
+    if of_others:
+        some = ", ".join(of_others[:3]) + (", ..." if len(of_others) > 3 else "")
+        raise ValueError(
+            f"{escaped(os.fspath(folder))} has archives of another export, which would be read with these ({some}): name another "
+            "folder, or remove them"
+        )
     with tqdm(total=len(chosen), unit="clip", disable=not show_progress) as bar:
         for shard, clips in by_shard.items():
-            with _new_file(Path(folder, f"relevance-{shard:05d}.tar")) as file, tarfile.open(file, "w") as archive:
+            with _new_file(Path(folder, _archive(shard))) as file, tarfile.open(file, "w") as archive:
                 for clip, maps in _each(store, clips):
                     for name, values in maps.items():
                         array = io.BytesIO()
@@ -139,7 +147,8 @@ def export_mp4(
 ) -> Exported:
     """Write a video for each clip: its frames beside total, spatial and temporal relevance, as `captum-dtd explain` does.
 
-    The clip is decoded again; one that cannot be any more is left out. The rest is as for `export_safetensors`.
+    The clip is decoded again; one that cannot be any more, or whose file is of another size by now, is left out. The rest is as
+    for `export_safetensors`.
 
     Args:
         store: what `captum_dtd.dataset.open` gave.
@@ -164,6 +173,11 @@ def export_mp4(
     exported, chosen = _chosen(store, rows)
     prepare = Preprocessing.from_dict(store.configuration.preprocessing)
     listed = read_clips(store.folder)
+    replaced = set(of_another_size([listed[clip["row"]] for clip in chosen], Path(source)))
+    for clip in chosen:
+        if clip["path_bytes"] in replaced:
+            exported.left_out[clip["id"]] = "its video is of another size than when it was explained"
+    chosen = [clip for clip in chosen if clip["id"] not in exported.left_out]
     clips = [listed[clip["row"]] for clip in chosen]
     work = Work(0, tuple(tuple(clips[start : start + _TOGETHER]) for start in range(0, len(clips), _TOGETHER)))
     shown = _each(store, chosen)
@@ -190,6 +204,10 @@ def export_mp4(
                 exported.clips += 1
     release()
     return exported
+
+
+def _archive(shard: int) -> str:
+    return f"relevance-{shard:05d}.tar"
 
 
 def file_name(path: bytes, tail: str, suffix: str) -> str:

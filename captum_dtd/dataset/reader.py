@@ -66,14 +66,23 @@ class Maps:
         for factor, array, scales in self._parts:
             try:
                 stored = array[wanted[0] : wanted[-1] + 1] if run else array.oindex[wanted]
-            except ValueError as error:  # a checksum
-                shards = sorted(set((wanted // self._per_shard).tolist()))
-                raise StoreError(
-                    f"{array.store_path}: the file of shard {' or '.join(map(str, shards))} is damaged ({error}). Delete it, "
-                    "and the command that made the store explains its clips anew"
-                ) from error
+            except (ValueError, RuntimeError):  # a checksum, or what a codec finds
+                self._find_damage(array, wanted)
+                raise
             result += factor * decode_maps(np.asarray(stored), scales[wanted])
         return result[places]
+
+    def _find_damage(self, array: zarr.Array[Any], rows: NDArray[np.int64]) -> None:
+        """Raise StoreError for the first file that cannot be read."""
+        shards = rows // self._per_shard
+        for shard in np.unique(shards):
+            try:
+                array.oindex[rows[shards == shard]]
+            except (ValueError, RuntimeError) as error:
+                raise StoreError(
+                    f"{array.store_path}/c.{shard}.0.0.0 is damaged ({error}). Delete it, and the command that made the store "
+                    "explains its clips anew"
+                ) from error
 
 
 class Relevance:

@@ -36,6 +36,7 @@ from captum_dtd.dataset.processes import Processes
 from captum_dtd.dataset.progress import Progress
 from captum_dtd.dataset.sources import Source, escaped, find_videos
 from captum_dtd.dataset.store import (
+    Store,
     StoreError,
     map_shape,
     read_clips,
@@ -63,6 +64,7 @@ _SHARD_BYTES = 256 * 2**20
 _SHARDS_EACH = 4
 # Larger batches need memory and gain no speed: what fills a GPU are their frozen clips.
 _BATCH_CLIPS = 4
+_TO_BE_RETRIED = "--retry-failed was to explain this clip anew and was interrupted before it did: give it again"
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,8 @@ def explain_dataset(
                 if retry_failed and failed:
                     broken = {clip.entry for clip in clips if clip.error}
                     repaired = {entry: probe for entry, probe in look(broken).items() if probe.error is None}
+                    # Before the new sizes are written: what is there of the old files must not pass for the new ones'.
+                    Store(out, asked, clips).fail(failed, _TO_BE_RETRIED)
                     clips = with_new_sizes(add_repaired(clips, repaired), source.folder, failed)
                     write_clips(out, clips)
             job = Job(os.fspath(source.folder), out, asked, clips, recipe)
@@ -323,12 +327,9 @@ def _fair_share(configuration: Configuration, clips: Sequence[Clip], explainers:
 
 
 def _missing(clips: Sequence[Clip], rows: pa.Table, retry_failed: bool) -> set[int]:
-    """Rows that are not there; to retry, also those of every video of which a clip failed, since it may have changed."""
-    missing = set(range(len(clips))) - set(rows["row"].to_pylist())
-    if retry_failed:
-        failed = _videos_that_failed(rows)
-        missing |= {clip.row for clip in clips if clip.path in failed}
-    return missing
+    """Rows that are not there; to retry, also those that failed, as then all do of a video that may have changed."""
+    there = rows.filter(pc.equal(rows["status"], "ok")) if retry_failed else rows
+    return set(range(len(clips))) - set(there["row"].to_pylist())
 
 
 def _videos_that_failed(rows: pa.Table) -> set[bytes]:

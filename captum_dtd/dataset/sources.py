@@ -6,6 +6,7 @@ import codecs
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ VIDEO_SUFFIXES = (
 """Of the files in a tree of folders, those with these endings are videos; a list or a table may name any file."""
 
 _CLASS_INDEX = "classInd.txt"
+_LONGEST_REASON = 200
 _LIST_FOLDERS = (".", "ucfTrainTestlist", "../ucfTrainTestlist")
 
 
@@ -82,6 +84,8 @@ def find_videos(root: str | os.PathLike[str], lists: Sequence[str] = (), target_
         source = find_videos("UCF-101", ["testlist01.txt"])
         source.entries[0]                                      # Entry(path=b'ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi', ...
     """
+    if not os.fspath(root):
+        raise ValueError("root is empty; name the data set's folder, or a table of its videos")
     root = Path(root)
     if root.is_file():
         if lists:
@@ -97,6 +101,8 @@ def find_videos(root: str | os.PathLike[str], lists: Sequence[str] = (), target_
         raise ValueError(f"lists need class numbers, but there is no {_CLASS_INDEX} in {root} or beside {files[0]}")
     if files:
         entries, passed_over = [entry for file in files for entry in _listed(file, classes or ())], 0
+        if twice := next((path for path, count in Counter(entry.path for entry in entries).items() if count > 1), None):
+            raise ValueError(f"the lists name {escaped(twice)} twice, and its clips would count twice: name it once")
     else:
         entries, passed_over = _tree(root, classes)
         found = dict.fromkeys(entry.label for entry in entries if entry.label is not None)
@@ -132,7 +138,7 @@ def _tree(root: Path, classes: Sequence[str] | None) -> tuple[list[Entry], int]:
     loose: list[Entry] = []
     passed_over = 0
     top = os.fsencode(root)
-    for folder in sorted(os.scandir(top), key=lambda item: item.name):
+    for folder in _scan(top):
         if folder.name.startswith(b"."):
             continue
         if not _is_folder(folder):
@@ -154,6 +160,16 @@ def _tree(root: Path, classes: Sequence[str] | None) -> tuple[list[Entry], int]:
     return (entries, passed_over + len(loose)) if entries else (loose, passed_over)
 
 
+def _scan(folder: bytes) -> list[os.DirEntry[bytes]]:
+    """What is in a folder, by name."""
+    try:
+        return sorted(os.scandir(folder), key=lambda item: item.name)
+    except PermissionError as error:
+        raise PermissionError(
+            f"the folder {escaped(folder)} may not be read: change that, or name the videos to take in a list or table"
+        ) from error
+
+
 def _text_of(name: bytes) -> str:
     """A name as text, whatever its bytes are; `escaped` makes it printable."""
     return name.decode("utf-8", "surrogateescape")
@@ -167,7 +183,7 @@ def _files(folder: bytes, above: tuple[bytes, ...]) -> Iterator[bytes]:
     real = os.path.realpath(folder)
     if real in above:
         return
-    for item in sorted(os.scandir(folder), key=lambda item: item.name):
+    for item in _scan(folder):
         if item.name.startswith(b"."):
             continue
         if _is_folder(item) and not _is_video(item.name):
@@ -296,7 +312,12 @@ def _columns(path: Path, target_column: str | None) -> Mapping[str, list[object]
             )
         names = table.column_names
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a table: {' '.join(str(error).split())}") from error
+        reason = escaped(" ".join(str(error).split()))
+        what = "is a video" if _is_video(os.fsencode(path)) else "cannot be read as a table"
+        raise ValueError(
+            f"{path} {what}: name a folder, or a CSV or parquet file with a column path, and perhaps start and label "
+            f"({reason[:_LONGEST_REASON]}{'...' if len(reason) > _LONGEST_REASON else ''})"
+        ) from error
     if odd := next((name for name in names if names.count(name) > 1 or name != name.strip()), None):
         raise ValueError(
             f"{path} has the column {odd!r} {'twice' if names.count(odd) > 1 else 'with blanks in its name'}"

@@ -22,7 +22,7 @@ import json
 import os
 import socket
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ _NAMES = (_CONFIGURATION, _CLIPS, _ARRAYS, _MANIFEST, _LOCK)
 _ALL, _PART = "all.parquet", "part-{:05d}.parquet"
 _MAPS_OF_SHARD = "c.{}.0.0.0"
 _TEMPORARY = ".temporary"
+# What a row of the manifest says of its clip, explained or not.
+_IDENTITY = ["row", "id", "path", "path_bytes", "frame", "label", "label_index", "shard", "configuration"]
 
 MOST_PARTS = 256
 """So many parts are gathered: opening thousands takes seconds, and gathering each by itself would rewrite all rows each time."""
@@ -166,12 +168,34 @@ class Store:
 
     def gather(self, *, at_least: int = 1) -> None:
         """Move the parts of the manifest into one file, if there are so many; what the store holds does not change."""
+        if len(_parts(self.folder)) >= at_least:
+            self._gather(self.manifest())
+
+    def fail(self, videos: Collection[bytes], error: str) -> None:
+        """Let the rows of some videos, by path, be failed, those that were explained with this error, until they are again.
+
+        Those that had failed still are if this is interrupted, so whoever begins anew finds the same videos.
+        """
+        rows = self.manifest()
+        doubtful = pc.and_(
+            pc.is_in(rows["path_bytes"], pa.array(videos, pa.binary())),
+            pc.equal(rows["status"], "ok"),
+        )
+        blank = dict.fromkeys(rows.column_names)
+        failed = [
+            {**blank, **row, "status": "failed", "error": error}
+            for row in rows.filter(doubtful).select(_IDENTITY).to_pylist()
+        ]
+        kept = rows.filter(pc.invert(doubtful))
+        self._gather(pa.concat_tables([kept, pa.Table.from_pylist(failed, rows.schema)]).sort_by("row"))
+
+    def _gather(self, rows: pa.Table) -> None:
+        """Let one file hold these rows, which are all."""
         parts = _parts(self.folder)
-        if len(parts) < at_least:
-            return
-        write_durably(self.folder / _MANIFEST / _ALL, _parquet(self.manifest()))
+        write_durably(self.folder / _MANIFEST / _ALL, _parquet(rows))
         for part in parts:
             part.unlink()
+        _sync(self.folder / _MANIFEST)
 
     def _write_part(self, shard: int, table: pa.Table) -> None:
         write_durably(self.folder / _MANIFEST / _PART.format(shard), _parquet(table))
@@ -307,7 +331,11 @@ def count_clips(folder: Path) -> int:
     Raises:
         StoreError: as `read_clips`.
     """
-    return int(pq.read_metadata(_clips_file(folder)).num_rows)
+    path = _clips_file(folder)
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except pa.ArrowException as error:
+        raise StoreError(f"{path} cannot be understood: {error}") from error
 
 
 def _clips_file(folder: Path) -> Path:
@@ -338,18 +366,26 @@ def read_manifest(folder: Path, configuration: Configuration) -> pa.Table:
 
 
 def open_arrays(folder: Path, configuration: Configuration) -> dict[str, zarr.Array[Any]]:
-    """The stored maps, to read; none while a run has not come so far."""
+    """The stored maps, to read; none while a run has not come so far.
+
+    Raises:
+        StoreError: what describes them cannot be understood.
+    """
     arrays = {}
     for name in configuration.maps:
-        with suppress(FileNotFoundError):
+        try:
             arrays[name] = zarr.open_array(LocalStore(folder / _ARRAYS, read_only=True), path=name, mode="r")
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise StoreError(f"{folder / _ARRAYS / name / 'zarr.json'} cannot be understood: {error}") from error
     return arrays
 
 
 def lost_shards(folder: Path, name: str, shards: Collection[int]) -> set[int]:
-    """Of shards that the manifest names, those whose file of maps is gone."""
+    """Of shards that the manifest names, those whose file of maps is gone, or empty, as a full disk leaves a copy."""
     place = folder / _ARRAYS / name
-    there = {path.name for path in place.iterdir()} if place.is_dir() else set()
+    there = {path.name for path in place.iterdir() if path.stat().st_size} if place.is_dir() else set()
     return {shard for shard in shards if _MAPS_OF_SHARD.format(shard) not in there}
 
 
