@@ -846,6 +846,13 @@ def test_processes_that_die_while_they_start_are_given_up(root: Path, monkeypatc
         explain_dataset(root / "t.csv", "out", RECIPE, **{**SETTINGS, "shard_clips": 100}, devices=["cpu", "cpu"])
 
 
+def test_labels_that_are_no_class_of_the_model_are_told(root: Path, folder: Path) -> None:
+    (root / "bend").rename(root / "run")
+    with pytest.warns(UserWarning, match=r"5 of 11 clips have labels that are no class of the model \(run\)"):
+        explain_dataset(root, "out", RECIPE, **SETTINGS)
+    assert [row["label_index"] for row in stored(Path("out"))[0] if row["label"] == "run"] == [None] * 5
+
+
 def without_a_reader() -> TextIO:
     """What a stream is whose reader has left."""
     read, write = os.pipe()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -64,6 +65,7 @@ _SHARD_BYTES = 256 * 2**20
 _SHARDS_EACH = 4
 # Larger batches need memory and gain no speed: what fills a GPU are their frozen clips.
 _BATCH_CLIPS = 4
+_NAMED = 3  # of clips with labels that are unknown
 _TO_BE_RETRIED = "--retry-failed was to explain this clip anew and was interrupted before it did: give it again"
 
 
@@ -187,6 +189,8 @@ def explain_dataset(
             if stored is None:
                 clips = clips_of(source, list(look(range(len(source.entries))).values()), names, outputs)
                 _check_targets(asked, clips)
+                if names is not None:
+                    _tell_unknown_labels(clips)
                 if internal_batch_size is None:
                     asked = replace(asked, internal_batch_size=team.call(partial(_frozen_clips, asked)))
                 if shard_clips is None:
@@ -273,6 +277,19 @@ def _check_targets(configuration: Configuration, clips: Sequence[Clip]) -> None:
     if without:
         example = f"{without[0].id}, label {without[0].label}"
         raise ValueError(f"target {configuration.target}: {len(without)} of {len(clips)} clips have {what}: {example}")
+
+
+def _tell_unknown_labels(clips: Sequence[Clip]) -> None:
+    """Warn of labels that no class of the model has: how often it is right, is not known of their clips."""
+    unknown = [clip for clip in clips if clip.label is not None and clip.label_index is None]
+    if unknown:
+        some = ", ".join(dict.fromkeys(escaped(str(clip.label)) for clip in unknown[:_NAMED]))
+        warnings.warn(
+            f"{len(unknown)} of {len(clips)} clips have labels that are no class of the model ({some}): they count as not "
+            "labelled; --classes FILE names the classes in the order of the outputs",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _check_same(out: Path, what: str, differences: Sequence[str]) -> None:
