@@ -104,9 +104,12 @@ class Composite:
         """Raise ValueError for selectors that chose nothing: a misspelt name must not be silently ignored."""
         idle = [selector for selector, _ in self.overrides if selector not in set(used)]
         if idle:
-            names = ", ".join(sorted({path for path in paths if path}))
+            known = sorted({path for path in paths if path})
+            inner = [each for each in idle if isinstance(each, str) and any(p.startswith(f"{each}.") for p in known)]
+            hint = f" (what is in it is {', '.join(repr(f'{each}.*') for each in inner)})" if inner else ""
             raise ValueError(
-                f"composite: {', '.join(map(repr, idle))} matches no layer that has a rule of that kind; layers: {names}"
+                f"composite: {', '.join(map(repr, idle))} matches no layer that has a rule of that kind{hint}; layers: "
+                f"{', '.join(known)}"
             )
 
 

@@ -158,11 +158,16 @@ class Network:
         joining = _after_the_last_linear_layers(self.output, crossed)
         steps: list[Step] = []
         used: set[Selector] = set()
+        outside: Counter[str] = Counter()  # operations in the model's own forward, by name
         for node, layer, positions in crossed:
             assert layer is not None
             sources = _arguments(node, positions)
             is_pixel_layer = isinstance(layer, LinearMap) and self.pixels.issuperset(sources)
-            path = module_path(node) or node.name
+            path = module_path(node)
+            if not path:
+                name = operation_name(node)
+                path = f"{name}_{outside[name]}" if outside[name] else name
+                outside[name] += 1
             module = _module_at(model, module_path(node))
             rule, chosen = composite.rule_for(layer, is_pixel_layer, node in joining, path, module)
             if isinstance(rule, ZBeta) and not is_pixel_layer:

@@ -349,6 +349,33 @@ def test_an_override_that_names_nothing_is_an_error(typo: Any, named: str) -> No
         DeepTaylor(case.model(), case.low, case.high, composite=typo).attribute(case.inputs(2), 1)
 
 
+class Sums(nn.Module):
+    """Operations of its own between its modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleDict({"stem": nn.Conv3d(3, 4, 3, padding=1), "block": nn.Conv3d(4, 4, 3, padding=1)})
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.body["stem"](x))
+        y = y + torch.relu(self.body["block"](y))
+        return self.head((y + torch.relu(self.body["block"](y))).mean((2, 3, 4)))
+
+
+def test_operations_outside_of_modules_are_counted_by_name() -> None:
+    x = torch.rand(1, 3, 4, 6, 6)
+    rows = DeepTaylor(Sums().eval(), 0.0, 1.0, composite={"add_1": Epsilon()}).rule_table(x).rows
+    assert [row.rule.split("(")[0] for row in rows if row.operation == "add"] == ["ZPlus", "Epsilon"]
+
+
+def test_a_module_of_modules_is_told_how_to_be_selected() -> None:
+    with pytest.raises(
+        ValueError, match=r"'body' matches no layer .*what is in it is 'body\.\*'\); layers: add, add_1, body\.block"
+    ):
+        DeepTaylor(Sums().eval(), 0.0, 1.0, composite={"body": Epsilon()}).rule_table(torch.rand(1, 3, 4, 6, 6))
+
+
 @pytest.mark.parametrize("wrong", ["dtb", {"head": "epsilon"}, 3, {3: Epsilon()}])
 def test_a_composite_that_is_none_is_an_error(wrong: Any) -> None:
     case = zoo("residual")
