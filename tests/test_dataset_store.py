@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,6 +169,21 @@ def test_an_empty_file_of_maps_is_one_that_is_gone(store: dataset.Relevance) -> 
     (store.folder / "maps.zarr/temporal/c.1.0.0.0").write_bytes(b"")
     with pytest.raises(StoreError, match="shard"):
         dataset.open(store.folder).temporal[:]
+
+
+def test_a_file_that_a_run_is_writing_may_go_while_others_are_read(
+    store: dataset.Relevance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (store.folder / "maps.zarr/temporal/c.9.0.0.0.temporary").write_bytes(b"half")
+    stat = Path.stat
+
+    def renamed_before(path: Path, **options: Any) -> Any:
+        if path.name.endswith(".temporary"):
+            raise FileNotFoundError(path)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", renamed_before)
+    assert dataset.open(store.folder).temporal[:].any()
 
 
 def test_damage_is_found_in_its_file(store: dataset.Relevance) -> None:

@@ -384,9 +384,14 @@ def open_arrays(folder: Path, configuration: Configuration) -> dict[str, zarr.Ar
 
 def lost_shards(folder: Path, name: str, shards: Collection[int]) -> set[int]:
     """Of shards that the manifest names, those whose file of maps is gone, or empty, as a full disk leaves a copy."""
-    place = folder / _ARRAYS / name
-    there = {path.name for path in place.iterdir() if path.stat().st_size} if place.is_dir() else set()
-    return {shard for shard in shards if _MAPS_OF_SHARD.format(shard) not in there}
+    return {shard for shard in shards if not _has_content(folder / _ARRAYS / name / _MAPS_OF_SHARD.format(shard))}
+
+
+def _has_content(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def map_shape(configuration: Configuration) -> tuple[int, int, int]:
