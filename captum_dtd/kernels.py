@@ -182,8 +182,8 @@ def _choose(
         usable = [name for name in usable if not transforms(name)]
     if op == "conv3d" and dtype != torch.float64:
         # What torch calls was tuned for this machine, but multiplies by definition, and floats not on a GPU's tensor units. Of
-        # groups it knows depthwise layers of whole windows only.
-        on_tensor_units = device == "cuda" and dtype == torch.float32 and shape not in ("linear", "grouped")
+        # groups it is fast on whole windows of one channel, not on those of a few channels or along T.
+        on_tensor_units = device == "cuda" and dtype == torch.float32 and shape != "linear"
         of_groups = device == "cpu" and shape == "grouped"
         usable = [name for name in usable if transforms(name) or on_tensor_units or of_groups or name == "reference"]
     return min(usable, key=lambda name: _unmeasured_order(name, shape))
@@ -200,19 +200,10 @@ _CHEAPEST_FIRST = {
 }
 
 
-# Of few numbers on one side most of a tile is padding; a GPU's share of groups is left to what torch calls for them.
-_TOO_THIN: dict[str, tuple[ShapeClass, ...]] = {
-    "amx": ("pixels", "linear"),
-    "cuda": ("grouped",),
-    "wgmma": ("grouped",),
-}
-
-
 def _unmeasured_order(name: str, shape: ShapeClass | None) -> tuple[int, int]:
     """Where the table is silent: the best instruction set by its cheapest arithmetic; tensor units not for thin shapes."""
     instruction_set, _, arithmetic = name.partition("/")
-    too_thin = shape in _TOO_THIN.get(instruction_set, ())
-    if name == "reference" or too_thin:
+    if name == "reference" or (instruction_set == "amx" and shape in ("grouped", "pixels", "linear")):
         return len(_CHEAPEST_FIRST), 0
     return list(_CHEAPEST_FIRST).index(instruction_set), _CHEAPEST_FIRST[instruction_set].index(arithmetic)
 

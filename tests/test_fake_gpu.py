@@ -121,6 +121,14 @@ def test_ieee_convolutions_are_torchs_own() -> None:
         assert kernels._choose(op, "cuda", torch.float32, "ieee", "dense", "sm_90") == "reference"
 
 
+def test_grouped_convolutions_are_served_like_others_until_they_are_measured() -> None:
+    for op in ("conv3d", "z_plus_conv3d"):
+        found = [
+            kernels._choose(op, "cuda", torch.float32, "float32", shape, "sm_90") for shape in ("grouped", "dense")
+        ]  # type: ignore[arg-type]
+        assert found == ["cuda/tf32x3"] * 2
+
+
 def test_the_table_decides_where_torch_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the convolution on the way forward it measured floats; halves torch gives to tensor units itself."""
     kinds = {op: {"bfloat16": {"dense": "cuda/tf32"}} for op in ("conv3d", "z_plus_conv3d")}

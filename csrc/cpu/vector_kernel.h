@@ -31,6 +31,9 @@ constexpr int kLanes = kVectorBytes / sizeof(T);
 
 template <typename T>
 using Register = typename VectorOf<T, kLanes<T>>::Register;
+// Numbers of the lanes of such a register, in lanes of its own.
+template <typename T>
+using Index = std::conditional_t<sizeof(T) == sizeof(int32_t), int32_t, int64_t>;
 template <typename T>
 using Memory = typename VectorOf<T, kLanes<T>>::Memory;
 
@@ -106,9 +109,6 @@ void run_tile(int positions, const T* a, int64_t position_stride, const int64_t*
 constexpr int kMaxGroupPositions = kRegisters - 4;  // one each for weights, inputs, which of these, and what is shuffled
 
 // Of every lane, which lane its group begins with, where groups have so many channels.
-template <typename T>
-using Index = std::conditional_t<sizeof(T) == sizeof(int32_t), int32_t, int64_t>;
-
 template <typename T, int... kLane>
 constexpr Register<Index<T>> first_lanes(int of_group, std::integer_sequence<int, kLane...>) {
   return Register<Index<T>>{Index<T>(kLane / of_group * of_group)...};
@@ -270,19 +270,18 @@ inline void narrow(float value, float16& to) {
 
 // Which lanes of two rows, one after the other, make up the upper or the lower of them once their halves are exchanged at a
 // distance. Written out as constants, which the compiler does not make of a loop.
-template <typename Index, bool kLower, int kDistance, int... kLane>
-inline Register<Index> exchange(std::integer_sequence<int, kLane...>) {
+template <typename T, bool kLower, int kDistance, int... kLane>
+inline Register<Index<T>> exchange(std::integer_sequence<int, kLane...>) {
   constexpr int kSize = sizeof...(kLane);
-  return Register<Index>{Index((kLane & kDistance ? kSize + kLane - kDistance : kLane) + (kLower ? kDistance : 0))...};
+  return Register<Index<T>>{Index<T>((kLane & kDistance ? kSize + kLane - kDistance : kLane) + (kLower ? kDistance : 0))...};
 }
 
 // A square of vectors turned over its diagonal: halves are exchanged at every distance that is a power of two.
 template <typename T, int kDistance = 1>
 inline void transpose(Register<T> (&rows)[kLanes<T>]) {
-  using Index = std::conditional_t<sizeof(T) == sizeof(int32_t), int32_t, int64_t>;
   constexpr int kSize = kLanes<T>;
   using Lanes = std::make_integer_sequence<int, kSize>;
-  const Register<Index> first = exchange<Index, false, kDistance>(Lanes{}), second = exchange<Index, true, kDistance>(Lanes{});
+  const Register<Index<T>> first = exchange<T, false, kDistance>(Lanes{}), second = exchange<T, true, kDistance>(Lanes{});
 #pragma GCC unroll 16
   for (int row = 0; row < kSize; ++row) {
     if (row & kDistance) continue;
