@@ -86,10 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Outlasting:
-    """A standard stream whose reader may leave, as in "| head -1": what is written then goes nowhere."""
+    """A standard stream whose reader may leave, as in "| head -1": what is written then goes nowhere.
 
-    def __init__(self, stream: TextIO) -> None:
+    ``left`` is what says so; of a terminal that is gone, any error.
+    """
+
+    def __init__(self, stream: TextIO, left: type[OSError]) -> None:
         self._stream = stream
+        self._left = left
 
     def write(self, text: str) -> int:
         with self._without_a_reader():
@@ -104,7 +108,7 @@ class _Outlasting:
     def _without_a_reader(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:
+        except self._left:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
@@ -115,7 +119,8 @@ class _Outlasting:
 def _outlasting_readers() -> Iterator[None]:
     """Work is done, and an exit code tells how, whoever reads what is printed meanwhile."""
     with open(os.devnull, "w") as nowhere:  # streams that were closed before are None
-        out, err = _Outlasting(sys.stdout or nowhere), _Outlasting(sys.stderr or nowhere)
+        # What is printed may be a result, which a full disk must not swallow.
+        out, err = _Outlasting(sys.stdout or nowhere, BrokenPipeError), _Outlasting(sys.stderr or nowhere, OSError)
         with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
             try:
                 yield

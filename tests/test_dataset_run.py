@@ -853,6 +853,24 @@ def test_labels_that_are_no_class_of_the_model_are_told(root: Path, folder: Path
     assert [row["label_index"] for row in stored(Path("out"))[0] if row["label"] == "run"] == [None] * 5
 
 
+def test_a_retry_names_maps_that_are_damaged(root: Path) -> None:
+    (root / "walk/broken.avi").touch()
+    assert explain_dataset(root, "out", RECIPE, **SETTINGS).failed == 1
+    row = next(row for row in stored(Path("out"))[0] if row["status"] != "ok")
+    file = Path(f"out/maps.zarr/spatial/c.{row['shard']}.0.0.0")
+    file.write_bytes(file.read_bytes()[:-20])
+    write_avi(root / "walk/broken.avi", FRAMES)
+    with pytest.raises(StoreError, match=rf"out/maps\.zarr/spatial/{file.name} is damaged .* Delete it"):
+        explain_dataset(root, "out", RECIPE, **SETTINGS, retry_failed=True)
+
+
+def without_a_terminal() -> TextIO:
+    """What a stream is whose terminal is gone: writing to it is an input/output error."""
+    ours, theirs = os.openpty()
+    os.close(ours)
+    return os.fdopen(theirs, "w", buffering=1)
+
+
 def without_a_reader() -> TextIO:
     """What a stream is whose reader has left."""
     read, write = os.pipe()
@@ -860,7 +878,7 @@ def without_a_reader() -> TextIO:
     return os.fdopen(write, "w", buffering=1)
 
 
-@pytest.mark.parametrize("stderr", [without_a_reader, lambda: None], ids=["left", "closed"])
+@pytest.mark.parametrize("stderr", [without_a_reader, without_a_terminal, lambda: None], ids=["left", "gone", "closed"])
 @pytest.mark.parametrize("stdout", [without_a_reader, lambda: None], ids=["left", "closed"])
 def test_a_run_outlasts_who_reads_what_it_prints(
     root: Path,

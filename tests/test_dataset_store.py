@@ -165,6 +165,19 @@ def test_files_that_were_cut_short_are_named(store: dataset.Relevance, file: str
         dataset.open(store.folder)
 
 
+@pytest.mark.parametrize("file", ["maps.zarr/zarr.json", "maps.zarr/spatial/zarr.json"])
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"null"])
+def test_a_run_names_what_it_cannot_understand(store: dataset.Relevance, file: str, content: bytes) -> None:
+    """And goes on once that is deleted."""
+    whole = (store.folder / file).read_bytes()
+    (store.folder / file).write_bytes(content)
+    with pytest.raises(StoreError, match=rf"{file} cannot be understood.*Delete it"):
+        explain_dataset("root", "out", RECIPE, decoders=0, batch_clips=1, shard_clips=2, encoding="int8")
+    (store.folder / file).unlink()
+    explain_dataset("root", "out", RECIPE, decoders=0, batch_clips=1, shard_clips=2, encoding="int8")
+    assert (store.folder / file).read_bytes() == whole
+
+
 def test_an_empty_file_of_maps_is_one_that_is_gone(store: dataset.Relevance) -> None:
     (store.folder / "maps.zarr/temporal/c.1.0.0.0").write_bytes(b"")
     with pytest.raises(StoreError, match="shard"):

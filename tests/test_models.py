@@ -403,11 +403,12 @@ def test_words_of_other_programs_in_a_checkpoint_are_not_ours(tmp_path: Path, me
     assert torch.equal(loaded.model(x), source(x)) and loaded.classes is None
 
 
-def test_a_damaged_description_of_a_checkpoint_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [{"mean": "[0.5"}, {"num_classes": '"ten"'}, {"classes": "3"}])
+def test_a_damaged_description_of_a_checkpoint_is_named(tmp_path: Path, damage: dict[str, str]) -> None:
     with resources.as_file(resources.files("captum_dtd.models") / "weights" / "weizmann.safetensors") as stored:
         with safe_open(stored, framework="pt") as file:
             metadata = file.metadata()
-        save_file(load_file(stored), tmp_path / "mine.safetensors", {**metadata, "mean": "[0.5"})
+        save_file(load_file(stored), tmp_path / "mine.safetensors", {**metadata, **damage})
     with pytest.raises(ValueError, match=r"mine\.safetensors says of itself what cannot be read"):
         load_model("c3d_mini", weights=str(tmp_path / "mine.safetensors"))
 

@@ -946,6 +946,8 @@ def test_windows_are_runs_of_the_videos_frames(tmp_path: Path, name: str, codec:
     assert isinstance(beyond, VideoError) and f"{name} ends after 12 frames, before frame 12" in str(beyond)
     with pytest.raises(VideoError, match="is a directory"):
         read_windows(tmp_path, [0], 2)
+    with pytest.raises(VideoError, match="no video is named: its path is empty"):
+        read_windows("", [0], 2)
 
 
 @pytest.mark.parametrize("damaged", [False, True])

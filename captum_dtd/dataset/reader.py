@@ -22,6 +22,7 @@ from captum_dtd.dataset.store import (
     read_configuration,
     read_manifest,
     read_root,
+    undamaged,
 )
 
 __all__ = ["Maps", "Relevance", "open_store"]
@@ -76,13 +77,8 @@ class Maps:
         """Raise StoreError for the first file that cannot be read."""
         shards = rows // self._per_shard
         for shard in np.unique(shards):
-            try:
+            with undamaged(array, int(shard)):
                 array.oindex[rows[shards == shard]]
-            except (ValueError, RuntimeError) as error:
-                raise StoreError(
-                    f"{array.store_path}/c.{shard}.0.0.0 is damaged ({error}). Delete it, and the command that made the store "
-                    "explains its clips anew"
-                ) from error
 
 
 class Relevance:

@@ -22,7 +22,7 @@ import json
 import os
 import socket
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ __all__ = [
     "read_manifest",
     "read_root",
     "running_alone",
+    "undamaged",
     "write_clips",
     "write_configuration",
 ]
@@ -69,6 +70,7 @@ _CONFIGURATION, _CLIPS, _ARRAYS, _MANIFEST, _LOCK = (
 _NAMES = (_CONFIGURATION, _CLIPS, _ARRAYS, _MANIFEST, _LOCK)
 _ALL, _PART = "all.parquet", "part-{:05d}.parquet"
 _MAPS_OF_SHARD = "c.{}.0.0.0"
+_ZARR = "zarr.json"
 _TEMPORARY = ".temporary"
 # What a row of the manifest says of its clip, explained or not.
 _IDENTITY = ["row", "id", "path", "path_bytes", "frame", "label", "label_index", "shard", "configuration"]
@@ -108,7 +110,8 @@ class Store:
                 f"({configuration.digest}): give another folder for the output"
             )
         _make_folder(folder / _ARRAYS)
-        zarr.open_group(_DurableStore(folder / _ARRAYS), mode="a")
+        with _understood(folder / _ARRAYS / _ZARR):
+            zarr.open_group(_DurableStore(folder / _ARRAYS), mode="a")
         self._arrays = {name: self._array(name) for name in configuration.maps}
         self._shards = set(rows["shard"].to_pylist())
         for shard in sorted(set().union(*(lost_shards(folder, name, self._shards) for name in configuration.maps))):
@@ -120,7 +123,8 @@ class Store:
         shape = (len(self.clips), *self.shape)
         with zarr.config.set({"array.write_empty_chunks": True}):  # so that a shard's file is there, or is lost
             try:
-                array = zarr.open_array(store, path=name, mode="r+")
+                with _understood(self.folder / _ARRAYS / name / _ZARR):
+                    array = zarr.open_array(store, path=name, mode="r+")
             except FileNotFoundError:
                 return zarr.create_array(
                     store,
@@ -158,9 +162,10 @@ class Store:
             self._write_part(shard, before)
             table = pa.concat_tables([before, table]).sort_by("row")
         for name, array in self._arrays.items():
-            block = (
-                np.zeros((stop - first, *self.shape), array.dtype) if before is None else np.asarray(array[first:stop])
-            )
+            block = np.zeros((stop - first, *self.shape), array.dtype)
+            if before is not None:
+                with undamaged(array, shard):
+                    block = np.asarray(array[first:stop])
             for row in rows:
                 block[row.clip.row - first] = row.maps.get(name, 0)
             array[first:stop] = block
@@ -373,13 +378,34 @@ def open_arrays(folder: Path, configuration: Configuration) -> dict[str, zarr.Ar
     """
     arrays = {}
     for name in configuration.maps:
-        try:
+        with suppress(FileNotFoundError), _understood(folder / _ARRAYS / name / _ZARR):
             arrays[name] = zarr.open_array(LocalStore(folder / _ARRAYS, read_only=True), path=name, mode="r")
-        except FileNotFoundError:
-            continue
-        except ValueError as error:
-            raise StoreError(f"{folder / _ARRAYS / name / 'zarr.json'} cannot be understood: {error}") from error
     return arrays
+
+
+@contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """Raise StoreError where what describes arrays is no such description; that there is none is another thing."""
+    try:
+        yield
+    except FileNotFoundError:  # in zarr a kind of ValueError, too
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise StoreError(
+            f"{path} cannot be understood: {error}. Delete it, and the command that made the store writes it anew"
+        ) from error
+
+
+@contextmanager
+def undamaged(array: zarr.Array[Any], shard: int) -> Iterator[None]:
+    """Raise StoreError, which names the file, where a shard's maps cannot be read: by a checksum, or by what a codec finds."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise StoreError(
+            f"{str(array.store_path).removeprefix('file://')}/{_MAPS_OF_SHARD.format(shard)} is damaged ({error}). Delete it, "
+            "and the command that made the store explains its clips anew"
+        ) from error
 
 
 def lost_shards(folder: Path, name: str, shards: Collection[int]) -> set[int]:

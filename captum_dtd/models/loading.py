@@ -162,11 +162,15 @@ def _description(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not metadata.keys() >= _DESCRIBED:  # another program's, which may use some of these words
         return {}
     try:
-        return {key: json.loads(value) for key, value in metadata.items()}
-    except json.JSONDecodeError as error:
+        described = {key: json.loads(value) for key, value in metadata.items()}
+        counts = described["num_classes"], described["in_channels"], len(described["classes"])
+        if not all(isinstance(count, int) and count > 0 for count in counts):
+            raise ValueError(f"num_classes, in_channels and the number of classes are {counts}")
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path} says of itself what cannot be read ({error}); save its tensors without metadata"
         ) from error
+    return described
 
 
 def _trained_mini(path: str | os.PathLike[str], info: dict[str, Any]) -> tuple[C3DMini, dict[str, Any]]:

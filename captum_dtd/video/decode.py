@@ -456,6 +456,8 @@ def _check_start(path: str | os.PathLike[str], start: float, end: float = math.i
 
 def _open(path: str | os.PathLike[str]) -> tuple[InputContainer, VideoStream]:
     name = os.fspath(path)
+    if not name:
+        raise VideoError("no video is named: its path is empty")
     try:
         status = Path(name).stat()
     except (OSError, ValueError) as error:
