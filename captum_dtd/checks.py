@@ -184,6 +184,12 @@ def check_max_pool3d(
 ) -> tuple[int, ...]:
     """The output's shape. Refuses what is no pooling of x, and relevance not of its output, whose times a table may say."""
     check_x(x)
+    _, channels, frames, height, width = x.shape
+    has_times = times is not None or frames > 0  # of a table's it is told what is wrong with it
+    check(
+        has_times and min(channels, height, width) > 0,
+        f"x must have channels, times and positions, got {tuple(x.shape)}",
+    )
     check_numbers("kernel_size", kernel_size, 3, 1)
     check_numbers("stride", stride, 3, 1)
     check_numbers("padding", padding, 3, 0)

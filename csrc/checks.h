@@ -250,6 +250,9 @@ inline MaxPool3d check_max_pool3d(const Tensor& x, const std::optional<Tensor>& 
                                   double stabilizer = 0, std::optional<int64_t> times = std::nullopt) {
   using namespace checks;
   check_x(x);
+  const bool has_times = times.has_value() || x.size(2) > 0;  // of a table's it is told what is wrong with it
+  CAPTUM_DTD_REQUIRE(has_times && x.size(1) > 0 && x.size(3) > 0 && x.size(4) > 0,
+                     "x must have channels, times and positions, got ", shape(x));
   check_numbers("kernel_size", kernel, 3, 1);
   check_numbers("stride", stride, 3, 1);
   check_numbers("padding", padding, 3, 0);

@@ -68,7 +68,11 @@ struct Cpu {
 };
 
 // What ATen's operations may write to; see captum_dtd/room.py.
-Tensor room(const Tensor& like, const Numbers& size) { return Cpu::result_like(like, like.scalar_type(), size); }
+Tensor room(const Tensor& like, const Numbers& size) {
+  checks::check_x(like);
+  checks::check_numbers("size", size, 5, 0);
+  return Cpu::result_like(like, like.scalar_type(), size);
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(captum_dtd, library) { library.def("room(Tensor like, int[] size) -> Tensor"); }
 

@@ -182,6 +182,8 @@ CONVS = (
     Conv("dilation", (2, 3, 5, 6, 6), 4, padding=2, dilation=2),
     Conv("dilation 2x3x2, stride 2x2x3", (1, 3, 6, 8, 9), 4, 3, (2, 2, 3), 2, (2, 3, 2)),
     Conv("dilation 4x2x3, stride 2x4x6", (1, 2, 9, 7, 13), 3, (3, 3, 4), (2, 4, 6), 1, (4, 2, 3)),
+    Conv("dilated beyond the input", (1, 5, 2, 4, 4), 4, 3, padding=5, dilation=5),
+    Conv("dilated beyond the input on one side", (1, 5, 2, 4, 3), 4, (2, 3, 3), (1, 1, 2), (2, 4, 0), (3, 4, 1)),
     Conv("2 groups", (2, 6, 3, 4, 4), 4, padding=1, groups=2),
     Conv("2 groups of 17, stride 2", (1, 34, 2, 4, 3), 6, (1, 3, 3), (1, 2, 2), (0, 1, 1), groups=2),
     Conv("2 groups of 32", (1, 64, 1, 3, 3), 64, (1, 2, 2), groups=2),
@@ -425,6 +427,21 @@ class FrozenPool(Pool):
     def collect(self, shared: Tensor) -> Tensor:
         return collected_by_tables(shared, self.reads, self.gives, self.times)
 
+
+SMALL_GROUPS = (
+    *(case for case in (*CONVS, *FROZEN) if case.groups > 1),
+    # Rows of more positions than registers hold, and of fewer.
+    Conv("6 groups of 4, 19 wide", (1, 24, 1, 2, 19), 24, (1, 3, 3), padding=(0, 1, 1), groups=6),
+    Conv("depthwise, 7 wide", (1, 17, 1, 2, 34), 17, (1, 2, 7), (1, 2, 1), (0, 1, 3), groups=17),
+    Conv("depthwise, 5 wide, stride 3", (1, 17, 1, 1, 37), 17, (1, 1, 5), (1, 1, 3), (0, 0, 4), groups=17),
+    Conv("depthwise, padding beyond the input", (1, 20, 1, 2, 2), 20, (2, 3, 5), 1, (1, 3, 6), (1, 2, 1), groups=20),
+    Conv("3 groups of 16", (1, 48, 2, 3, 3), 48, (2, 3, 2), (1, 1, 2), (1, 1, 0), (1, 2, 1), groups=3),
+    Conv("5 groups of 8, dilated", (1, 40, 2, 2, 4), 40, (2, 2, 3), 1, 1, (1, 1, 2), groups=5),
+    Frozen(
+        "frozen, 5 groups of 4", (2, 20, 3, 2, 3), 20, padding=(0, 1, 1), groups=5, reads=THREE, gives=THREE, times=3
+    ),
+)
+"""What kernels read where it lies, with the channels of a position next to each other."""
 
 POOLS = (
     Pool("2x2x2", (2, 3, 4, 6, 6), 2),

@@ -27,6 +27,7 @@ from op_cases import (
     LAYOUTS,
     POOLING,
     POOLS,
+    SMALL_GROUPS,
     THREE,
     VARIANTS,
     Add,
@@ -41,6 +42,7 @@ from op_cases import (
     disagreement,
     explicit,
     kind,
+    lay_out,
     problem,
     tolerance,
     windows,
@@ -213,8 +215,8 @@ def test_what_is_multiplied_by_planes_is_rounded_where_two_channels_are_multipli
         assert torch.equal(shared, x * channels * rounded), kernel
 
 
-@pytest.mark.parametrize(("op", "case"), EVERY)
-def test_agrees_with_the_oracle(op: str, case: Case, device: str) -> None:
+def disagreements(op: str, case: Case, device: str, layout: str) -> list[str]:
+    """Of every kernel in every type, under all variants of an operation."""
     failures = []
     for variant in VARIANTS[op]:
         for short in (True, False):
@@ -224,7 +226,7 @@ def test_agrees_with_the_oracle(op: str, case: Case, device: str) -> None:
             for dtype in DTYPES:
                 # Short operands are the same in every type.
                 posed = shared if short else problem(op, case, variant, dtype, False)
-                arguments = posed.on(device, dtype)
+                arguments = posed.on(device, dtype, layout)
                 for kernel in kernels.available(op, device, dtype):
                     actual = call(op, arguments, kernel)
                     assert actual.dtype == (dtype if kind(op) in FORWARD else accumulator(dtype))
@@ -232,7 +234,26 @@ def test_agrees_with_the_oracle(op: str, case: Case, device: str) -> None:
                     if wrong:
                         operands = "short" if short else "full"
                         failures.append(f"{op} {kernel} {dtype} [{case.name}] {variant.name}, {operands}: {wrong}")
-    report(failures)
+    return failures
+
+
+@pytest.mark.parametrize(("op", "case"), EVERY)
+def test_agrees_with_the_oracle(op: str, case: Case, device: str) -> None:
+    report(disagreements(op, case, device, "contiguous"))
+
+
+@pytest.mark.parametrize("layout", CHANNELS_LAST)
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        pytest.param(op, case, id=f"{op}-{case.name}")
+        for op in VARIANTS
+        for case in SMALL_GROUPS
+        if type(case) is type(CASES[op][0])
+    ],
+)
+def test_small_groups_agree_where_channels_are_last(op: str, case: Case, layout: str, device: str) -> None:
+    report(disagreements(op, case, device, layout))
 
 
 @pytest.mark.parametrize("op", [op for op in RULES if op in CONVOLUTIONS])
@@ -862,6 +883,75 @@ def test_many_megabytes_are_what_a_few_are(name: str, layout: str, device: str) 
             expected = torch.cat(few)
             assert torch.allclose(whole, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()), kernel
             whole.fill_(math.nan)  # the next result may lie in the same memory
+
+
+@pytest.mark.parametrize("lifted", [False, True], ids=["non-negative", "signed"])
+@pytest.mark.parametrize(
+    ("groups", "channels", "size"),
+    [(64, 64, (3, 11, 37)), (16, 64, (3, 11, 37)), (530, 530, (1, 3, 18)), (96, 1536, (1, 2, 20))],
+    ids=["blocks of rows", "of groups of 4", "parts of rows", "of groups of 16"],
+)
+def test_more_sums_of_small_groups_than_are_kept_near(
+    groups: int, channels: int, size: tuple[int, ...], lifted: bool, cpu_kernels: Any
+) -> None:
+    """Rows are cut where all of one are too many, and threads share them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, channels, *size, generator=generator)
+    x = (x if lifted else x.relu()).contiguous(memory_format=torch.channels_last_3d)
+    weight = torch.randn(channels, channels // groups, 1 if size[0] == 1 else 3, 3, 3, generator=generator)
+    relevance = torch.rand(x.shape, generator=generator).contiguous(memory_format=torch.channels_last_3d)
+    options: dict[str, Any] = {"padding": "same", "groups": groups, "non_negative": not lifted}
+    exact = ops.z_plus_conv3d(x.double(), weight.double(), relevance.double(), **options, kernel="reference")
+    forward = ops.conv3d(x.double(), weight.double(), padding="same", groups=groups, kernel="reference")
+    for kernel in kernels.available("z_plus_conv3d", "cpu", torch.float32):
+        if kernel.endswith("/ieee"):
+            torch.set_num_threads(2)
+            actual = ops.z_plus_conv3d(x, weight, relevance, **options, kernel=kernel)
+            torch.set_num_threads(1)
+            again = ops.z_plus_conv3d(x, weight, relevance, **options, kernel=kernel)
+            assert torch.equal(actual, again), kernel
+            assert torch.allclose(actual.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item()), kernel
+            plain = ops.conv3d(x, weight, padding="same", groups=groups, kernel=kernel)
+            assert torch.allclose(plain.double(), forward, rtol=1e-4, atol=1e-5 * forward.abs().max().item()), kernel
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "options"),
+    [
+        ((1, 4112, 1, 2, 2), (16, 257, 1, 1, 1), {"groups": 16}),
+        ((1, 16, 1, 2, 2), (8208, 1, 1, 1, 1), {"groups": 16}),
+        ((1, 64, 8, 14, 14), (32, 64, 3, 3, 3), {"padding": "same", "dilation": 6}),
+    ],
+    ids=["many channels to one", "one channel to many", "widely dilated"],
+)
+def test_shapes_of_which_kernels_can_do_little_at_once(
+    x: tuple[int, ...], weight: tuple[int, ...], options: dict[str, Any], cpu_kernels: Any
+) -> None:
+    """More channels in all groups than are packed at once; positions that read more than a cache holds."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, filters = torch.rand(x, generator=generator), torch.randn(weight, generator=generator)
+    relevance = torch.rand((x[0], weight[0], *x[2:]), generator=generator)
+    exact = ops.z_plus_conv3d(inputs.double(), filters.double(), relevance.double(), **options, kernel="reference")
+    for layout in ("contiguous", "channels_last"):
+        given = [lay_out(tensor, layout) for tensor in (inputs, filters, relevance)]
+        for kernel in kernels.available("z_plus_conv3d", "cpu", torch.float32):
+            if kernel.endswith(("/ieee", "/bf16x3")):
+                actual = ops.z_plus_conv3d(given[0], given[1], given[2], **options, kernel=kernel).double()
+                assert torch.allclose(actual, exact, rtol=1e-4, atol=1e-5 * exact.max().item()), (kernel, layout)
+
+
+def test_every_half_is_read_as_it_is_whatever_becomes_of_subnormal_floats(cpu_kernels: Any) -> None:
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16).view(1, 1, 1, 1, -1)
+    for kernel in kernels.available("max_pool3d", "cpu", torch.float16):
+        try:
+            for flush in (False, True):
+                torch.set_flush_denormal(flush)
+                pooled = ops.max_pool3d(halves, 1, kernel=kernel)
+                number = ~halves.isnan()
+                assert torch.equal(pooled.view(torch.int16)[number], halves.view(torch.int16)[number]), (kernel, flush)
+                assert pooled[~number].isnan().all(), (kernel, flush)
+        finally:
+            torch.set_flush_denormal(False)
 
 
 def test_a_batch_too_large_for_one_workspace(device: str) -> None:

@@ -206,6 +206,7 @@ REFUSALS = {
     "windows of nothing": Refusal(
         POOLING, "kernel_size", value([2, 0, 2]), r"kernel_size must be at least 1.*\[2, 0, 2\]"
     ),
+    "nothing to pool": Refusal(POOLING, "x", of(2, 6, 5, 5, 0), r"x must have channels.*\(2, 6, 5, 5, 0\)"),
     "windows larger than x": Refusal(
         POOLING, "kernel_size", value([6, 2, 2]), r"kernel_size \[6, 2, 2\].*\(2, 6, 5, 5, 5\).*\[0, 1, 1\]"
     ),

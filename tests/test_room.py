@@ -56,6 +56,20 @@ def test_sums_of_different_tensors_are_torchs_too(other: Tensor) -> None:
     assert found.dtype == right.dtype and torch.equal(found, right)
 
 
+@pytest.mark.skipif("cpu" not in native.loaded, reason="the operator is compiled, and this installation has none")
+@pytest.mark.parametrize(
+    ("like", "size", "refused"),
+    [
+        (torch.zeros(1, 1, 1, 1, 1, dtype=torch.int64), [1, 1, 1, 1024, 1024], "must be float32.*got torch.int64"),
+        (torch.zeros(1, 1, 1, 1, 1), [1024, 1024], r"size must have 5 numbers.*\[1024, 1024\]"),
+        (torch.zeros(1024), [1, 1, 1, 1024, 1024], "5 dimensions"),
+    ],
+)
+def test_the_operator_refuses_what_has_no_room(like: Tensor, size: list[int], refused: str) -> None:
+    with pytest.raises(RuntimeError, match=refused):
+        torch.ops.captum_dtd.room(like, size)
+
+
 @pytest.mark.skipif("cpu" not in native.loaded, reason="compiled kernels hash weights, and this installation has none")
 def test_weights_are_not_changed_by_being_used_again_and_are_seen_to_change() -> None:
     """They are moved to other pages of memory, once they come a second time."""

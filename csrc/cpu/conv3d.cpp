@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "../time_sums.h"
+#include "direct.h"
+#include "direct_kernel.h"
 #include "implicit_gemm.h"
 #include "linear.h"
 #include "loops.h"
@@ -145,6 +147,7 @@ template <typename Operand, typename Sum>
 struct Engine {
   const MicroKernel<Operand, Sum>* tile;
   GroupsKernel<Sum> groups;
+  const DirectKernel<Sum>* direct;
   const PlanarKernel<Sum, Sum>* planar;
   const PlanarKernel<Operand, Sum>* pairs;  // null but of bfloat16
   const Loops<Sum>* loops;
@@ -167,30 +170,33 @@ std::vector<Engine<Operand, Sum>> engines();
 
 template <>
 std::vector<Engine<float, float>> engines() {
-  return runnable<float, float>(
-      {{float_kernel_avx512(), float_groups_avx512, float_planar_avx512(), nullptr, float_loops_avx512(), float_winograd_avx512(),
-        1},
-       {float_kernel_avx2(), float_groups_avx2, float_planar_avx2(), nullptr, float_loops_avx2(), float_winograd_avx2(), 1},
-       {float_kernel_generic(), float_groups_generic, float_planar_generic(), nullptr, float_loops_generic(),
-        float_winograd_generic(), 1}});
+  return runnable<float, float>({{float_kernel_avx512(), float_groups_avx512, float_direct_avx512(), float_planar_avx512(),
+                                  nullptr, float_loops_avx512(), float_winograd_avx512(), 1},
+                                 {float_kernel_avx2(), float_groups_avx2, float_direct_avx2(), float_planar_avx2(), nullptr,
+                                  float_loops_avx2(), float_winograd_avx2(), 1},
+                                 {float_kernel_generic(), float_groups_generic, float_direct_generic(), float_planar_generic(),
+                                  nullptr, float_loops_generic(), float_winograd_generic(), 1}});
 }
 
 template <>
 std::vector<Engine<double, double>> engines() {
-  return runnable<double, double>(
-      {{double_kernel_avx512(), double_groups_avx512, double_planar_avx512(), nullptr, double_loops_avx512(), nullptr, 1},
-       {double_kernel_avx2(), double_groups_avx2, double_planar_avx2(), nullptr, double_loops_avx2(), nullptr, 1},
-       {double_kernel_generic(), double_groups_generic, double_planar_generic(), nullptr, double_loops_generic(), nullptr, 1}});
+  return runnable<double, double>({{double_kernel_avx512(), double_groups_avx512, double_direct_avx512(), double_planar_avx512(),
+                                    nullptr, double_loops_avx512(), nullptr, 1},
+                                   {double_kernel_avx2(), double_groups_avx2, double_direct_avx2(), double_planar_avx2(), nullptr,
+                                    double_loops_avx2(), nullptr, 1},
+                                   {double_kernel_generic(), double_groups_generic, double_direct_generic(),
+                                    double_planar_generic(), nullptr, double_loops_generic(), nullptr, 1}});
 }
 
 template <>
 std::vector<Engine<bfloat16, float>> engines() {
-  return runnable<bfloat16, float>({{bfloat16_kernel_amx(), float_groups_avx512, float_planar_avx512(), bfloat16_planar_avx512(),
-                                     float_loops_avx512(), bfloat16_winograd_avx512(), 16, bfloat16_column_kernel_amx()},
-                                    {bfloat16_kernel_avx512(), float_groups_avx512, float_planar_avx512(),
-                                     bfloat16_planar_avx512(), float_loops_avx512(), bfloat16_winograd_avx512(), 2},
-                                    {bfloat16_kernel_generic(), float_groups_generic, float_planar_generic(),
-                                     bfloat16_planar_generic(), float_loops_generic(), bfloat16_winograd_generic(), 1}});
+  return runnable<bfloat16, float>(
+      {{bfloat16_kernel_amx(), float_groups_avx512, float_direct_avx512(), float_planar_avx512(), bfloat16_planar_avx512(),
+        float_loops_avx512(), bfloat16_winograd_avx512(), 16, bfloat16_column_kernel_amx()},
+       {bfloat16_kernel_avx512(), float_groups_avx512, float_direct_avx512(), float_planar_avx512(), bfloat16_planar_avx512(),
+        float_loops_avx512(), bfloat16_winograd_avx512(), 2},
+       {bfloat16_kernel_generic(), float_groups_generic, float_direct_generic(), float_planar_generic(),
+        bfloat16_planar_generic(), float_loops_generic(), bfloat16_winograd_generic(), 1}});
 }
 
 std::string kernel_name(const char* isa, const char* arithmetic) { return std::string(isa) + "/" + arithmetic; }
@@ -244,6 +250,7 @@ struct Task {
   const Filter& filter;
   Use use;
   bool transformed;
+  bool channels_last;  // whether results are written with the channels of a position next to each other
 };
 
 // Calls body(runner) with what works off the items of these plans.
@@ -295,9 +302,26 @@ bool multiplies_pairs(const Sweep& sweep, const std::vector<Product>& products, 
   return engine.pairs != nullptr && sweep.c_in % 2 == 0 && std::all_of(products.begin(), products.end(), are_rounded);
 }
 
+template <typename Operand, typename Sum>
+bool runs_directly(const Task& task, const Sweep& sweep, const Engine<Operand, Sum>& engine) {
+  const double rate = engine.rate / static_cast<double>(task.products.size());
+  return task.channels_last && reads_directly(*engine.direct, sweep, task.source) &&
+         direct_pays(sweep, task.output_parts, tiling_of(*engine.tile), rate);
+}
+
 template <typename Operand, typename Sum, typename Epilogue>
-void run_directly(const Task& task, const std::vector<Sweep>& sweeps, const Engine<Operand, Sum>& engine, const Sum* start,
+void run_directly(const Task& task, const Sweep& sweep, const Engine<Operand, Sum>& engine, const Sum* start,
                   const Epilogue& epilogue, ParallelFor parallel_for) {
+  const DirectKernel<Sum>& kernel = *engine.direct;
+  const DirectPlan plan = make_direct_plan(ascending(sweep), task.input_parts, task.output_parts, kernel.lanes, sizeof(Sum));
+  const auto weights = direct_weights(task.filter, task.use, plan, *engine.loops);
+  const DirectRunner<Sum, Epilogue> runner(plan, kernel, task.source, weights->template as<Sum>(), start, epilogue);
+  parallel(parallel_for, runner.items(), [&](int64_t begin, int64_t end) { runner.run(begin, end); });
+}
+
+template <typename Operand, typename Sum, typename Epilogue>
+void run_packed(const Task& task, const std::vector<Sweep>& sweeps, const Engine<Operand, Sum>& engine, const Sum* start,
+                const Epilogue& epilogue, ParallelFor parallel_for) {
   if (sweeps.empty()) return;
   const bool is_column = engine.column != nullptr && sweeps[0].c_out * task.output_parts <= engine.column->channels;
   const MicroKernel<Operand, Sum>& tile = is_column ? *engine.column : *engine.tile;
@@ -409,8 +433,13 @@ void run_winograd(const Task& task, const Sweep& sweep, const Engine<Operand, fl
 template <typename Operand, typename Sum, typename Epilogue>
 void run_task(const Task& task, const Engine<Operand, Sum>& engine, const Sum* start, const Epilogue& epilogue,
               ParallelFor parallel_for) {
-  std::vector<Sweep> direct;
-  for (const Sweep& sweep : task.sweeps) {
+  std::vector<Sweep> packed;
+  for (const Sweep& whole : task.sweeps) {
+    const Sweep sweep = reaching(whole);
+    if (runs_directly(task, sweep, engine)) {
+      run_directly(task, sweep, engine, start, epilogue, parallel_for);
+      continue;
+    }
     if constexpr (std::is_same_v<Sum, float>) {
       if (task.transformed && groups_kernel(sweep, task.output_parts, task.products, engine) == nullptr &&
           winograd_pays(sweep, task.input_parts, task.output_parts, tiling_of(*engine.tile))) {
@@ -418,9 +447,9 @@ void run_task(const Task& task, const Engine<Operand, Sum>& engine, const Sum* s
         continue;
       }
     }
-    direct.push_back(sweep);
+    packed.push_back(sweep);
   }
-  run_directly(task, direct, engine, start, epilogue, parallel_for);
+  run_packed(task, packed, engine, start, epilogue, parallel_for);
 }
 
 // Relevance of positions that no window reaches, u * 0, written row by row to all positions: phases without taps would each
@@ -513,7 +542,8 @@ bool reads_rounded_shares(const Conv3dRelevance& problem, const std::vector<InTi
   if (arithmetic.transformed) return false;  // what is rounded are the transformed numbers
   const auto& products = arithmetic.adjoint;
   const auto is_rounded = [](const Product& product) { return product.operand == Digit::High; };
-  const auto reads_all = [&](const Sweep& phase) {
+  const auto reads_all = [&](const Sweep& whole) {
+    const Sweep phase = reaching(whole);
     const int output_parts = parts(problem.lift);
     return groups_kernel(phase, output_parts, products, engine) != nullptr ||
            (runs_planar(phase, output_parts, products, engine) && !multiplies_pairs(phase, products, engine));
@@ -594,8 +624,8 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
       const Divide<Sum> divide{
           loops, given, channels_last, kept, static_cast<Sum>(problem.stabilizer), is_big(conv.n * c_out, conv.out, kept)};
       const Sweep all = has_tables ? by_table(forward_sweep(conv), conv, here->reads) : forward_sweep(conv);
-      const Task denominator{{all},   arithmetic.forward, parts(problem.lift),   1, x,
-                             weights, {false, true},      arithmetic.transformed};
+      const Task denominator{{all},         arithmetic.forward,     parts(problem.lift), 1, x, weights,
+                             {false, true}, arithmetic.transformed, given.stride[1] == 1};
       run_task(denominator, engine, problem.bias != nullptr ? bias.data() : nullptr, divide, parallel_for);
     }
     const std::vector<Sweep> phases = adjoint_sweeps(conv);
@@ -603,7 +633,15 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
     if (std::any_of(phases.begin(), phases.end(), has_no_taps))
       share_nothing(conv, loops, x, skip_examples(problem.out, sum, n), stored, stream, parallel_for);
     const Share<Sum> share{loops, x, skip_examples(problem.out, sum, n), stored, stream};
-    Task pull{{}, arithmetic.adjoint, 1, parts(problem.lift), shares, weights, {true, true}, arithmetic.transformed};
+    Task pull{{},
+              arithmetic.adjoint,
+              1,
+              parts(problem.lift),
+              shares,
+              weights,
+              {true, true},
+              arithmetic.transformed,
+              problem.out.stride[1] == 1};
     for (const Sweep& phase : phases)
       if (!has_no_taps(phase)) pull.sweeps.push_back(has_tables ? by_table(phase, conv, here->gives) : phase);
     run_task(pull, engine, static_cast<const Sum*>(nullptr), share, parallel_for);
@@ -641,17 +679,18 @@ void forward(const Conv3dForward& problem, const Engine<Operand, Sum>& engine, c
     const Sweep sweep = has_table ? by_table(forward_sweep(conv), conv, times.reads) : forward_sweep(conv);
     const Sum* const start = problem.bias != nullptr ? bias.data() : nullptr;
     const Use use{false, false};
+    const bool channels_last = problem.out.stride[1] == 1;
     constexpr bool kIsRounded = std::is_same_v<Operand, bfloat16>;
     if constexpr (kIsRounded) {
       if (arithmetic.transformed) {
         const Engine<float, float> floats = floats_of(engine);
         if (winograd_pays(sweep, 1, 1, tiling_of(*floats.tile))) {
-          run_task({{sweep}, ieee().forward, 1, 1, x, weights, use, true}, floats, start, keep, parallel_for);
+          run_task({{sweep}, ieee().forward, 1, 1, x, weights, use, true, channels_last}, floats, start, keep, parallel_for);
           continue;
         }
       }
     }
-    const Task task{{sweep}, arithmetic.forward, 1, 1, x, weights, use, arithmetic.transformed && !kIsRounded};
+    const Task task{{sweep}, arithmetic.forward, 1, 1, x, weights, use, arithmetic.transformed && !kIsRounded, channels_last};
     run_task(task, engine, start, keep, parallel_for);
   }
 }

@@ -465,7 +465,7 @@ class SweepRunner {
                 kernel_.run(channels, static_cast<int>(last - first), a + first * kernel_.lanes * plan_.position_pitch,
                             plan_.depth_pitch, offsets.data() + tap, tap_count, plan_.kernel_depth,
                             weights + (first_weight + tap) * plan_.kernel_depth * channels,
-                            sums + i * line + first * kernel_.lanes, pitch, true);
+                            sums + i * line + first * kernel_.lanes, pitch);
               });
             }
           };

@@ -4,6 +4,7 @@
 #define CAPTUM_DTD_ISA "avx512"
 constexpr int kVectorBytes = 64;
 constexpr int kRegisters = 32;
+#include "vector_direct.h"
 #include "vector_kernel.h"
 #include "vector_winograd.h"
 
@@ -15,6 +16,7 @@ const MicroKernel<float, float>* float_kernel_avx512() { return features().avx51
 const MicroKernel<float, float>* float_groups_avx512(int64_t of_group) {
   return features().avx512 ? groups_kernel<float>(of_group) : nullptr;
 }
+const DirectKernel<float>* float_direct_avx512() { return features().avx512 ? &kDirect<float> : nullptr; }
 const PlanarKernel<float, float>* float_planar_avx512() { return features().avx512 ? &kPlanar<float> : nullptr; }
 const Loops<float>* float_loops_avx512() { return features().avx512 ? &kLoops<float> : nullptr; }
 const WinogradKernel<float, float>* float_winograd_avx512() { return features().avx512 ? &kWinograd<float> : nullptr; }
@@ -22,6 +24,7 @@ const MicroKernel<double, double>* double_kernel_avx512() { return features().av
 const MicroKernel<double, double>* double_groups_avx512(int64_t of_group) {
   return features().avx512 ? groups_kernel<double>(of_group) : nullptr;
 }
+const DirectKernel<double>* double_direct_avx512() { return features().avx512 ? &kDirect<double> : nullptr; }
 const PlanarKernel<double, double>* double_planar_avx512() { return features().avx512 ? &kPlanar<double> : nullptr; }
 const Loops<double>* double_loops_avx512() { return features().avx512 ? &kLoops<double> : nullptr; }
 
@@ -29,11 +32,13 @@ const Loops<double>* double_loops_avx512() { return features().avx512 ? &kLoops<
 
 const MicroKernel<float, float>* float_kernel_avx512() { return nullptr; }
 const MicroKernel<float, float>* float_groups_avx512(int64_t) { return nullptr; }
+const DirectKernel<float>* float_direct_avx512() { return nullptr; }
 const PlanarKernel<float, float>* float_planar_avx512() { return nullptr; }
 const Loops<float>* float_loops_avx512() { return nullptr; }
 const WinogradKernel<float, float>* float_winograd_avx512() { return nullptr; }
 const MicroKernel<double, double>* double_kernel_avx512() { return nullptr; }
 const MicroKernel<double, double>* double_groups_avx512(int64_t) { return nullptr; }
+const DirectKernel<double>* double_direct_avx512() { return nullptr; }
 const PlanarKernel<double, double>* double_planar_avx512() { return nullptr; }
 const Loops<double>* double_loops_avx512() { return nullptr; }
 

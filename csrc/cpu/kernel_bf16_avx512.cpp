@@ -96,9 +96,9 @@ constexpr int kRegisters = 32;
 
 template <int channels, int vectors>
 void run_planes(const bfloat16* a, int64_t plane, const int64_t* offsets, int64_t taps, int64_t depth, const bfloat16* b,
-                float* sum, int64_t pitch, bool accumulate) {
+                float* sum, int64_t pitch) {
   __m512 sums[channels][vectors];
-  begin_sums(sums, sum, pitch, accumulate);
+  begin_sums(sums, sum, pitch, true);
 
   for (int64_t tap = 0; tap < taps; ++tap) {
     const bfloat16* row = a + offsets[tap];
@@ -120,7 +120,7 @@ void run_planes(const bfloat16* a, int64_t plane, const int64_t* offsets, int64_
   store_sums(sums, sum, pitch);
 }
 
-using RunPlanes = void (*)(const bfloat16*, int64_t, const int64_t*, int64_t, int64_t, const bfloat16*, float*, int64_t, bool);
+using RunPlanes = void (*)(const bfloat16*, int64_t, const int64_t*, int64_t, int64_t, const bfloat16*, float*, int64_t);
 
 template <int channels, int... indices>
 RunPlanes planes_of(int vectors, std::integer_sequence<int, indices...>) {
@@ -130,12 +130,12 @@ RunPlanes planes_of(int vectors, std::integer_sequence<int, indices...>) {
 
 template <int channels = PlanarKernel<bfloat16, float>::kMaxChannels>
 void run_planar(int wanted, int vectors, const bfloat16* a, int64_t plane, const int64_t* offsets, int64_t taps, int64_t depth,
-                const bfloat16* b, float* sum, int64_t pitch, bool accumulate) {
+                const bfloat16* b, float* sum, int64_t pitch) {
   if (wanted == channels) {
     constexpr auto kVectorCounts = std::make_integer_sequence<int, planar_vectors(kRegisters, channels)>{};
-    planes_of<channels>(vectors, kVectorCounts)(a, plane, offsets, taps, depth, b, sum, pitch, accumulate);
+    planes_of<channels>(vectors, kVectorCounts)(a, plane, offsets, taps, depth, b, sum, pitch);
   } else if constexpr (channels > 1) {
-    run_planar<channels - 1>(wanted, vectors, a, plane, offsets, taps, depth, b, sum, pitch, accumulate);
+    run_planar<channels - 1>(wanted, vectors, a, plane, offsets, taps, depth, b, sum, pitch);
   }
 }
 

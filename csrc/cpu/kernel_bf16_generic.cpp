@@ -52,10 +52,8 @@ void run(int positions, const bfloat16* a, int64_t position_stride, const int64_
 constexpr int kLanes = 4;
 
 void run_planar(int channels, int vectors, const bfloat16* a, int64_t plane, const int64_t* offsets, int64_t taps, int64_t depth,
-                const bfloat16* b, float* sum, int64_t pitch, bool accumulate) {
+                const bfloat16* b, float* sum, int64_t pitch) {
   const int positions = vectors * kLanes;
-  for (int o = 0; o < channels; ++o)
-    for (int p = 0; p < positions && !accumulate; ++p) sum[o * pitch + p] = 0;
   for (int64_t tap = 0; tap < taps; ++tap) {
     const bfloat16* row = a + offsets[tap];
     for (int64_t k = 0; k < depth; k += 2, row += plane, b += 2 * channels)

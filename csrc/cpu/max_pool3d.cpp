@@ -7,11 +7,12 @@
 #include "max_pool3d.h"
 
 #include <algorithm>
-#include <type_traits>
+#include <numeric>
 #include <vector>
 
 #include "buffer.h"
 #include "instructions.h"
+#include "parallel.h"
 #include "pool_loops.h"
 #include "streaming.h"
 
@@ -49,21 +50,25 @@ class Axis {
         overlap((pool.kernel[axis] - 1) * pool.dilation[axis] >= pool.stride[axis]),
         stride_(pool.stride[axis]),
         padding_(pool.padding[axis]) {
-    std::vector<int64_t> reached;
-    reached.reserve(windows * pool.kernel[axis]);
-    for (int64_t window = 0; window < windows; ++window)
-      for (int64_t tap = 0; tap < pool.kernel[axis]; ++tap) {
-        const int64_t position = window * stride_ - padding_ + tap * pool.dilation[axis];
-        reached.push_back(position >= 0 && position < positions ? position : -1);
+    // Taps in the padding are not gone through: a window may be far larger than the input.
+    meet([&](auto visit) {
+      for (int64_t window = 0; window < windows; ++window) {
+        const int64_t at = window * stride_ - padding_, step = pool.dilation[axis];
+        const int64_t first = at < 0 ? (-at + step - 1) / step : 0;
+        const int64_t end = at < positions ? std::min((positions - at + step - 1) / step, pool.kernel[axis]) : 0;
+        for (int64_t tap = first; tap < end; ++tap) visit(window, tap, at + tap * step, at + tap * step);
       }
-    meet(reached.data(), reached.data(), pool.kernel[axis]);
+    });
     for (int64_t position = 0; position < positions; ++position) sources_[position] = position;
   }
 
   // T by a row of both tables.
   Axis(const MaxPool3d& pool, const int64_t* reads, const int64_t* gives)
       : positions(pool.in[0]), windows(pool.out[0]), overlap(true), stride_(0), padding_(0) {
-    meet(reads, gives, pool.kernel[0]);
+    meet([&](auto visit) {
+      for (int64_t i = 0; i < windows * pool.kernel[0]; ++i)
+        if (reads[i] >= 0) visit(i / pool.kernel[0], i % pool.kernel[0], reads[i], gives[i]);
+    });
   }
 
   Meetings of_windows() const { return {first_of_window_.data(), of_window_.data()}; }
@@ -90,30 +95,27 @@ class Axis {
   const bool overlap;
 
  private:
-  // What each tap of each window reads and gives to; -1 is nothing.
-  void meet(const int64_t* reads, const int64_t* gives, int64_t taps) {
+  // each(visit) calls visit(window, tap, position read, position given to) for what each window reads, one after the other; where
+  // -1 is given to it is nothing.
+  template <typename Each>
+  void meet(Each each) {
     sources_.assign(positions, -1);
-    first_of_window_.reserve(windows + 1);
-    first_of_window_.push_back(0);
+    first_of_window_.assign(windows + 1, 0);
     first_of_position_.assign(positions + 1, 0);
-    of_window_.reserve(windows * taps);
-    for (int64_t window = 0, i = 0; window < windows; ++window) {
-      for (int64_t tap = 0; tap < taps; ++tap, ++i) {
-        if (reads[i] < 0) continue;
-        of_window_.push_back({reads[i], tap});
-        if (gives[i] >= 0) ++first_of_position_[gives[i] + 1];
-      }
-      first_of_window_.push_back(of_window_.size());
-    }
-    for (int64_t position = 0; position < positions; ++position) first_of_position_[position + 1] += first_of_position_[position];
+    each([&](int64_t window, int64_t tap, int64_t read, int64_t given) {
+      of_window_.push_back({read, tap});
+      ++first_of_window_[window + 1];
+      if (given >= 0) ++first_of_position_[given + 1];
+    });
+    std::partial_sum(first_of_window_.begin(), first_of_window_.end(), first_of_window_.begin());
+    std::partial_sum(first_of_position_.begin(), first_of_position_.end(), first_of_position_.begin());
     of_position_.resize(first_of_position_[positions]);
     std::vector<int64_t> next(first_of_position_.begin(), first_of_position_.end() - 1);
-    for (int64_t window = 0, i = 0; window < windows; ++window)
-      for (int64_t tap = 0; tap < taps; ++tap, ++i) {
-        if (reads[i] < 0 || gives[i] < 0) continue;
-        of_position_[next[gives[i]]++] = {window, tap};
-        sources_[gives[i]] = reads[i];
-      }
+    each([&](int64_t window, int64_t tap, int64_t read, int64_t given) {
+      if (given < 0) return;
+      of_position_[next[given]++] = {window, tap};
+      sources_[given] = read;
+    });
   }
 
   int64_t begin(int64_t window) const {
@@ -170,11 +172,6 @@ Instructions<double> instructions(const std::string& isa) {
   return {loops_of<double>(isa), pool};
 }
 
-template <typename Sum>
-constexpr Element kElement = std::is_same_v<Sum, double> ? Element::Float64 : Element::Float32;
-
-int64_t size_of(Element element) { return element == Element::Float64 ? 8 : element == Element::Float32 ? 4 : 2; }
-
 // Rows of some channels of a tensor: a box of T and H, all of W. In memory they are dense, or a dense copy is worked with.
 template <typename Sum>
 class Rows {
@@ -184,7 +181,7 @@ class Rows {
 
   // Whether no copy is needed.
   bool dense(int64_t lanes) const {
-    return element_ == kElement<Sum> && view_.stride[4] == lanes && (lanes == 1 || view_.stride[1] == 1);
+    return element_ == element_of<Sum>() && view_.stride[4] == lanes && (lanes == 1 || view_.stride[1] == 1);
   }
 
   void set(int64_t n, int64_t channel, int64_t lanes, Range t, Range h) {
@@ -192,7 +189,7 @@ class Rows {
     t_ = t;
     h_ = h;
     const auto& stride = view_.stride;
-    from_ = static_cast<char*>(view_.data) + (n * stride[0] + channel * stride[1]) * size_of(element_);
+    from_ = static_cast<char*>(view_.data) + (n * stride[0] + channel * stride[1]) * element_bytes(element_);
     if (!dense(lanes)) copy_.reserve(t.size() * h.size() * width_ * lanes * sizeof(Sum));
   }
 
@@ -215,7 +212,7 @@ class Rows {
 
  private:
   void* at(int64_t t, int64_t h) const {
-    return static_cast<char*>(from_) + (t * view_.stride[2] + h * view_.stride[3]) * size_of(element_);
+    return static_cast<char*>(from_) + (t * view_.stride[2] + h * view_.stride[3]) * element_bytes(element_);
   }
 
   // In as few pieces as memory allows.
@@ -262,7 +259,7 @@ class Pooling {
     lanes_ = side_by_side ? (has_few_lanes ? std::min(pool.c, kDeepLanes) : pool.c) : std::min(pool.c, kLanes);
     blocks_ = (pool.c + lanes_ - 1) / lanes_;
     const int64_t bytes = pool.n * pool.c * t_[0].positions * h_.positions * w_.positions * static_cast<int64_t>(sizeof(Sum));
-    stream_ = bytes >= kStreamedBytes && Rows<Sum>(problem.out, kElement<Sum>, w_.positions, run_.memory).dense(lanes_);
+    stream_ = bytes >= kStreamedBytes && Rows<Sum>(problem.out, element_of<Sum>(), w_.positions, run_.memory).dense(lanes_);
     if (deep_) {
       tile_h_ = kDeepTileBytes / deep_row_bytes(lanes_) / pool.stride[1] - pool.kernel[1] + 1;
       tile_h_ = std::clamp<int64_t>(tile_h_, 1, h_.windows);
@@ -305,8 +302,8 @@ class Pooling {
   struct Scratch {
     explicit Scratch(const Pooling& p)
         : x(p.problem_.x, p.problem_.element, p.w_.positions, p.run_.memory),
-          relevance(p.problem_.relevance, kElement<Sum>, p.w_.windows, p.run_.memory),
-          out(p.problem_.out, kElement<Sum>, p.w_.positions, p.run_.memory),
+          relevance(p.problem_.relevance, element_of<Sum>(), p.w_.windows, p.run_.memory),
+          out(p.problem_.out, element_of<Sum>(), p.w_.positions, p.run_.memory),
           columns(std::max(p.w_.positions, p.w_.windows) * p.lanes_ * sizeof(Sum)),
           windows(p.w_.windows * p.lanes_ * sizeof(Sum)),
           column_winners(p.problem_.winner_takes_all ? p.w_.positions * p.lanes_ * sizeof(Tap) : 0) {}
@@ -536,9 +533,8 @@ class Largest {
 };
 
 template <typename Pool>
-void run_all(Pool&& pool, ParallelFor parallel_for) {
-  parallel_for(
-      pool.tiles(), 1, [](void* pool, int64_t begin, int64_t end) { static_cast<const Pool*>(pool)->run(begin, end); }, &pool);
+void run_all(const Pool& pool, ParallelFor parallel_for) {
+  parallel(parallel_for, pool.tiles(), [&](int64_t begin, int64_t end) { pool.run(begin, end); });
 }
 
 }  // namespace

@@ -141,15 +141,23 @@ class Planner {
       if (volume(1, 1, w) <= budget) break;
     }
     double least = std::numeric_limits<double>::infinity();
-    for (int64_t t : cuts_t)
-      for (int64_t h : cuts_h) {
-        const int64_t packed = volume(t, h, block[2]);
-        const double each = static_cast<double>(packed) / static_cast<double>(t * h);
-        if (packed > budget || each >= least) continue;
-        least = each;
-        block[0] = t;
-        block[1] = h;
-      }
+    const auto search = [&](int64_t w, int64_t room) {
+      for (int64_t t : cuts_t)
+        for (int64_t h : cuts_h) {
+          const int64_t packed = volume(t, h, w);
+          const double each = static_cast<double>(packed) / static_cast<double>(t * h * w);
+          if (packed > room || each >= least) continue;
+          least = each;
+          block[0] = t;
+          block[1] = h;
+          block[2] = w;
+        }
+    };
+    search(block[2], budget);
+    // What a single position reads may be too much already, as of widely dilated windows: then many had better share it.
+    constexpr int64_t kMostBudgets = 64;
+    if (least == std::numeric_limits<double>::infinity())
+      for (int64_t w : even_cuts(sweep.grid[2])) search(w, kMostBudgets * budget);
     const bool whole = block[0] >= sweep.grid[0] && block[1] >= sweep.grid[1] && block[2] >= sweep.grid[2];
     plan_.block_n = 1;
     if (whole)
@@ -222,6 +230,23 @@ class Planner {
 
 }  // namespace
 
+Sweep reaching(Sweep sweep) {
+  for (int a = sweep.in_time != nullptr ? 1 : 0; a < 3; ++a) {
+    const int64_t across = (sweep.grid[a] - 1) * sweep.stride[a];
+    const auto is_outside = [&](int64_t tap) {
+      const int64_t first = sweep.base[a] + tap * sweep.step[a];
+      return first + across < 0 || first >= sweep.in[a];
+    };
+    while (sweep.taps[a] > 1 && is_outside(sweep.taps[a] - 1)) --sweep.taps[a];
+    while (sweep.taps[a] > 1 && is_outside(0)) {
+      --sweep.taps[a];
+      sweep.base[a] += sweep.step[a];
+      sweep.first_tap[a] += sweep.tap_skip[a];
+    }
+  }
+  return sweep;
+}
+
 Sweep ascending(Sweep sweep) {
   for (int a = 0; a < 3; ++a) {
     if (sweep.step[a] >= 0 || sweep.taps[a] == 0) continue;
@@ -236,11 +261,21 @@ Sweep ascending(Sweep sweep) {
 bool groups_pay(const Sweep& sweep, int output_parts, int lanes, const Tiling& tiling, double rate) {
   constexpr double kLoads = 1.3, kShuffles = 1.5;  // each product reads an input of its own, which of a wider group is shuffled
   const int64_t of_group = sweep.c_out * output_parts;
-  if (sweep.groups == 1 || of_group > lanes) return false;
+  // Each run of channels is picked out of all channels of its groups, which are therefore read as often as there are runs.
+  constexpr int64_t kMostRuns = 16;
+  if (sweep.groups == 1 || of_group > lanes || sweep.c_in > kMostRuns * sweep.c_out) return false;
   const int64_t bundles = ceil_div(sweep.groups, lanes / of_group);
   const int64_t own = bundles * lanes * round_up(sweep.c_in, sweep.c_out);
   const int64_t padded = sweep.groups * round_up(of_group, tiling.channels) * round_up(sweep.c_in, tiling.depth_multiple);
   return (sweep.c_out > 1 ? kShuffles : kLoads) * rate * static_cast<double>(own) < static_cast<double>(padded);
+}
+
+bool direct_pays(const Sweep& sweep, int output_parts, const Tiling& tiling, double rate) {
+  constexpr double kGain = 0.7;  // nothing is packed
+  const int64_t own = sweep.groups * sweep.c_out * output_parts * sweep.c_in;
+  const int64_t padded =
+      sweep.groups * round_up(sweep.c_out * output_parts, tiling.channels) * round_up(sweep.c_in, tiling.depth_multiple);
+  return kGain * rate * static_cast<double>(own) < static_cast<double>(padded);
 }
 
 bool planar_pays(const Sweep& sweep, int output_parts, int channels, double rate) {

@@ -110,12 +110,20 @@ struct Plan : Blocks {
   int64_t packed_weights() const { return bundles() * channel_blocks * packed_block(); }
 };
 
+// Without taps that reach the input from no position, but for one: a widely dilated window has such, and one over T of few
+// frames.
+Sweep reaching(Sweep sweep);
+
 // Taps that run backwards (an adjoint's) are counted from the other end.
 Sweep ascending(Sweep sweep);
 
 // Whether a kernel with channels of several groups in so many lanes is faster than one with those of one group, `rate` times as
 // fast with full lanes.
 bool groups_pay(const Sweep& sweep, int output_parts, int lanes, const Tiling& tiling, double rate);
+
+// Whether a kernel that reads groups of few channels where they lie is faster than one that packs those of one group, `rate`
+// times as fast with full lanes.
+bool direct_pays(const Sweep& sweep, int output_parts, const Tiling& tiling, double rate);
 
 // Whether a kernel with positions in its lanes is faster than one with so many channels, `rate` times as fast with full lanes.
 bool planar_pays(const Sweep& sweep, int output_parts, int channels, double rate);

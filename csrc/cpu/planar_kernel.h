@@ -7,8 +7,7 @@
 
 namespace captum_dtd::cpu {
 
-//   sum[o * pitch + p] = (accumulate ? sum[o * pitch + p] : 0)
-//                      + sum over taps j, k of  a[k * plane + offsets[j] + p] * b[j][k][o]     p < vectors * lanes, o < channels
+//   sum[o * pitch + p] += sum over taps j, k of  a[k * plane + offsets[j] + p] * b[j][k][o]     p < vectors * lanes, o < channels
 //
 // `a` points into a slab with one plane of positions for each channel; `b` is dense. Of bfloat16, two neighbouring channels share
 // a plane, and lie next to each other at every position, as they do in b: [taps][depth / 2][channels][2].
@@ -19,7 +18,7 @@ struct PlanarKernel {
   int lanes;                          // positions of one vector
   int max_vectors[kMaxChannels + 1];  // of one call, by its channels
   void (*run)(int channels, int vectors, const Operand* a, int64_t plane, const int64_t* offsets, int64_t taps, int64_t depth,
-              const Operand* b, Sum* sum, int64_t pitch, bool accumulate);
+              const Operand* b, Sum* sum, int64_t pitch);
 };
 
 // As many vectors of positions as leave a register for a weight.

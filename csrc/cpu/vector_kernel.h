@@ -106,6 +106,8 @@ void run_tile(int positions, const T* a, int64_t position_stride, const int64_t*
 
 // ----------------------------------------------------------------------- register tile, channels of groups in lanes
 
+constexpr bool kShuffles = kVectorBytes > 16;  // whether registers are shuffled by numbers that are in another
+
 constexpr int kMaxGroupPositions = kRegisters - 4;  // one each for weights, inputs, which of these, and what is shuffled
 
 // Of every lane, which lane its group begins with, where groups have so many channels.
@@ -172,13 +174,13 @@ void run_groups(int positions, const T* a, int64_t position_stride, const int64_
 
 template <typename T, int kChannels, int kColumns>
 void planar_tile(const T* a, int64_t plane, const int64_t* offsets, int64_t taps, int64_t depth, const T* b, T* sum,
-                 int64_t pitch, bool accumulate) {
+                 int64_t pitch) {
   constexpr int kStep = kLanes<T>;
   Register<T> sums[kChannels][kColumns];
 #pragma GCC unroll 8
   for (int o = 0; o < kChannels; ++o)
 #pragma GCC unroll 8
-    for (int v = 0; v < kColumns; ++v) sums[o][v] = accumulate ? load_vector(sum + o * pitch + v * kStep) : Register<T>{};
+    for (int v = 0; v < kColumns; ++v) sums[o][v] = load_vector(sum + o * pitch + v * kStep);
 
   for (int64_t tap = 0; tap < taps; ++tap) {
     const T* row = a + offsets[tap];
@@ -207,14 +209,14 @@ constexpr int max_columns(int channels) { return planar_vectors(kRegisters, chan
 
 template <typename T, int kChannels = PlanarKernel<T, T>::kMaxChannels, int kColumns = max_columns(kChannels)>
 void run_planar(int channels, int vectors, const T* a, int64_t plane, const int64_t* offsets, int64_t taps, int64_t depth,
-                const T* b, T* sum, int64_t pitch, bool accumulate) {
+                const T* b, T* sum, int64_t pitch) {
   if (channels != kChannels) {
     if constexpr (kChannels > 1 && kColumns == max_columns(kChannels))
-      run_planar<T, kChannels - 1>(channels, vectors, a, plane, offsets, taps, depth, b, sum, pitch, accumulate);
+      run_planar<T, kChannels - 1>(channels, vectors, a, plane, offsets, taps, depth, b, sum, pitch);
   } else if (vectors == kColumns) {
-    planar_tile<T, kChannels, kColumns>(a, plane, offsets, taps, depth, b, sum, pitch, accumulate);
+    planar_tile<T, kChannels, kColumns>(a, plane, offsets, taps, depth, b, sum, pitch);
   } else if constexpr (kColumns > 1) {
-    run_planar<T, kChannels, kColumns - 1>(channels, vectors, a, plane, offsets, taps, depth, b, sum, pitch, accumulate);
+    run_planar<T, kChannels, kColumns - 1>(channels, vectors, a, plane, offsets, taps, depth, b, sum, pitch);
   }
 }
 
@@ -236,13 +238,16 @@ inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }
 inline float widen(bfloat16 value) { return bits_as<float>(uint32_t{value.bits} << 16); }
 
+// By integers, and a difference of normal numbers: subnormal floats count as zero where the caller has flushing on.
 inline float widen(float16 value) {
   const uint32_t magnitude = (uint32_t{value.bits} & 0x7fff) << 13;
   const uint32_t sign = (uint32_t{value.bits} & 0x8000) << 16;
-  const uint32_t scaled =
-      bits_as<uint32_t>(bits_as<float>(magnitude) * 0x1p112f);         // exponent bias 127 for 15, also of subnormals
-  const uint32_t infinite = magnitude >= 0x0f800000 ? 0x7f800000 : 0;  // infinities and NaN
-  return bits_as<float>(sign | scaled | infinite);
+  // A subnormal is a multiple of 2^-24, which is the unit of 1/2 in a float.
+  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(0x3f000000 + (magnitude >> 13)) - 0.5f);
+  const uint32_t normal = magnitude + 0x38000000;   // exponent bias 127 for 15
+  const uint32_t special = magnitude + 0x70000000;  // infinities and NaN
+  const uint32_t finite = magnitude < 0x00800000 ? subnormal : normal;
+  return bits_as<float>(sign | (magnitude >= 0x0f800000 ? special : finite));
 }
 
 inline void narrow(float value, float& to) { to = value; }
@@ -737,10 +742,10 @@ inline const MicroKernel<T, T>* groups_kernel(int64_t of_group, std::integer_seq
   return of_group <= int64_t{sizeof...(kOfGroup)} ? &kKernels[of_group - 1] : nullptr;
 }
 
-// One for groups of one channel alone, where registers cannot be shuffled by numbers that are in another.
+// One for groups of one channel alone, where registers cannot be shuffled.
 template <typename T>
 inline const MicroKernel<T, T>* groups_kernel(int64_t of_group) {
-  constexpr int kMost = kVectorBytes > 16 ? kLanes<T> : 1;
+  constexpr int kMost = kShuffles ? kLanes<T> : 1;
   return groups_kernel<T>(of_group, std::make_integer_sequence<int, kMost>{});
 }
 
