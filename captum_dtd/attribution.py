@@ -436,6 +436,10 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         network = self._network(inputs, as_arguments(additional_forward_args))
         return None if network.any_batch else len(inputs[0])
 
+    def mixes_examples(self, inputs: tuple[Tensor, ...], additional_forward_args: Any = None) -> bool:
+        """Whether the model makes values of all examples together, so that they are told apart only one by one."""
+        return bool(self._network(inputs, as_arguments(additional_forward_args)).mixing)
+
     def _affordable(self, network: Network, inputs: tuple[Tensor, ...]) -> int:
         return max(1, free_memory(inputs[0].device) // 2 // max(1, network.bytes_per_example))
 
@@ -626,6 +630,11 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
             findings.append(
                 f"forward hooks ({', '.join(hooked[:3])}) are not run while explaining: if they change what the model computes, "
                 "the model without them is explained"
+            )
+        if network.mixing:
+            findings.append(
+                f"{network.mixing} is made of all examples together, so that what is explained depends on which are given at "
+                "once; frozen clips are explained one by one. Name the dimensions of one example to keep them apart"
             )
         for tensor, (low, high) in zip(inputs, bounds, strict=True):
             if not lies_within(tensor, low, high):

@@ -225,7 +225,8 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
                 self._check_maps(one, clips)
             unscaled = [_over_channels(one) for one in explained]
             progress.update(count)
-            size = internal_batch_size or self.frozen_batch(clips, extra)
+            alone = self.explains_alone(*_at_once(clips, extra, internal_batch_size))
+            size = 1 if alone else internal_batch_size or self.frozen_batch(clips, extra)
             looks = [tuple(torch.empty_like(part) for part in parts) for parts in unscaled]
             jobs: list[_Job] = []
             for row, first in enumerate(alike):
@@ -280,6 +281,10 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
             extra: additional arguments of the model's forward, likewise.
         """
         return _FROZEN_CLIPS
+
+    def explains_alone(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...] = ()) -> bool:
+        """Whether every frozen clip is explained by itself, whatever ``internal_batch_size`` says; arguments as above."""
+        return False
 
     def has_convergence_delta(self) -> bool:
         """Whether the underlying method has one."""
@@ -379,8 +384,16 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
             cuda_graphs=cuda_graphs,
         )
         super().__init__(method, readout=chosen["readout"], normalize=chosen["normalize"])
-        self.model = model
         self.preset = preset
+
+    @property
+    def model(self) -> nn.Module:
+        """The network to explain, which is the method's."""
+        return self.method.model
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        self.method.model = model
 
     @log_usage()  # type: ignore[untyped-decorator]
     @torch.inference_mode(False)
@@ -508,9 +521,7 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
     ) -> _Reader:
         """Explains frozen clips at distinct times only, and walks relevance back no further than it is read."""
         count, length = clips[0].shape[0], clips[0].shape[2]
-        # As many as are explained at once: the model's code may fix how many it takes.
-        first = slice(0, min(internal_batch_size or count, count))
-        some = tuple(clip[first] for clip in clips), take_arguments(extra, first, count)
+        some = _at_once(clips, extra, internal_batch_size)
         frozen = self.method.frozen_clips(*some)
         fixed = self.method.fixed_batch(*some) if frozen is None else None
 
@@ -577,6 +588,10 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
             inputs, targets, arguments, internal_batch_size=internal_batch_size, **options
         )
 
+    def explains_alone(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...] = ()) -> bool:
+        """Where the model makes values of all examples together: they would be of other frames, too."""
+        return len(clips[0]) > 0 and self.method.mixes_examples(clips, extra)
+
     def frozen_batch(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...] = ()) -> int:
         """As many as half of the memory that is free now allows, as far as more are faster on the clips' device.
 
@@ -585,6 +600,15 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
         enough = _ENOUGH.get(clips[0].device.type, _ENOUGH_ELSEWHERE)
         size, frames = self.method.affordable_batch(clips, extra, enough=enough), clips[0].shape[2]
         return size - size % frames if size > frames > 0 else size
+
+
+def _at_once(
+    clips: tuple[Tensor, ...], extra: tuple[Any, ...], internal_batch_size: int | None
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """As many clips, and what belongs to them, as are explained at once: the model's code may fix how many it takes."""
+    count = len(clips[0])
+    first = slice(0, min(internal_batch_size or count, count))
+    return tuple(clip[first] for clip in clips), take_arguments(extra, first, count)
 
 
 @dataclass(frozen=True)

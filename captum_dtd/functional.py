@@ -97,6 +97,8 @@ def _draws(node: fx.Node) -> bool:
         return bool(node.args[4:] and node.args[4])
     if node.target in _RANDOM_IN_TRAINING:
         return bool(node.args[3:] and node.args[3])
+    if node.target in _RECURRENT:
+        return bool(node.args[5] and node.args[6])
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
@@ -106,6 +108,8 @@ _DROPOUTS = frozenset(
 )
 _ATTENTION = frozenset({aten.scaled_dot_product_attention.default})
 """Its fifth argument is a probability, and it drops out in evaluation mode, too."""
+_RECURRENT = frozenset({aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input})
+"""Their dropout's probability, and whether they are in training, are the sixth and the seventh argument."""
 _RANDOM_IN_TRAINING = frozenset({aten.rrelu.default, aten.rrelu_.default})
 
 

@@ -22,7 +22,7 @@ import warnings
 import weakref
 from argparse import Namespace
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +36,8 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -73,6 +75,8 @@ class TracedModel:
         constants: placeholder -> tensor that the model's code makes on the way.
         any_batch: whether the graph holds for every batch size, or only for the one it was traced with.
         batch: the number of examples it was traced with.
+        mixing: the operation that makes values of all examples together, such as a mean over everything, and where it stands;
+            empty where each example's scores are its own, as far as sizes tell.
     """
 
     graph: fx.Graph
@@ -81,6 +85,7 @@ class TracedModel:
     constants: dict[fx.Node, Tensor]
     any_batch: bool
     batch: int
+    mixing: str
 
 
 def ordinary(tensor: Tensor) -> Tensor:
@@ -104,8 +109,9 @@ def structure_of(model: nn.Module) -> tuple[object, ...]:
 
     It covers what a trace depends on: the modules, their settings and other plain attributes, those of their classes and the
     methods among them, which parameters and buffers they have, of which shapes and types, and hooks that run before their
-    forward. Attributes are compared by value as far as they are numbers, strings, NumPy arrays, and lists, deques, dicts, sets,
-    dataclasses and namespaces of such; tensors and other objects by identity. Globals that a forward reads are not covered.
+    forward or around that of any module. Attributes are compared by value as far as they are numbers, strings, NumPy arrays,
+    and lists, deques, dicts, sets, dataclasses and namespaces of such; tensors and other objects by identity. Globals that a
+    forward reads are not covered.
     """
     classes = dict.fromkeys(map(type, model.modules()))
     modules = tuple(
@@ -120,12 +126,14 @@ def structure_of(model: nn.Module) -> tuple[object, ...]:
         )
         for name, module in model.named_modules()
     )
-    return tuple(map(_class_attributes, classes)), modules
+    return tuple(map(_class_attributes, classes)), modules, tuple(map(_Same, _hooks_of_all_modules()))
 
 
 def _kind_of(tensor: Tensor | None) -> object:
     """What of a tensor a trace depends on: numbers of channels, say, of a layer that was pruned."""
-    return None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+    if tensor is None or is_lazy(tensor):
+        return None if tensor is None else "not initialised"
+    return tuple(tensor.shape), tensor.dtype
 
 
 def _class_attributes(cls: type) -> tuple[object, ...]:
@@ -179,11 +187,19 @@ def value_of(value: Any, depth: int = 8) -> object:
         return type(value), frozenset(map(inner, value))
     if isinstance(value, Mapping):
         return type(value), tuple((inner(key), inner(each)) for key, each in value.items())
-    if dataclasses.is_dataclass(value) or isinstance(value, (SimpleNamespace, Namespace)):
-        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
-        named = {field.name: getattr(value, field.name, None) for field in fields}
-        return _Same(value), inner({**named, **getattr(value, "__dict__", {})})
+    if _has_fields(value):
+        return _Same(value), inner(_fields_of(value))
     return _Same(value)
+
+
+def _has_fields(value: object) -> bool:
+    return dataclasses.is_dataclass(value) or isinstance(value, (SimpleNamespace, Namespace))
+
+
+def _fields_of(value: Any) -> dict[str, Any]:
+    """Of a dataclass, with slots or not, or a namespace."""
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    return {field.name: getattr(value, field.name, None) for field in fields} | getattr(value, "__dict__", {})
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:
@@ -212,6 +228,19 @@ def trace(model: nn.Module, arguments: Sequence[Any], batch: int) -> TracedModel
         InputMismatchError: if the model does not run on such inputs.
         ValueError: if torch.export cannot trace it, or it does not return one tensor.
     """
+    try:
+        return _trace(model, arguments, batch)
+    except ValueError as error:
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:
+            raise ValueError(
+                f"{type(model).__name__} has lazy parameters without a shape ({', '.join(lazy[:3])}): run it once on such "
+                "inputs before it is explained"
+            ) from error
+        raise
+
+
+def _trace(model: nn.Module, arguments: Sequence[Any], batch: int) -> TracedModel:
     with _EXPORT_LOCK, plain_modes(), _failed_attempts_untold():
         double = _structural_copy(model)
         try:
@@ -245,16 +274,22 @@ def _structural_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every tensor and carries none of the user's hooks."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
-        tensors += [leaf for leaf in pytree.tree_leaves(list(vars(module).values())) if isinstance(leaf, Tensor)]
+        tensors += [leaf for value in vars(module).values() for leaf in _tensors_in(value)]
     shared: dict[int, Any] = {id(tensor): _shareable(tensor) for tensor in tensors}
     try:
-        double = copy.deepcopy(model, shared)
+        double = copy.deepcopy(model, dict(shared))
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be copied for tracing ({error}); replace what it holds of that kind by what "
-            "copy.deepcopy takes, a TorchScript function by the Python function that it was made of"
+            f"{type(model).__name__} cannot be copied for tracing ({_uncopied(model, shared) or 'its own attributes'}: {error}); "
+            "replace what it holds of that kind by what copy.deepcopy takes, a TorchScript function by the Python function "
+            "that it was made of"
         ) from error
     for module in double.modules():
+        for tensors_by_name in (module._parameters, module._buffers):
+            # What a lazy module has not made yet nothing reads, or the trace fails and says so.
+            tensors_by_name.update(
+                {name: None for name, each in tensors_by_name.items() if each is not None and is_lazy(each)}
+            )
         module._forward_hooks = OrderedDict()
         module._backward_hooks = OrderedDict()
         module._backward_pre_hooks = OrderedDict()
@@ -262,6 +297,34 @@ def _structural_copy(model: nn.Module) -> nn.Module:
             (key, hook) for key, hook in module._forward_pre_hooks.items() if _is_part_of_the_model(hook)
         )
     return double
+
+
+def _tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:
+    """Tensors in what `value_of` looks into: a trace shares them, so that a change in place is seen."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth > 0 and not isinstance(value, nn.Module):
+        parts: Iterable[Any] = ()
+        if isinstance(value, (list, tuple, deque, set, frozenset)):
+            parts = value
+        elif isinstance(value, Mapping):
+            parts = value.values()
+        elif _has_fields(value):
+            parts = _fields_of(value).values()
+        for part in parts:
+            yield from _tensors_in(part, depth - 1)
+
+
+def _uncopied(model: nn.Module, shared: dict[int, Any]) -> str:
+    """The first attribute of the model's modules that cannot be copied."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key not in _OF_EVERY_MODULE:
+                try:
+                    copy.deepcopy(value, dict(shared))
+                except Exception:
+                    return ".".join(filter(None, (name, key)))
+    return ""
 
 
 def _is_part_of_the_model(pre_hook: object) -> bool:
@@ -275,7 +338,7 @@ def _is_of_an_export(hook: object) -> bool:
 
 
 def hooked_modules(model: nn.Module) -> list[str]:
-    """Names of the modules with hooks of the user's around their forward, which do not run in a trace."""
+    """Names of the modules with hooks of the user's of their own around their forward, which do not run in a trace."""
     return [
         name or "the model"
         for name, module in model.named_modules()
@@ -284,8 +347,13 @@ def hooked_modules(model: nn.Module) -> list[str]:
     ]
 
 
+def _hooks_of_all_modules() -> list[object]:
+    """What `torch.nn.modules.module.register_module_forward_hook` and its kin were given: it runs in a trace, too."""
+    return [*_global_forward_pre_hooks.values(), *_global_forward_hooks.values()]
+
+
 def _shareable(tensor: Tensor) -> Tensor:
-    if not tensor.is_inference():
+    if is_lazy(tensor) or not tensor.is_inference():
         return tensor
     return nn.Parameter(ordinary(tensor), requires_grad=False) if isinstance(tensor, nn.Parameter) else ordinary(tensor)
 
@@ -371,7 +439,29 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
         for node, leaf in zip(inputs, leaves, strict=True)
         if node is not None and has_free_batch(leaf)
     )
-    return TracedModel(graph, inputs, tensors, constants, free, len(leaves[0]))
+    mixing = _mixing(graph, [node for node in inputs if node is not None]) if free else ""
+    return TracedModel(graph, inputs, tensors, constants, free, len(leaves[0]), mixing)
+
+
+def _mixing(graph: fx.Graph, inputs: Collection[fx.Node]) -> str:
+    """The first operation whose output depends on inputs and has no dimension left that grows with the examples."""
+
+    def grows(node: fx.Node) -> bool:
+        tensors = [value for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
+        sizes = [size for tensor in tensors for size in tensor.shape]
+        return any(isinstance(size, torch.SymInt) and not size.node.expr.is_number for size in sizes)
+
+    def holds_values(node: fx.Node) -> bool:
+        name = operation_name(node)
+        is_number = isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, type(None)))
+        return not is_number and not name.startswith("new_") and not name.endswith("_like")
+
+    growing = {node for node in inputs if grows(node)}
+    reached = depending(graph, growing, holds_values)
+    for node in graph.nodes:
+        if node in reached and not grows(node) and any(grows(source) for source in reached & set(node.all_input_nodes)):
+            return f"{operation_name(node)} ({source_line(node) or 'no source line'})"
+    return ""
 
 
 def _check_types(model: nn.Module, graph: fx.Graph) -> None:

@@ -9,6 +9,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
 
+import numpy as np
 import torch
 from captum._utils.common import _select_targets
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def check_option(name: str, value: object, choices: Sequence[object]) -> None:
 
 def check_batch_size(internal_batch_size: int | None) -> None:
     """Raise TypeError unless the batch size is None or an integer, ValueError if it is below 1."""
-    if internal_batch_size is not None and not isinstance(internal_batch_size, int):
+    if internal_batch_size is not None and not isinstance(internal_batch_size, (int, np.integer)):
         raise TypeError(f"internal_batch_size must be an integer or None, got {internal_batch_size!r}")
     if internal_batch_size is not None and internal_batch_size < 1:
         raise ValueError(f"internal_batch_size must be at least 1, got {internal_batch_size}")

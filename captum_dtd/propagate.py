@@ -44,7 +44,7 @@ from captum_dtd.layers import (
 from captum_dtd.modes import exact_modes
 from captum_dtd.operations import CONVOLUTIONS, NORMS, SHAPE_READERS, aten
 from captum_dtd.patterns import holds_numbers, mark_varying
-from captum_dtd.rules import Group, MaxPoolRule, Rule, ZBeta
+from captum_dtd.rules import Group, MaxPoolRule, Rule
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Box:
 
     def around(self, step: Step, value_of: Callable[[Values, fx.Node], Any]) -> Limits | None:
         """The bounds of what a pixel layer reads, where its rule needs them; ``value_of`` takes them from low and high."""
-        if not (step.is_pixel_layer and isinstance(step.rule, ZBeta)):
+        if not (step.is_pixel_layer and isinstance(step.rule, Rule) and step.rule.reads_bounds):
             return None
         low, high = ([value_of(end, source) for source in step.sources] for end in (self.low, self.high))
         return low, high
@@ -125,11 +125,17 @@ class Network:
         self.inputs = tuple(node for node in traced.inputs[:explained] if node is not None)
         self.notes = canonize(traced.graph, given, self.inputs)
         self.any_batch = traced.any_batch
+        self.mixing = traced.mixing
         self._traced = traced
         self._model_name = type(model).__name__
         output = only_output(traced.graph)
         if output is None or not isinstance(output.meta.get("val"), Tensor):
             raise ValueError(f"{self._model_name} must return one tensor of scores, (N,) or (N, classes, ...)")
+        if output.meta["val"].ndim == 0:
+            raise UnsupportedOperationError(
+                f"{self._model_name} must return a score for each example, (N,) or (N, classes, ...), and returns one number: "
+                f"{operation_name(output)} joins all examples ({source_line(output) or 'no source line'})"
+            )
         self.output = output
         self.nodes = [node for node in traced.graph.nodes if node.op in ("placeholder", "call_function")]
         self._non_negative: set[fx.Node] = set()
@@ -170,9 +176,9 @@ class Network:
                 outside[name] += 1
             module = _module_at(model, module_path(node))
             rule, chosen = composite.rule_for(layer, is_pixel_layer, node in joining, path, module)
-            if isinstance(rule, ZBeta) and not is_pixel_layer:
+            if isinstance(rule, Rule) and rule.reads_bounds and not is_pixel_layer:
                 raise ValueError(
-                    f"composite: z-beta needs pixel bounds, and {path} ({operation_name(node)}) is a hidden layer"
+                    f"composite: {rule} needs pixel bounds, and {path} ({operation_name(node)}) is a hidden layer"
                 )
             if isinstance(layer, Interpolation) and isinstance(rule, Rule) and not _reads_signs_only(rule):
                 raise ValueError(
@@ -584,8 +590,10 @@ _AMBIGUOUS = {
     **dict.fromkeys(
         ("matmul", "bmm", "mm", "einsum", "tensordot"), "  not of two factors, one a constant or from a softmax"
     ),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "  recurrent layers are not covered"),
+    "native_batch_norm_legit": "  it normalises by the examples of the batch: give it running statistics",
 }
-"""What makes a product or quotient one that nothing covers."""
+"""Why nothing covers an operation, where that is not for want of a layer."""
 
 
 def _register(names: set[str]) -> str:

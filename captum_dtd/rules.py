@@ -82,6 +82,11 @@ class Rule(ABC):
     def groups(self) -> tuple[Group, ...]:
         """The rule's groups of terms, each with one denominator."""
 
+    @property
+    def reads_bounds(self) -> bool:
+        """Whether it reads pixel bounds, which are known where a layer reads pixels only."""
+        return any(term.input in ("x-low", "x-high") for group in self.groups for term in group.terms)
+
 
 def _check(stabilizer: float, bias: str = "ignored") -> None:
     _check_number("stabilizer", stabilizer)

@@ -157,6 +157,13 @@ def test_files_that_cannot_be_understood_are_named(store: dataset.Relevance) -> 
     assert len(dataset.open(out).table) == 7
 
 
+def test_a_link_to_a_part_that_is_not_there_is_named(store: dataset.Relevance) -> None:
+    part = store.folder / "manifest" / "part-00000.parquet"
+    part.symlink_to("annexed/part.parquet")
+    with pytest.raises(StoreError, match="part-00000.parquet is a link to what is not there"):
+        dataset.open(store.folder)
+
+
 @pytest.mark.parametrize("file", ["clips.parquet", "maps.zarr/spatial/zarr.json"])
 def test_files_that_were_cut_short_are_named(store: dataset.Relevance, file: str) -> None:
     path = store.folder / file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ import captum_dtd.dataset as dataset
 from captum_dtd.cli import main
 from captum_dtd.dataset import explain_dataset, summarize
 from captum_dtd.dataset.plots import _confusion, write_plots
+from captum_dtd.dataset.summary import Group
 
 TREE = {f"{name}/{number}.avi": 8 + number for name in CLASSES for number in range(3)}
 
@@ -183,6 +185,20 @@ def test_plots_draw_names_of_classes_as_they_are(store: dataset.Relevance) -> No
         confusion=tuple(replace(pair, label=rf"{pair.label}$\low$") for pair in summary.confusion),
     )
     assert len(write_plots(summary, "plots")) == 3  # matplotlib knows no formula \low
+
+
+def test_plots_of_clips_without_relevance(store: dataset.Relevance) -> None:
+    """Of a model whose last weights are zero, say."""
+    summary = summarize(store)
+
+    def empty(group: Group) -> Group:
+        frames = tuple(0.0 for _ in group.spatial_frames)
+        return replace(group, temporal_share=math.nan, spatial_frames=frames, temporal_frames=frames)
+
+    nothing = replace(summary, overall=empty(summary.overall), classes=tuple(map(empty, summary.classes)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(write_plots(nothing, "plots")) == 3
 
 
 def test_classes_of_one_name_are_drawn_as_one(store: dataset.Relevance) -> None:

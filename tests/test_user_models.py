@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import sys
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -24,7 +25,7 @@ import captum_dtd.attribution
 from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, DiscriminativeRelevance, UnsupportedOperationError, layers
 from captum_dtd.composites import DTD
 from captum_dtd.layers import Elementwise
-from captum_dtd.rules import Epsilon, Flat, Rule, ZPlus
+from captum_dtd.rules import Epsilon, Flat, Group, Rule, Term, ZBeta, ZPlus
 
 LOW, HIGH = -2.0, 2.0
 
@@ -714,6 +715,13 @@ def test_a_part_of_a_sigmoid_s_output_beside_a_gate_is_a_signal() -> None:
     assert relevance.abs().max() > 0
 
 
+@dataclass
+class Kept:
+    """A tensor that is neither parameter nor buffer."""
+
+    scale: Tensor
+
+
 class Setting:
     """An object that a model reads."""
 
@@ -737,6 +745,12 @@ RECONFIGURED: dict[str, tuple[Any, Callable[[Layers], Any], Callable[[Layers], A
     "an array": (np.ones(1), lambda m: float(m.thing[0]), lambda m: m.thing.fill(3.0)),
     "a namespace": (SimpleNamespace(scale=1.0), lambda m: m.thing.scale, lambda m: setattr(m.thing, "scale", 3.0)),
     "an object": (Setting(1.0), lambda m: m.thing.scale, lambda m: _reset(m, 3.0)),
+    "a tensor in a dataclass": (Kept(torch.ones(())), lambda m: m.thing.scale, lambda m: m.thing.scale.fill_(3.0)),
+    "a tensor in a namespace of a list": (
+        [SimpleNamespace(scale=torch.ones(()))],
+        lambda m: m.thing[0].scale,
+        lambda m: m.thing[0].scale.fill_(3.0),
+    ),
 }
 
 
@@ -1139,6 +1153,130 @@ def test_a_softmax_over_what_is_averaged_then_is_not_over_classes(body: Callable
 def test_a_score_of_all_examples_is_refused_for_that() -> None:
     with pytest.raises(UnsupportedOperationError, match="sum"):
         DeepTaylor(model(lambda m, x: m.head(F.relu(m.stem(x))).sum().softmax(0)), LOW, HIGH).attribute(clips(), None)
+
+
+TOGETHER: dict[str, Callable[[Tensor], Tensor]] = {
+    "a mean of everything": lambda y: y / y.mean(),
+    "a maximum of everything": lambda y: y / y.max(),
+    "a norm": lambda y: y / y.norm(),
+    "a mean of examples": lambda y: y / (1 + y.mean(0)),
+    "a sum of examples, kept": lambda y: y / (1 + y.sum(0, keepdim=True)),
+    "the first example": lambda y: y / (1 + y[0].amax()),
+}
+
+
+@pytest.mark.parametrize("how", TOGETHER)
+def test_frozen_clips_keep_apart_where_a_model_takes_examples_together(how: str) -> None:
+    """Each as if it were alone, however many are asked for at once: their frames are of one clip."""
+    m, x = model(lambda m, x: m.head(TOGETHER[how](F.relu(m.stem(x))))), clips(1)
+    x[:, :, 4:] *= 0.2
+    method = DiscriminativeDeepTaylor(m, LOW, HIGH)
+    with pytest.warns(UserWarning, match=r"is made of all examples together.*Name the dimensions"):
+        found = [method.attribute(x, 1, internal_batch_size=size) for size in (None, 1, 4)]
+    alone = DeepTaylor(m, LOW, HIGH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for time in range(x.shape[2]):
+            frozen = x[:, :, time : time + 1].expand_as(x)
+            expected = alone.attribute(frozen, 1).sum(1)[:, time]
+            for one in found:
+                torch.testing.assert_close(one.spatial[:, time], expected)
+
+
+def test_examples_that_keep_apart_are_not_said_to_be_together() -> None:
+    def body(m: Layers, x: Tensor) -> Tensor:
+        y = F.relu(m.stem(x))
+        empty = y.new_zeros(8)
+        return m.head(
+            y / (1 + y.flatten(1).mean(1).view(-1, 1, 1, 1, 1)) + (empty + torch.ones_like(empty)).view(8, 1, 1, 1)
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DiscriminativeDeepTaylor(model(body), LOW, HIGH).attribute(clips(), 1)
+
+
+def test_one_score_of_all_examples_is_told_from_one_of_each() -> None:
+    with pytest.raises(ValueError, match=r"a score for each example.*sum joins all examples \(test_user_models.py:"):
+        DeepTaylor(model(lambda m, x: m.head(F.relu(m.stem(x)))[:, 1].sum()), LOW, HIGH).attribute(clips())
+
+
+def test_hooks_of_all_modules_are_read_anew() -> None:
+    """They run in a trace, so that what they do is part of the model as long as they are there."""
+    m, x = model(lambda m, x: m.head(F.relu(m.stem(x)))), clips()
+    method = DeepTaylor(m, LOW, HIGH)
+    plain = method.attribute(x, 1)
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, _, output: 3 * output if isinstance(module, nn.Linear) else None
+    )
+    try:
+        hooked = method.attribute(x, 1)
+    finally:
+        hook.remove()
+    torch.testing.assert_close(hooked, 3 * plain)
+    torch.testing.assert_close(method.attribute(x, 1), plain)
+
+
+def test_lazy_layers() -> None:
+    """One that nothing has run yet is named; one that forward never runs does no harm."""
+    m, x = model(lambda m, x: m.head(F.relu(m.stem(x)))), clips()
+    expected = DeepTaylor(m, LOW, HIGH).attribute(x, 1)
+    m.never_run = nn.LazyLinear(3)
+    torch.testing.assert_close(DeepTaylor(m, LOW, HIGH).attribute(x, 1), expected)
+    lazy = nn.Sequential(nn.LazyConv3d(4, 3), nn.Flatten(), nn.LazyLinear(5)).double().eval()
+    with pytest.raises(
+        ValueError, match=r"lazy parameters without a shape \(0.weight, 0.bias, 2.weight\): run it once"
+    ):
+        DeepTaylor(lazy, LOW, HIGH).attribute(x, 1)
+    assert nn.parameter.is_lazy(lazy[0].weight), "nothing was made of the caller's model"
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    m = model(lambda m, x: m.head(F.relu(m.stem(x))))
+    m.block.guard = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"cannot be copied for tracing \(block.guard: .*lock"):
+        DeepTaylor(m, LOW, HIGH).attribute(clips(), 1)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_refused_as_such(kind: type[nn.RNNBase]) -> None:
+    m = model(lambda m, x: m.fc(m.recurrent(F.relu(m.stem(x)).mean((3, 4)).transpose(1, 2))[0][:, -1]))
+    m.recurrent = kind(8, 8, batch_first=True).double().eval()
+    with pytest.raises(UnsupportedOperationError, match="recurrent layers are not covered"):
+        DeepTaylor(m, LOW, HIGH).attribute(clips(), 1)
+
+
+def test_batch_norm_of_the_batch_says_what_it_lacks() -> None:
+    m = model(lambda m, x: m.head(m.norm(F.relu(m.stem(x)))))
+    m.norm = nn.BatchNorm3d(8, track_running_stats=False).double().eval()
+    with pytest.raises(UnsupportedOperationError, match="normalises by the examples of the batch"):
+        DeepTaylor(m, LOW, HIGH).attribute(clips(), 1)
+
+
+def test_the_model_of_a_discrimination_may_be_changed() -> None:
+    first, second = (model(lambda m, x, k=k: k * m.head(F.relu(m.stem(x)))) for k in (1.0, 2.0))
+    method, x = DiscriminativeDeepTaylor(first, LOW, HIGH), clips()
+    before = method.attribute(x, 1, internal_batch_size=np.int64(2))  # type: ignore[arg-type]
+    method.model = second
+    assert method.model is second
+    torch.testing.assert_close(method.attribute(x, 1).total, 2 * before.total)
+
+
+@dataclass(frozen=True)
+class OwnBox(Rule):
+    """z-beta, written by a user."""
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return (Group((Term("x-low", "v+"), Term("x-high", "v-"))),)
+
+
+def test_a_rule_of_ones_own_may_read_pixel_bounds() -> None:
+    m, x = model(lambda m, x: m.head(F.relu(m.block(F.relu(m.stem(x)))))), clips()
+    found = DeepTaylor(m, LOW, HIGH, composite={"stem": OwnBox()}).attribute(x, 1)
+    torch.testing.assert_close(found, DeepTaylor(m, LOW, HIGH, composite={"stem": ZBeta()}).attribute(x, 1))
+    with pytest.raises(ValueError, match=r"OwnBox\(\) needs pixel bounds, and block .* is a hidden layer"):
+        DeepTaylor(m, LOW, HIGH, composite={"block": OwnBox()}).attribute(x, 1)
 
 
 def test_a_mean_over_one_frame_still_casts() -> None:

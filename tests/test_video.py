@@ -736,6 +736,13 @@ def test_preprocessing_survives_a_dict() -> None:
     assert Preprocessing.from_dict(prepare.to_dict()) == prepare
 
 
+@pytest.mark.parametrize("name", ["size", "resize"])
+def test_a_size_of_a_clip_is_no_size_of_frames(name: str) -> None:
+    good = {"frames": 8, "size": 4, "mean": 0.5, "std": 0.5}
+    with pytest.raises(ValueError, match=r"one number or \(height, width\), not \[16, 112, 112\]"):
+        Preprocessing.from_dict({**good, name: [16, 112, 112]})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -750,6 +757,8 @@ def test_preprocessing_survives_a_dict() -> None:
         ({"order": "GBR"}, "order must be RGB, or BGR"),
         ({"order": "BGR", "channels": 1, "mean": (0.5,), "std": (0.5,)}, "order must be RGB, or BGR with 3 channels"),
         ({"crop": (0, 4)}, "sizes"),
+        ({"resize": 0}, "sizes"),
+        ({"std": (0.5, float("inf"), 0.5)}, "must be finite"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, object], message: str) -> None:

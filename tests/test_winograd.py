@@ -56,7 +56,7 @@ CASES = [
     Case("last tiles of two and three", (2, 32, 3, 10, 7), (20, 32, 3, 3, 3)),
     Case("one tile, of three", (10, 32, 4, 3, 3), (16, 32, 3, 3, 3)),
     Case("one tile, of two", (12, 32, 4, 2, 2), (16, 32, 3, 3, 3)),
-    Case("one row", (4, 32, 4, 1, 30), (16, 32, 3, 3, 3)),
+    Case("two rows", (4, 32, 4, 2, 30), (16, 32, 3, 3, 3)),
     Case("one column of tiles", (4, 32, 4, 30, 3), (16, 32, 3, 3, 3)),
 ]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last_3d}

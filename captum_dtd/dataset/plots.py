@@ -96,7 +96,7 @@ def _frames(summary: Summary) -> Figure:
     image = None
     for column, (name, values) in enumerate(profiles.items()):
         top[column].bar(frames, overall[column], color="grey")
-        top[column].set_ylim(0, 1.1 * max(max(part) for part in overall))
+        top[column].set_ylim(0, 1.1 * max(max(part) for part in overall) or 1.0)  # where no clip has relevance
         top[column].set_title(f"|{name}|")
         image = below[column].imshow(
             values,
@@ -145,7 +145,7 @@ def _height(lines: int) -> float:
 
 
 def _font_size(lines: int) -> float:
-    return min(8.0, 60 * _height(lines) / lines)
+    return min(8.0, 60 * _height(lines) / max(lines, 1))
 
 
 def _name_lines(axes: Axes, names: list[str]) -> None:

@@ -63,7 +63,8 @@ class Preprocessing:
     order: Literal["RGB", "BGR"] = "RGB"
 
     def __post_init__(self) -> None:
-        sides = (*self.crop, *(self.resize if isinstance(self.resize, tuple) else (self.resize or 1,)))
+        resized = self.resize if isinstance(self.resize, tuple) else () if self.resize is None else (self.resize,)
+        sides = (*self.crop, *resized)
         if len(self.crop) != 2 or min(sides) < 1:
             raise ValueError(f"sizes must be (height, width) of at least 1, not crop={self.crop}, resize={self.resize}")
         if self.frames < 1 or self.stride < 1:
@@ -77,8 +78,10 @@ class Preprocessing:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels:
                 raise ValueError(f"{name} needs one value for each of {self.channels} channels, not {list(values)}")
-        if not np.isfinite(self.mean).all() or not min(self.std) > 0:
-            raise ValueError(f"mean must be finite and std positive, not {list(self.mean)} and {list(self.std)}")
+        if not np.isfinite((*self.mean, *self.std)).all() or not min(self.std) > 0:
+            raise ValueError(
+                f"mean and std must be finite and std positive, not {list(self.mean)} and {list(self.std)}"
+            )
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Preprocessing:
@@ -207,8 +210,10 @@ class Preprocessing:
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size if len(size) == 2 else (size[0], size[0])
-    return int(height), int(width)
+    sides = (size,) if isinstance(size, int) else tuple(size)
+    if len(sides) not in (1, 2):
+        raise ValueError(f"a size is one number or (height, width), not {size!r}")
+    return int(sides[0]), int(sides[-1])
 
 
 def _per_channel(values: float | Sequence[float], channels: int) -> tuple[float, ...]:
