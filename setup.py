@@ -55,7 +55,7 @@ CPU_SOURCES = (
     "csrc/cpu/weights.cpp",
     "csrc/cpu/winograd.cpp",
 )
-CUDA_SOURCES = ("csrc/cuda/add.cu", "csrc/cuda/conv3d.cu", "csrc/cuda/max_pool3d.cu")
+CUDA_SOURCES = ("csrc/cuda/add.cu", "csrc/cuda/conv3d.cu", "csrc/cuda/max_pool3d.cu", "csrc/cuda/small_groups.cu")
 """Files that run on any machine. Each module has one more, which alone includes torch's headers and needs C++20."""
 
 HOPPER_SOURCE = "csrc/cuda/warpgroup.cu"

@@ -437,6 +437,7 @@ SMALL_GROUPS = (
     Conv("depthwise, padding beyond the input", (1, 20, 1, 2, 2), 20, (2, 3, 5), 1, (1, 3, 6), (1, 2, 1), groups=20),
     Conv("3 groups of 16", (1, 48, 2, 3, 3), 48, (2, 3, 2), (1, 1, 2), (1, 1, 0), (1, 2, 1), groups=3),
     Conv("5 groups of 8, dilated", (1, 40, 2, 2, 4), 40, (2, 2, 3), 1, 1, (1, 1, 2), groups=5),
+    Frozen("frozen, depthwise, of 20", (3, 20, 2, 3, 3), 20, (2, 2, 3), groups=20, reads=EACH, gives=EACH, times=2),
     Frozen(
         "frozen, 5 groups of 4", (2, 20, 3, 2, 3), 20, padding=(0, 1, 1), groups=5, reads=THREE, gives=THREE, times=3
     ),

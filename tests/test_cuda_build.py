@@ -43,6 +43,8 @@ REGISTERS = {
     "lift_input": 64,
     "write_numbers": 32,
     "pack_weights": 64,
+    "sum_groups": 80,  # three blocks of 256 threads
+    "lay_weights": 32,
     "relevance_of_cells": 80,
     "summarize_windows": 80,
     "gather_from_windows": 64,

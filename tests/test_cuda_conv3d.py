@@ -14,7 +14,20 @@ import torch
 import torch.nn.functional as F
 from emulator.build import load, run_sanitized
 from numpy.typing import NDArray
-from op_cases import CONVS, FROZEN, LAYOUTS, VARIANTS, Conv, Frozen, Problem, disagreement, kind, problem, tolerance
+from op_cases import (
+    CONVS,
+    FROZEN,
+    LAYOUTS,
+    SMALL_GROUPS,
+    VARIANTS,
+    Conv,
+    Frozen,
+    Problem,
+    disagreement,
+    kind,
+    problem,
+    tolerance,
+)
 from oracle import tuples
 from torch import Tensor
 
@@ -39,7 +52,7 @@ TILES_OF = {
 EVERY_TILE = [(kernel, tile) for kernel, tiles in TILES_OF.items() for tile in tiles]
 FIRST = [(torch.float32, "cuda/tf32x3"), (torch.bfloat16, "wgmma/bf16"), (torch.float16, "cuda/f16")]
 """One kernel of each way to multiply, and of each type."""
-CASES = {case.name: case for case in (*CONVS, *FROZEN)}
+CASES = {case.name: case for case in (*CONVS, *FROZEN, *SMALL_GROUPS)}
 
 
 @pytest.fixture
@@ -145,6 +158,24 @@ def test_every_shape_and_arithmetic(front: ModuleType, dtype: torch.dtype, kerne
     for number, case in enumerate(CONVS):
         op, name = EVERY_VARIANT[(first + number) % len(EVERY_VARIANT)]
         assert_right(front, case, op, name, dtype, kernel, short=number % 2 == 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "kernel"), FIRST)
+def test_small_groups_in_every_layout(front: ModuleType, dtype: torch.dtype, kernel: str, layout: str) -> None:
+    """Threads sum four channels at once where these lie together, and go along rows where channels are far apart."""
+    for name in (
+        "depthwise, 32 channels",
+        "depthwise, 35 channels, stride 2",
+        "depthwise, two each",
+        "9 groups, three to one",
+        "6 groups of 4, 19 wide",
+        "frozen, depthwise, of 20",
+        "frozen, 9 groups of 2",
+    ):
+        case = CASES[name]
+        for op, variant in EVERY_FROZEN_VARIANT if isinstance(case, Frozen) else EVERY_VARIANT:
+            assert_right(front, case, op, variant, dtype, kernel, layout=layout)
 
 
 @pytest.mark.parametrize(("op", "name"), EVERY_FROZEN_VARIANT)

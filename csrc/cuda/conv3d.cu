@@ -12,6 +12,7 @@
 #include "implicit_gemm.h"
 #include "in_time.h"
 #include "pack.h"
+#include "small_groups.h"
 
 namespace captum_dtd::cuda {
 namespace {
@@ -570,6 +571,7 @@ void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel,
                       Tiling tiling) {
   const Kernel named = kernel_named(kernel, problem.element);
   if (problem.conv.n == 0) return;
+  if (has_small_groups(problem.conv)) return small_groups_relevance(problem, allocate, stream);
   const Layer layer = layer_of(problem);
   const Plan plan = make_plan(layer, named, true, tiling);
   unsigned char* memory = static_cast<unsigned char*>(allocate(static_cast<size_t>(plan.bytes)));
@@ -621,6 +623,7 @@ void conv3d_forward(const Conv3dForward& problem, const std::string& kernel, con
                     Tiling tiling) {
   const Kernel named = kernel_named(kernel, problem.element);
   if (problem.conv.n == 0) return;
+  if (has_small_groups(problem.conv)) return small_groups_forward(problem, allocate, stream);
   const Layer layer = layer_of(problem);
   const Plan plan = make_plan(layer, named, false, tiling);
   unsigned char* memory = static_cast<unsigned char*>(allocate(static_cast<size_t>(plan.bytes)));

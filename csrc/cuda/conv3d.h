@@ -28,7 +28,8 @@ struct Tiling {
 //   cuda/tf32     operands rounded to tfloat32
 //   cuda/bf16     operands rounded to bfloat16
 //   cuda/f16      z from float16 operands; the adjoint as cuda/tf32, since R / z leaves float16's range, and so are boxes
-// They need compute capability 8.0, those of warpgroups 9.0 (on others they are not listed).
+// They need compute capability 8.0, those of warpgroups 9.0 (on others they are not listed). Groups of up to four channels are
+// summed in float32 by all of them (small_groups.h).
 std::vector<std::string> conv3d_kernels(Element element);
 
 // Why neither these nor other kernels of ours run on the current device, as its driver says; empty where they do.

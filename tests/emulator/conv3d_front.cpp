@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "../../csrc/cuda/conv3d.cu"
+#include "../../csrc/cuda/small_groups.cu"
 #include "../../csrc/cuda/warpgroup.cu"
 #include "arrays.h"
 
