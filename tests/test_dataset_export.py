@@ -166,6 +166,13 @@ def test_mp4_shows_the_frames_that_were_explained(folder: Path, monkeypatch: pyt
         assert one["fps"] == row["fps"] / 2
 
 
+def test_mp4_shows_a_clip_without_relevance_too(folder: Path) -> None:
+    make_tree(folder / "root", {"bend/a.avi": 4})
+    explain_dataset("root", "out", replace(RECIPE, model=f"{data_sets.MODULE}:silent"), decoders=0)
+    exported = export_mp4(dataset.open("out"), "videos")
+    assert (exported.files, exported.left_out) == (1, {})
+
+
 def test_what_is_left_out_and_what_is_refused(store: dataset.Relevance, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["export", "out", "--to", "mp4", "-o", "some", "--rows", "1", "0", "--quiet"]) == 0
@@ -196,6 +203,7 @@ def test_what_is_left_out_and_what_is_refused(store: dataset.Relevance, capsys: 
     exported = export_mp4(store, "rest", videos="moved")
     assert exported.files == 4
     assert sorted(exported.left_out) == ["bend/a.avi@0", "bend/a.avi@4", "walk/broken.avi@0"]
+    assert "another size" not in exported.left_out["bend/a.avi@0"]
 
 
 def test_a_file_that_cannot_be_written_leaves_none_behind(
@@ -279,6 +287,7 @@ def test_names_of_files_differ_stay_inside_and_fit() -> None:
         b"%",
         b"a.mp4",
         b"a.temporary",
+        b"a@0.mp4.temporary",
         b"\xff",
         b"%FF",
         b"\n",

@@ -83,9 +83,10 @@ def parts(out: Path) -> int:
 
 def killing_runs(folder: Path, *when: str) -> list[Any]:
     """What `killing` prints."""
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     run = subprocess.run(
         [sys.executable, killing.__file__, str(folder), *when],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         timeout=500,

@@ -40,8 +40,9 @@ from captum_dtd.dataset.configuration import weights_digest
 from captum_dtd.dataset.engine_local import local_engine
 from captum_dtd.dataset.run import _fair_share
 from captum_dtd.dataset.store import Store
+from captum_dtd.dataset.work import VideoMeans
 from captum_dtd.models import load_model
-from captum_dtd.recipe import Recipe
+from captum_dtd.recipe import Explainer, Recipe
 from captum_dtd.video import Preprocessing, WindowReader
 
 TREE = {"bend/a.avi": 9, "bend/b.avi": 13, "jack/a.avi": 4, "jack/c.avi": 6, "walk/d.avi": 17}
@@ -177,6 +178,26 @@ def test_frames_of_many_clips_are_explained_once_in_each_batch(root: Path, monke
     frames_of_batch = [{(row["path"], row["frame"] + t) for row in batch for t in range(FRAMES)} for batch in unlooped]
     assert [cache.misses for cache in caches] == [len(frames) for frames in frames_of_batch]
     assert sum(cache.misses for cache in caches) < 0.7 * shown
+
+
+def test_clips_are_classified_in_batches(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No matter how many of them a video has, whose class is explained."""
+    sizes: list[int] = []
+    outputs = Explainer.outputs
+
+    def noted(self: Explainer, clips: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(clips))
+        return outputs(self, clips)
+
+    monkeypatch.setattr(Explainer, "outputs", noted)
+    explain_dataset(root, "out", RECIPE, **SETTINGS, target="video")
+    assert max(sizes) == SETTINGS["batch_clips"]
+
+
+def test_a_video_without_a_clip_that_can_be_decoded_has_no_mean() -> None:
+    means = VideoMeans()
+    means.add(b"whole.avi", torch.tensor([0.0, 2.0, 1.0]))
+    assert means.of([b"whole.avi", b"broken.avi"]).top(b"whole.avi") == 1
 
 
 def test_targets(root: Path) -> None:
@@ -780,10 +801,18 @@ def test_a_clip_that_failed_comes_out_as_if_it_had_not(root: Path, folder: Path,
 def test_a_retry_that_is_interrupted_is_one_all_the_same(
     root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, committed: int
 ) -> None:
-    """Rows of a video that was replaced are of the new one, those that were explained before it, too."""
+    """Rows of a video that was replaced are of the new one, those that were explained before it, too.
+
+    Until they are, those that had failed say why.
+    """
+
+    def errors() -> dict[str, str]:
+        return {row["id"]: row["error"] for row in stored(Path("out"))[0] if row["status"] == "failed"}
+
     whole = (root / "walk/d.avi").read_bytes()
     (root / "walk/d.avi").write_bytes(whole[: len(whole) // 2])
     assert 0 < explain_dataset(root, "out", RECIPE, **SETTINGS).failed < 4
+    reasons = errors()
     shutil.copytree("out", "undisturbed")
     write_avi(root / "walk/d.avi", 4 * data_sets.FRAMES, seed=99)
     assert explain_dataset(root, "undisturbed", RECIPE, **SETTINGS, retry_failed=True).failed == 0
@@ -798,6 +827,7 @@ def test_a_retry_that_is_interrupted_is_one_all_the_same(
     monkeypatch.setattr(Store, "commit", dies)
     with suppress(OSError):
         explain_dataset(root, "out", RECIPE, **SETTINGS, retry_failed=True)
+    assert committed or reasons.items() <= errors().items()
     monkeypatch.setattr(Store, "commit", commit)
     assert explain_dataset(root, "out", RECIPE, **SETTINGS, retry_failed=True).failed == 0
     assert same(Path("out"), Path("undisturbed"))

@@ -117,6 +117,8 @@ def test_a_folder_for_each_class(tmp_path: Path) -> None:
     )
     (root / "empty").mkdir()
     (root / "jack" / "again").symlink_to(root, target_is_directory=True)
+    (root / "walk" / "deep" / "up").symlink_to(root / "walk", target_is_directory=True)
+    (root / "walk" / "itself").symlink_to("itself")
     (tmp_path / "elsewhere").mkdir()
     touch(tmp_path / "elsewhere", "y.avi")
     (root / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
@@ -130,7 +132,7 @@ def test_a_folder_for_each_class(tmp_path: Path) -> None:
     ]
     assert [entry.label for entry in source.entries] == ["jack", "linked", "walk", "walk", "walk"]
     assert source.classes == ("jack", "linked", "walk")
-    assert source.passed_over == 2
+    assert source.passed_over == 3
 
 
 def test_folders_that_are_numbers_are_in_their_order(tmp_path: Path) -> None:
@@ -160,6 +162,13 @@ def test_a_table_in_csv_with_any_bytes_in_its_paths(tmp_path: Path) -> None:
         Entry(b"d\xff.avi", None, None, "jack"),
         Entry(b"/abs/e.avi", "7", 0.0, "0"),
     )
+
+
+def test_names_with_newlines_in_a_table_of_megabytes(tmp_path: Path) -> None:
+    """However the table is cut into blocks to be read."""
+    names = [f"new\nline {'x' * 60} {number}.avi" for number in range(40_000)]
+    (tmp_path / "t.csv").write_text("path\n" + "".join(f'"{name}"\n' for name in names))
+    assert [entry.path.decode() for entry in find_videos(tmp_path / "t.csv").entries] == names
 
 
 def test_a_table_in_parquet(tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -21,8 +25,10 @@ from data_sets import RECIPE, SIZE, make_tree, stored
 
 import captum_dtd.dataset as dataset
 from captum_dtd.dataset import StoreError, explain_dataset
+from captum_dtd.dataset import store as writing
 from captum_dtd.dataset.encoding import decode_maps, encode_maps
-from captum_dtd.dataset.store import Store, write_durably
+from captum_dtd.dataset.store import Store, read_clips, read_configuration, running_alone, write_durably
+from captum_dtd.dataset.work import Explained
 
 
 @pytest.mark.parametrize(("encoding", "within"), [("float32", 0.0), ("float16", 1 / 4096), ("int8", 1 / 253.9)])
@@ -44,6 +50,18 @@ def test_no_relevance_stays_none(encoding: str) -> None:
         encoded, scales = encode_maps(values, encoding)  # type: ignore[arg-type]
         assert np.abs(decode_maps(encoded.numpy(), scales.numpy())).max() <= 1e-44
         assert (scales > 0).all()
+
+
+@pytest.mark.parametrize("encoding", ["float32", "float16", "int8"])
+def test_maps_of_double_precision_are_stored_like_those_of_single(encoding: str) -> None:
+    values = torch.rand(2, 3, 3)
+    for given, expected in zip(encode_maps(values.double(), encoding), encode_maps(values, encoding), strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(given, expected, rtol=0, atol=0)
+
+
+def test_relevance_that_is_too_small_for_an_exact_scale_keeps_its_sign() -> None:
+    encoded, _ = encode_maps(torch.full((1, 3, 3), 190 * 2.0**-149), "int8")
+    assert (encoded == 127).all()
 
 
 @pytest.fixture
@@ -100,8 +118,6 @@ def test_maps_that_are_stored_can_be_read_with_zarr_alone(store: dataset.Relevan
 
 def test_an_unfinished_store_is_open_to_read(store: dataset.Relevance, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is there is as in the end; what is not is NaN."""
-    from captum_dtd.dataset import store as writing
-
     commits = 0
     commit = writing.Store.commit
 
@@ -121,6 +137,32 @@ def test_an_unfinished_store_is_open_to_read(store: dataset.Relevance, monkeypat
     np.testing.assert_array_equal(half.total[:4], store.total[:4])
     assert np.isnan(half.total[4:]).all()
     assert half.table["id"].to_pylist() == store.table["id"].to_pylist()[:4]
+
+
+def test_a_store_without_any_maps_says_so(store: dataset.Relevance) -> None:
+    """As a run that has just begun leaves it."""
+    for name in ("maps.zarr", "manifest"):
+        shutil.rmtree(store.folder / name)
+    begun = dataset.open(store.folder)
+    for name in ("spatial", "temporal", "total"):
+        with pytest.raises(StoreError, match="has no maps yet"):
+            getattr(begun, name)
+
+
+def test_no_row_is_named_while_its_maps_are_replaced(store: dataset.Relevance, monkeypatch: pytest.MonkeyPatch) -> None:
+    configuration, clips = read_configuration(store.folder), read_clips(store.folder)
+    assert configuration is not None
+
+    def full(path: Path, data: bytes) -> None:
+        if "maps.zarr/temporal" in str(path):
+            raise OSError("the disk is full")
+        write_durably(path, data)
+
+    maps: dict[str, Any] = {name: np.ones((data_sets.FRAMES, SIZE, SIZE), np.int8) for name in configuration.maps}
+    monkeypatch.setattr(writing, "write_durably", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        Store(store.folder, configuration, clips).commit(0, [Explained(clips[1], {"status": "ok"}, maps)])
+    assert dataset.open(store.folder).table["row"].to_pylist() == [0, 2, 3, 4, 5, 6]
 
 
 def test_parts_are_gathered_without_a_change(store: dataset.Relevance, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +266,17 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatc
         write_durably(tmp_path / "deep" / "file", b"after")
     assert (tmp_path / "deep" / "file").read_bytes() == b"before"
     assert len(list((tmp_path / "deep").iterdir())) == 1
+
+
+def test_who_holds_a_store_is_named_and_none_that_held_it_before(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("process 123456789 on a machine of a much longer name")
+    holder = re.escape(f"(process {os.getpid()} on {socket.gethostname()})")
+    with (
+        running_alone(tmp_path),
+        pytest.raises(StoreError, match=rf"another run is writing to .* {holder}$"),
+        running_alone(tmp_path),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("missing", ["zarr", "pyarrow"])

@@ -27,7 +27,7 @@ import captum_dtd.dataset as dataset
 from captum_dtd.cli import main
 from captum_dtd.dataset import explain_dataset, summarize
 from captum_dtd.dataset.plots import _confusion, write_plots
-from captum_dtd.dataset.summary import Group
+from captum_dtd.dataset.summary import Confusion, Group
 
 TREE = {f"{name}/{number}.avi": 8 + number for name in CLASSES for number in range(3)}
 
@@ -141,6 +141,28 @@ def test_what_has_no_relevance_or_no_label_is_not_counted_as_if_it_had(store: da
     assert set(summary.overall.spatial_frames) == {0.0}
     assert "nan" in str(summary)
     assert summary.to_dict()["overall"]["temporal_share"] is None
+
+
+def test_net_is_of_scores_of_both_signs(store: dataset.Relevance) -> None:
+    rows = explained(store)
+    names = ("spatial_sums", "temporal_sums")
+    turned = {name: [[(-1) ** n * value for value in row[name]] for n, row in enumerate(rows)] for name in names}
+    store = with_columns(store, **turned)
+    check_group(summarize(store).overall, explained(store))
+
+
+def test_what_is_too_long_for_a_line_is_shortened_and_said(store: dataset.Relevance) -> None:
+    """Frames share bars where they are many; confusions are counted beyond the most frequent."""
+    summary = summarize(store)
+    many = tuple(Confusion(f"a{n}", f"b{n}", 1, 0.5) for n in range(13))
+    frames = tuple(range(1, 65))
+    long = replace(
+        summary, confusion=many, overall=replace(summary.overall, spatial_frames=frames, temporal_frames=frames)
+    )
+    (line,) = (line for line in str(long).splitlines() if line.startswith("all "))
+    assert [len(bars) for bars in line.split()[-2:]] == [16, 16]
+    assert str(long).endswith("\n... and 3 pairs more")
+    assert "pairs more" not in str(replace(summary, confusion=many[:10]))
 
 
 def test_the_command_prints_and_writes_the_same(store: dataset.Relevance, capsys: pytest.CaptureFixture[str]) -> None:

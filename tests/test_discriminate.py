@@ -209,7 +209,8 @@ def test_two_inputs_are_frozen_together() -> None:
     bounds = ((LOW, LOW), (HIGH, HIGH))
     dtd = DeepTaylor(model, *bounds)
     for method in (DiscriminativeDeepTaylor(model, *bounds), DiscriminativeRelevance(dtd)):
-        result = method.attribute((colour, flow), [1, 4])
+        result, delta = method.attribute((colour, flow), [1, 4], return_convergence_delta=True)
+        score = model(colour, flow).detach()[[0, 1], [1, 4]]
         assert type(result) is tuple
         assert len(result) == 2
         total = [part.sum(1) for part in dtd.attribute((colour, flow), [1, 4])]
@@ -220,6 +221,8 @@ def test_two_inputs_are_frozen_together() -> None:
             parts = dtd.attribute((frozen(colour, t), frozen(flow, t)), [1, 4])
             for maps, part in zip(result, parts, strict=True):
                 close(maps.spatial[:, t], part.sum(1)[:, t])
+        if isinstance(method, DiscriminativeDeepTaylor):
+            torch.testing.assert_close(method.compute_convergence_delta(result, score), delta)
 
 
 # --- a clip without motion ---------------------------------------------------------------------------------------

@@ -200,6 +200,16 @@ def test_inputs_of_different_batch_sizes() -> None:
     refused(lambda: method.attribute((inputs[0], clip(2, 4, 3, 8, 8)), 1), "permute(0, 2, 1, 3, 4)", model=model)
 
 
+def test_a_further_input_is_told_what_is_wrong_with_itself() -> None:
+    model, x = build(TwoInputs), clip()
+    model.fast = nn.Conv3d(2, 4, 3, padding=1)
+    method = DeepTaylor(model, (0, 0), (1, 1))
+    refused(lambda: method.attribute((x, clip(2, 4, 8, 8, 2)), 1), "last", "permute(0, 4, 1, 2, 3)", model=model)
+    with pytest.raises(ValueError, match="inputs of shape") as caught:
+        method.attribute((x, clip(2, 2, 4, 8, 8).double()), 1)
+    assert "inputs are torch.float32" not in str(caught.value)
+
+
 def test_discrimination_wants_inputs_of_one_length() -> None:
     model = build(TwoInputs)
     inputs = (clip(2, 3, 4, 8, 8), clip(2, 3, 8, 8, 8))
@@ -239,6 +249,7 @@ BAD_TARGETS = [
     pytest.param("walk", ["target", "str"], id="a name"),
     pytest.param(["walk", "run"], ["target", "str"], id="names"),
     pytest.param(torch.tensor([1.0, 2.0]), ["target", "float"], id="a float tensor"),
+    pytest.param(torch.tensor([True, False]), ["target", "integers", "bool"], id="a mask"),
     pytest.param({1}, ["target", "set"], id="a set"),
 ]
 
@@ -266,6 +277,13 @@ def test_training_mode(cls: type) -> None:
         refused(partial(used.attribute, x, 1), "eval()", model=model, tensors=(x,))
         model.eval()
     used.attribute(x, 1)
+
+
+def test_slopes_must_not_be_random() -> None:
+    layers = [nn.Conv3d(3, 4, 3), nn.RReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, CLASSES)]
+    model = nn.Sequential(*layers).eval()
+    model[1].train()
+    refused(partial(DeepTaylor(model, 0, 1).attribute, clip(), 1), "training mode (1)", "eval()", model=model)
 
 
 @pytest.mark.parametrize("cls", [DeepTaylor, DiscriminativeDeepTaylor])
@@ -352,7 +370,7 @@ def test_some_layer_must_see_the_pixels() -> None:
 def test_unsupported_operations_are_listed_all() -> None:
     model, x = build(Unsupported), clip()
     for method in (DeepTaylor(model, 0, 1), DiscriminativeDeepTaylor(model, 0, 1)):
-        words = ("sort", "inner.0", "cumprod", "test_errors.py")
+        words = ("sort", "inner.0", "cumprod", "test_errors.py", "return torch.sort(x, dim=-1)")
         refused(partial(method.attribute, x, 1), *words, model=model, tensors=(x,))
         with pytest.raises(
             UnsupportedOperationError, match=r"register a layer for .*sort.* with captum_dtd.layers.covers"

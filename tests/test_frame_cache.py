@@ -233,10 +233,14 @@ def test_a_model_of_other_modules_is_another() -> None:
     assert cache.hits == 0
 
 
-def test_another_precision_is_another() -> None:
+@pytest.mark.parametrize(
+    ("setting", "values"), [("precision", ("ieee", "float32", "bfloat16")), ("backend", ("auto", "reference"))]
+)
+def test_another_precision_or_backend_is_another(setting: str, values: tuple[Any, ...]) -> None:
     model, cache = build().float(), FrameCache()
-    for precision in ("ieee", "float32", "bfloat16"):
-        DiscriminativeDeepTaylor(model, LOW, HIGH, precision=precision).attribute(clip().float(), 1, frame_cache=cache)
+    for value in values:
+        method = DiscriminativeDeepTaylor(model, LOW, HIGH, **{setting: value})
+        method.attribute(clip().float(), 1, frame_cache=cache)
     assert cache.hits == 0
 
 
@@ -256,6 +260,14 @@ def test_what_was_used_last_stays() -> None:
     assert cache.get(b"b") is None and cache.get(b"a") is not None
 
 
+def test_a_model_that_is_in_use_is_known_however_many_others_come() -> None:
+    cache = FrameCache()
+    number = cache.number_of("in use")
+    for other in range(40):
+        cache.number_of(other)
+        assert cache.number_of("in use") == number
+
+
 def test_what_is_put_again_is_counted_once_and_kept_apart() -> None:
     kept, cache = torch.zeros(4), FrameCache()
     cache.put(b"a", (kept,))
@@ -273,10 +285,14 @@ def test_digests_tell_structure_shape_and_type_apart() -> None:
     assert len({digest(value) for value in values}) == len(values)
 
 
-def test_hashes_see_the_last_bytes(hashing: None) -> None:
-    a, b = torch.zeros(7, dtype=torch.uint8), torch.zeros(7, dtype=torch.uint8)
-    b[6] = 1
-    assert digest([a]) != digest([b])
+@pytest.mark.usefixtures("hashing")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+def test_hashes_see_the_last_bytes(dtype: torch.dtype) -> None:
+    module = nn.Module()
+    module.weight = torch.zeros(7, dtype=dtype)
+    before = weights_of(module)
+    module.weight.data[6] = 1
+    assert weights_of(module) != before
 
 
 class Threshold:

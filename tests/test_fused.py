@@ -77,6 +77,16 @@ class Broadcast(nn.Module):
         return w.add(lambda a, b: a + b, x, w.add(lambda a: a.mean((2, 3), keepdim=True), x))
 
 
+class Widened(Broadcast):
+    """Adds to every position as much in double precision: summands of two types."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + x.double()).float()
+
+    def join(self, w: Walk, x: Node) -> Node:
+        return w.add(lambda a: 2 * a, x)
+
+
 Same = nn.Identity
 # (rule, kind): [(pixel layer, layer under test, input shape)]; z-beta is tried on the pixel layer.
 CASES: dict[tuple[type, str], list[tuple[nn.Module, nn.Module, tuple[int, ...]]]] = {
@@ -182,8 +192,9 @@ def test_serves_as_the_oracle_says(
         assert rows[under_test] == kernel
 
 
-def test_summands_of_two_shapes_keep_to_the_definition() -> None:
-    model = Net(nn.Conv2d(3, 4, 1), Broadcast(), (3, 4, 5)).eval()
+@pytest.mark.parametrize("layer", [Broadcast(), Widened()], ids=["shapes", "types"])
+def test_summands_of_two_shapes_or_types_keep_to_the_definition(layer: nn.Module) -> None:
+    model = Net(nn.Conv2d(3, 4, 1), layer, (3, 4, 5)).eval()
     x = between(LOW, HIGH, (2, 3, 4, 5), 3, torch.float32)
     method = DeepTaylor(model, LOW, HIGH)
     assert {row.operation: row.kernel for row in method.rule_table(x).rows}["add"] == "reference"

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from models import ZOO, Case, Refused, between, zoo
 from oracle import assert_agrees, explain
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from captum_dtd import DeepTaylor
 from captum_dtd.graph import UnsupportedOperationError, trace
@@ -374,6 +375,21 @@ def test_wrapped_models(wrap: Callable[[nn.Module], nn.Module]) -> None:
     assert_agrees(run(case, wrap(model), x), expected, 1e-12)
     override = {"head": Epsilon()}
     assert_agrees(run(case, wrap(model), x, composite=override), run(case, model, x, composite=override), 1e-12)
+
+
+def test_a_model_in_data_parallel_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = zoo("residual")
+    model, x = case.model(), case.inputs(3)
+    expected, override = run(case, model, x), {"head": Epsilon()}
+    overridden = run(case, model, x, composite=override)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        assert_agrees(run(case, wrapped, x), expected, 1e-12)
+        assert_agrees(run(case, wrapped, x, composite=override), overridden, 1e-12)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("shared", ["method", "model"])

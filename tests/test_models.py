@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from importlib import resources
@@ -468,8 +469,10 @@ def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
     (tmp_path / "needs_more.py").write_text("import no_such_dependency\n")
     monkeypatch.chdir(tmp_path)
+    searched = list(sys.path)
     loaded = load_model("own_models:net", num_classes=6)
     assert loaded.model(torch.ones(1, 8)).shape == (1, 6) and not loaded.model.training
+    assert load_model("own_models:net").model(torch.ones(1, 8)).shape == (1, 2)
     assert loaded.classes is None and loaded.preprocessing is None
     assert load_model("own_models:fixed", num_classes=3).model(torch.ones(1, 8)).shape == (1, 3)
     assert load_model("own_models:ready").model(torch.ones(1, 8)).shape == (1, 4)
@@ -483,6 +486,7 @@ def test_a_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         load_model("own_models:broken")
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
         load_model("needs_more:net")
+    assert sys.path == searched
 
 
 @pytest.mark.parametrize(

@@ -364,6 +364,7 @@ def as_numbers(mask: Tensor) -> Tensor:
 WAYS: dict[str, tuple[dict[str, Any], Tensor, float]] = {
     "plain": ({}, torch.zeros(100, 100), 4**-0.5),
     "scaled": ({"scale": 0.3}, torch.zeros(100, 100), 0.3),
+    "scaled by zero": ({"scale": 0.0}, torch.zeros(100, 100), 0.0),
     "causal": ({"is_causal": True}, as_numbers(torch.ones(100, 100).tril().bool()), 4**-0.5),
     "masked": ({"attn_mask": hidden()}, as_numbers(hidden()), 4**-0.5),
     "masked by numbers": (

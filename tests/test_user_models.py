@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 import sys
 import threading
 import warnings
+import weakref
+from argparse import Namespace
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +27,9 @@ from torch.nn import functional as F
 import captum_dtd.attribution
 from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, DiscriminativeRelevance, UnsupportedOperationError, layers
 from captum_dtd.composites import DTD
+from captum_dtd.inputs import signature_of
 from captum_dtd.layers import Elementwise
+from captum_dtd.propagate import Network
 from captum_dtd.rules import Epsilon, Flat, Group, Rule, Term, ZBeta, ZPlus
 
 LOW, HIGH = -2.0, 2.0
@@ -744,6 +749,12 @@ RECONFIGURED: dict[str, tuple[Any, Callable[[Layers], Any], Callable[[Layers], A
     ),
     "an array": (np.ones(1), lambda m: float(m.thing[0]), lambda m: m.thing.fill(3.0)),
     "a namespace": (SimpleNamespace(scale=1.0), lambda m: m.thing.scale, lambda m: setattr(m.thing, "scale", 3.0)),
+    "argparse's namespace": (Namespace(scale=1.0), lambda m: m.thing.scale, lambda m: setattr(m.thing, "scale", 3.0)),
+    "an equal of another type": (
+        1,
+        lambda m: 3.0 if isinstance(m.thing, bool) else 1.0,
+        lambda m: setattr(m, "thing", True),
+    ),
     "an object": (Setting(1.0), lambda m: m.thing.scale, lambda m: _reset(m, 3.0)),
     "a tensor in a dataclass": (Kept(torch.ones(())), lambda m: m.thing.scale, lambda m: m.thing.scale.fill_(3.0)),
     "a tensor in a namespace of a list": (
@@ -1067,6 +1078,35 @@ def test_a_layer_that_was_pruned_is_traced_anew() -> None:
     torch.testing.assert_close(method.attribute(x, 1).flatten(1).sum(1), m(x).detach()[:, 1])
 
 
+def test_a_model_that_casts_its_inputs_is_traced_anew_where_its_type_changes() -> None:
+    m, x = model(lambda m, x: m.head(F.relu(m.stem(x.to(m.stem.weight.dtype))))), clips()
+    method = DeepTaylor(m, LOW, HIGH)
+    method.attribute(x, 1)
+    m.float()
+    torch.testing.assert_close(method.attribute(x, 1), DeepTaylor(m, LOW, HIGH).attribute(x, 1))
+
+
+FURTHER: dict[str, tuple[Callable[[Any], Tensor | int], Any, Any]] = {
+    "of another type": (lambda a: 2 if a is True else 1, 1, True),
+    "for all examples alike": (lambda a: a if a.ndim == 2 else 2 * a, torch.ones(2, 5), torch.ones(5)),
+}
+"""What is made of a further argument, one of which that is 1, and an equal one of which that is 2."""
+
+
+@pytest.mark.parametrize("what", FURTHER)
+def test_further_arguments_that_differ_in_kind_alone_are_told_apart(what: str) -> None:
+    made, first, second = FURTHER[what]
+    m, x = model(lambda m, x, a: m.head(F.relu(m.stem(x))) * made(a)), clips()
+    method = DeepTaylor(m, LOW, HIGH)
+    once = method.attribute(x, 1, first)
+    torch.testing.assert_close(method.attribute(x, 1, second), 2 * once)
+
+
+def test_a_trace_is_of_a_device() -> None:
+    here, there = (signature_of((torch.zeros(2, 3, device=device),), 2) for device in ("cpu", "meta"))
+    assert here != there
+
+
 class Described(Sloped):
     """Python makes its forward anew whenever it is asked for."""
 
@@ -1089,6 +1129,25 @@ def test_a_trace_is_found_again(cls: type[nn.Module], monkeypatch: pytest.Monkey
     for _ in range(3):
         method.attribute(clips(), 1)
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("method", [DeepTaylor, DiscriminativeDeepTaylor])
+def test_traces_are_few_and_the_least_used_go_first(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Network]] = []
+
+    def watched(*given: Any) -> Network:
+        network = Network(*given)
+        made.append(weakref.ref(network))
+        return network
+
+    monkeypatch.setattr(captum_dtd.attribution, "Network", watched)
+    monkeypatch.setattr(captum_dtd.attribution, "_MOST_TRACES", 2)
+    explainer = method(Sloped().double().eval(), LOW, HIGH)
+    for length, traces in ((2, 1), (3, 2), (2, 2), (4, 3), (2, 3), (3, 4)):
+        explainer.attribute(clips()[:, :, :length], 1)
+        assert len(made) == traces
+    gc.collect()
+    assert sum(network() is not None for network in made) == 2
 
 
 @pytest.mark.parametrize(("beta", "alpha"), [(3.0, 2.0), (0, 1), (1, -2), (-0.5, 0.5)])
@@ -1436,25 +1495,28 @@ def test_what_keeps_the_first_layer_from_pixels_is_named() -> None:
         DeepTaylor(m, LOW, HIGH).attribute(clips(), 1)
 
 
+@pytest.mark.parametrize("score", [1, -1])
 @pytest.mark.parametrize(
     ("weight", "bias", "told"),
     [
         (1.5, -2.0, "larger than the score, or of the other sign"),
+        (0.875, -0.75, "larger than the score, or of the other sign"),
+        (-0.25, 1.5, "larger than the score, or of the other sign"),
         (-0.5, 2.0, "larger than the score, or of the other sign"),
         (0.1, 0.8, "more than half of the relevance was lost"),
         (0.4, 0.2, ""),
     ],
 )
-def test_relevance_that_grew_or_turned_is_not_called_lost(weight: float, bias: float, told: str) -> None:
-    """The score is 1, of which the inputs' part is twice the weight, and the rest the bias's."""
+def test_relevance_that_grew_or_turned_is_not_called_lost(weight: float, bias: float, told: str, score: int) -> None:
+    """Of a score of 1 the inputs' part is twice the weight, and the rest the bias's; all of them may be negative."""
     m = nn.Sequential(nn.Conv3d(1, 2, 1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(2, 1))
-    for parameter, value in zip(m.parameters(), (1.0, weight, bias), strict=True):
+    for parameter, value in zip(m.parameters(), (1.0, score * weight, score * bias), strict=True):
         parameter.data.fill_(value)
     method = DeepTaylor(m.eval(), 0.0, 1.0, composite={"4": Epsilon(stabilizer=0.0)})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         relevance = method.attribute(torch.ones(2, 1, 2, 3, 3), 0)
-    torch.testing.assert_close(relevance.sum((1, 2, 3, 4)), torch.full((2,), 2 * weight))
+    torch.testing.assert_close(relevance.sum((1, 2, 3, 4)), torch.full((2,), 2 * score * weight))
     assert [told in str(warning.message) for warning in caught] == ([True] if told else [])
 
 
@@ -1477,7 +1539,7 @@ def test_pixels_that_the_model_resizes_are_still_pixels() -> None:
 def test_hints_for_inputs_of_several_views_and_of_different_lengths() -> None:
     m = model(lambda m, x: m.head(F.relu(m.stem(x))))
     with pytest.raises(ValueError, match=r"several views of each example: pass inputs.flatten\(0, 1\)"):
-        DiscriminativeDeepTaylor(m, LOW, HIGH).attribute(clips(2)[:, None], 1)
+        DiscriminativeDeepTaylor(m, LOW, HIGH).attribute(clips(4).view(2, 2, 3, 8, 10, 10), 1)
     two = model(lambda m, x, y: m.head(F.relu(m.stem(x)).mean(2, True) + F.relu(m.stem(y)).mean(2, True)))
     with pytest.raises(ValueError, match="picks those of each input itself"):
         DiscriminativeDeepTaylor(two, LOW, HIGH).attribute((clips(), clips()[:, :, ::4]), 1)
@@ -1523,10 +1585,11 @@ def test_a_layer_of_ones_own_is_in_the_rule_table(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(method.attribute(clips(), 1).flatten(1).sum(1), method.model(clips()).detach()[:, 1])
 
 
-def test_relevance_of_no_examples_has_its_type_too() -> None:
-    method = DeepTaylor(model(lambda m, x: m.head(F.relu(m.stem(x))), torch.bfloat16), LOW, HIGH)
-    x = clips().bfloat16()
-    assert method.attribute(x, 1).dtype == method.attribute(x[:0], 1).dtype == torch.float32
+@pytest.mark.parametrize(("given", "explained"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_relevance_of_no_examples_has_its_type_too(given: torch.dtype, explained: torch.dtype) -> None:
+    method = DeepTaylor(model(lambda m, x: m.head(F.relu(m.stem(x))), given), LOW, HIGH)
+    x = clips().to(given)
+    assert method.attribute(x, 1).dtype == method.attribute(x[:0], 1).dtype == explained
 
 
 def test_bounds_may_be_tuples_of_numpys_numbers() -> None:

@@ -465,6 +465,16 @@ def test_joined_files_have_one_time(tmp_path: Path, name: str, codec: str) -> No
         np.testing.assert_allclose(found.times[0], start, atol=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:.* is damaged or cut short")
+def test_joined_files_of_two_sizes_are_as_large_as_the_first(tmp_path: Path) -> None:
+    parts = [
+        encode(tmp_path / f"{height}.ts", numbered(6, height, width), "libx264").read_bytes()
+        for height, width in ((48, 64), (96, 128))
+    ]
+    (tmp_path / "joined.ts").write_bytes(b"".join(parts))
+    assert read_video(tmp_path / "joined.ts").frames.shape == (12, 48, 64, 3)
+
+
 def noisy(count: int) -> Frames:
     """Numbered frames that take some room."""
     frames = numbered(count, 96, 128)
@@ -672,6 +682,9 @@ def test_torchvisions_own_preprocessing_is_reproduced(model: str, size: tuple[in
     assert Preprocessing.from_dict({"transform": transform, "frames": 3}) == prepare
     with pytest.raises(TypeError, match="torchvision"):
         Preprocessing.from_torchvision(torch.nn.Identity(), frames=3)
+    transform.interpolation = transform.interpolation.BICUBIC
+    with pytest.raises(TypeError, match="only bilinear resizing is supported, not bicubic"):
+        Preprocessing.from_torchvision(transform, frames=3)
 
 
 def test_bounds_are_black_and_white() -> None:
@@ -734,6 +747,7 @@ def test_preprocessing_survives_a_dict() -> None:
     assert prepare.mean == (0.5,)
     assert prepare.scale == 1
     assert Preprocessing.from_dict(prepare.to_dict()) == prepare
+    assert Preprocessing.from_dict({**settings, "scale": None, "order": None}) == prepare
 
 
 @pytest.mark.parametrize("name", ["size", "resize"])
