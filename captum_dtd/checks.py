@@ -15,7 +15,7 @@ from captum_dtd.reference import accumulator
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def output_shape(
+def _output_shape(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...]:
     """Shape of a convolution's output; a dimension that no window fits into is not positive."""
@@ -73,8 +73,8 @@ def check_conv3d(
     groups: int,
     stabilizer: float,
     times: int | None = None,
-) -> None:
-    """Refuse what is no convolution of x, and relevance that is not of its output, whose times a table may say."""
+) -> tuple[int, ...]:
+    """The output's shape. Refuses what is no convolution of x, and relevance not of its output, whose times a table may say."""
     check_x(x)
     check_tensor("weight", weight, 5, x.dtype, x.device)
     check_numbers("weight's kernel", weight.shape[2:], 3, 1)
@@ -95,7 +95,7 @@ def check_conv3d(
         )
     check(stabilizer >= 0, f"stabilizer must be zero or positive, got {stabilizer}")
     check_padded(x, [n + padding[2 * a] + padding[2 * a + 1] for a, n in enumerate(x.shape[2:])], padding)
-    expected = output_shape(x, weight, stride, padding, dilation)
+    expected = _output_shape(x, weight, stride, padding, dilation)
     if times is not None:
         _check_no_window_in_time(stride[0], padding[0], padding[1], dilation[0])
         expected = (*expected[:2], times, *expected[3:])
@@ -110,6 +110,7 @@ def check_conv3d(
             tuple(relevance.shape) == expected,
             f"relevance must have the shape {expected} of the convolution's output, got {tuple(relevance.shape)}",
         )
+    return expected
 
 
 def _check_no_window_in_time(stride: int, front: int, back: int, dilation: int) -> None:

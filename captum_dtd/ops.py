@@ -14,6 +14,7 @@ position. Nothing here is differentiable.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -30,7 +31,6 @@ from captum_dtd.checks import (
     check_max_pool3d,
     check_table,
     check_tables,
-    output_shape,
     times_of,
 )
 from captum_dtd.modes import exact_products
@@ -640,82 +640,40 @@ def _only_definition(kernel: str) -> None:
     )
 
 
-def _fake_z_plus(x: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any) -> Tensor:
-    stride, padding, dilation, groups, _, stabilizer, _, _ = options
-    check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
-    return empty_like_x(x, relevance.dtype)
+def _fake(schema: str) -> Callable[..., Any]:
+    """The fake kernel of an operation: checks whatever its schema says that it is given, and makes room for the result."""
+    names = re.findall(r"(\w+)[,)]", schema.partition(" -> ")[0])
 
+    def fake(*arguments: Any) -> Any:
+        given = dict(zip(names, arguments, strict=True))
+        x, stabilizer = given["x"], given.get("stabilizer", 0.0)
+        relevance: Any = given.get("relevance")
+        if "other" in given:
+            check_add(x, given["other"], relevance, given["alpha"], stabilizer)
+            return empty_like_x(x, relevance.dtype), empty_like_x(x, relevance.dtype)
+        is_frozen = "reads" in given
+        times = None if not is_frozen else given["times"] if relevance is None else times_of(relevance)
+        geometry = given["stride"], given["padding"], given["dilation"]
+        if "weight" in given:
+            weight, bias, groups = given["weight"], given["bias"], given["groups"]
+            shape = check_conv3d(x, weight, bias, relevance, *geometry, groups, stabilizer, times)
+            taps = weight.shape[2]
+        else:
+            size, ceil_mode = given["kernel_size"], given["ceil_mode"]
+            shape = check_max_pool3d(x, relevance, size, *geometry, ceil_mode, stabilizer, times)
+            taps = size[0]
+        if relevance is None:
+            if times is not None:
+                check_table("reads", given["reads"], x.shape[0], times, taps, x.shape[2])
+            return empty_like_x(x, x.dtype, shape)
+        if "low" in given:
+            check_bounds(x, given["low"], given["high"], relevance)
+        if not is_frozen:
+            return empty_like_x(x, relevance.dtype)
+        check_tables(x, taps, relevance, given["reads"], given["gives"], given["times"])
+        return empty_like_x(x, relevance.dtype, (*x.shape[:2], given["times"], *x.shape[3:]))
 
-def _fake_z_beta(
-    x: Tensor, low: Tensor, high: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any
-) -> Tensor:
-    stride, padding, dilation, groups, stabilizer, _, _ = options
-    check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer)
-    check_bounds(x, low, high, relevance)
-    return empty_like_x(x, relevance.dtype)
-
-
-def _fake_max_pool3d(x: Tensor, relevance: Tensor, *options: Any) -> Tensor:
-    kernel_size, stride, padding, dilation, ceil_mode, _, stabilizer, _ = options
-    check_max_pool3d(x, relevance, kernel_size, stride, padding, dilation, ceil_mode, stabilizer)
-    return empty_like_x(x, relevance.dtype)
-
-
-def _fake_z_plus_add(x: Tensor, other: Tensor, relevance: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    alpha, stabilizer, _ = options
-    check_add(x, other, relevance, alpha, stabilizer)
-    return empty_like_x(x, relevance.dtype), empty_like_x(x, relevance.dtype)
-
-
-def _fake_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-    stride, padding, dilation, groups, _, _ = options
-    check_conv3d(x, weight, bias, None, stride, padding, dilation, groups, 0.0)
-    return empty_like_x(x, x.dtype, output_shape(x, weight, stride, padding, dilation))
-
-
-def _fake_max_pool3d_forward(x: Tensor, *options: Any) -> Tensor:
-    *geometry, _ = options
-    return empty_like_x(x, x.dtype, check_max_pool3d(x, None, *geometry))
-
-
-def _fake_frozen_z_plus(x: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any) -> Tensor:
-    reads, gives, times, stride, padding, dilation, groups, _, stabilizer, _, _ = options
-    check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, times_of(relevance))
-    check_tables(x, weight.shape[2], relevance, reads, gives, times)
-    return empty_like_x(x, relevance.dtype, (*x.shape[:2], times, *x.shape[3:]))
-
-
-def _fake_frozen_z_beta(
-    x: Tensor, low: Tensor, high: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, *options: Any
-) -> Tensor:
-    reads, gives, times, stride, padding, dilation, groups, stabilizer, _, _ = options
-    check_conv3d(x, weight, bias, relevance, stride, padding, dilation, groups, stabilizer, times_of(relevance))
-    check_bounds(x, low, high, relevance)
-    check_tables(x, weight.shape[2], relevance, reads, gives, times)
-    return empty_like_x(x, relevance.dtype, (*x.shape[:2], times, *x.shape[3:]))
-
-
-def _fake_frozen_max_pool3d(x: Tensor, relevance: Tensor, *options: Any) -> Tensor:
-    reads, gives, times, kernel_size, stride, padding, dilation, ceil_mode, _, stabilizer, _ = options
-    geometry = (kernel_size, stride, padding, dilation, ceil_mode)
-    check_max_pool3d(x, relevance, *geometry, stabilizer, times_of(relevance))
-    check_tables(x, kernel_size[0], relevance, reads, gives, times)
-    return empty_like_x(x, relevance.dtype, (*x.shape[:2], times, *x.shape[3:]))
-
-
-def _fake_frozen_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-    reads, times, stride, padding, dilation, groups, _, _ = options
-    check_conv3d(x, weight, bias, None, stride, padding, dilation, groups, 0.0, times)
-    check_table("reads", reads, x.shape[0], times, weight.shape[2], x.shape[2])
-    n, channels, _, *size = output_shape(x, weight, stride, padding, dilation)
-    return empty_like_x(x, x.dtype, (n, channels, times, *size))
-
-
-def _fake_frozen_max_pool3d_forward(x: Tensor, *options: Any) -> Tensor:
-    reads, times, kernel_size, stride, padding, dilation, ceil_mode, _ = options
-    shape = check_max_pool3d(x, None, kernel_size, stride, padding, dilation, ceil_mode, times=times)
-    check_table("reads", reads, x.shape[0], times, kernel_size[0], x.shape[2])
-    return empty_like_x(x, x.dtype, shape)
+    return fake
 
 
 def _definition(fake: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -729,19 +687,7 @@ def _definition(fake: Callable[..., Any], compute: Callable[..., Any]) -> Callab
     return define
 
 
-_FAKES: dict[str, Callable[..., Any]] = {
-    "z_plus_conv3d": _fake_z_plus,
-    "z_beta_conv3d": _fake_z_beta,
-    "max_pool3d_relevance": _fake_max_pool3d,
-    "z_plus_add": _fake_z_plus_add,
-    "conv3d": _fake_conv3d,
-    "max_pool3d": _fake_max_pool3d_forward,
-    "frozen_z_plus_conv3d": _fake_frozen_z_plus,
-    "frozen_z_beta_conv3d": _fake_frozen_z_beta,
-    "frozen_max_pool3d_relevance": _fake_frozen_max_pool3d,
-    "frozen_conv3d": _fake_frozen_conv3d,
-    "frozen_max_pool3d": _fake_frozen_max_pool3d_forward,
-}
+_FAKES = {name: _fake(schema) for name, schema in SCHEMAS.items()}
 _DEFINITIONS = {name: _definition(fake, getattr(reference, name)) for name, fake in _FAKES.items()}
 
 _Library: Any = torch.library.Library
