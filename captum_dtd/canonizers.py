@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from captum_dtd.graph import depending, operation_name
 from captum_dtd.operations import (
@@ -94,6 +95,8 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node], explained: Collection
             signal, gate = _halves(graph, node)
             gate = _insert(graph, node, aten.sigmoid.default, (gate,), like=gate)
             node.target, node.args = aten.mul.Tensor, (signal, gate)
+        elif (softmax := _softmax_by_hand(node)) is not None:
+            node.target, node.args = aten.softmax.int, softmax
         elif _is_shifted_relu6(node):
             gate = _insert(graph, node, aten.hardsigmoid.default, (node.args[0].args[0],), like=node)
             node.target, node.args = aten.mul.Tensor, (gate, 6.0)
@@ -183,6 +186,29 @@ def _is_shifted_relu6(node: fx.Node) -> bool:
         return False
     shifted: Any = node.args[0]
     return shifted.target is aten.add.Tensor and shifted.args[1] == 3 and not shifted.kwargs
+
+
+def _softmax_by_hand(node: fx.Node) -> tuple[Any, ...] | None:
+    """What ``exp(x) / exp(x).sum(dim, keepdim=True)`` is the softmax of, and over which dimension; None where it is none."""
+    if node.target is not aten.div.Tensor or not all(isinstance(each, fx.Node) for each in node.args):
+        return None
+    exponential: Any
+    total: Any
+    exponential, total = node.args
+    if exponential.target is not aten.exp.default or total.target is not aten.sum.dim_IntList or total.kwargs:
+        return None
+    summed, dims, keep = given(total, 2, False)
+    return (exponential.args[0], dims[0]) if _are_alike(summed, exponential) and keep and len(dims) == 1 else None
+
+
+def _are_alike(one: Any, other: Any) -> bool:
+    """Whether two values are computed alike from the same ones, as an expression is that was written twice."""
+    if one is other or not (isinstance(one, fx.Node) and isinstance(other, fx.Node)):
+        return one is other or (type(one) is type(other) and bool(one == other))
+    if one.op != "call_function" or one.target is not other.target:
+        return False
+    leaves, others = (pytree.tree_leaves((node.args, dict(node.kwargs))) for node in (one, other))
+    return len(leaves) == len(others) and all(map(_are_alike, leaves, others))
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:

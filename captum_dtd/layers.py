@@ -58,7 +58,16 @@ from captum_dtd.operations import (
     batch_norm,
     maximum_over,
 )
-from captum_dtd.patterns import PARTS, RESHAPED, SUMMARIES, comes_from, divided, holds_numbers, is_centred_to_be_divided
+from captum_dtd.patterns import (
+    PARTS,
+    RESHAPED,
+    SUMMARIES,
+    averages_by,
+    comes_from,
+    divided,
+    holds_numbers,
+    is_centred_to_be_divided,
+)
 from captum_dtd.reference import divide
 from captum_dtd.rules import OUTPUT, Group, MaxPoolRule, Rule, WeightPart, WinnerTakesAll
 
@@ -649,10 +658,12 @@ def _multiplication(node: fx.Node, signals: Sequence[int]) -> Layer | None:
 
 @covers(aten.div.Tensor)
 def _division(node: fx.Node, signals: Sequence[int]) -> Layer | None:
-    """By a constant, or by what is found in the signal itself: that counts as constant, as norms' statistics do."""
+    """By a constant, or by what is found in the signal itself or in its weights: that counts as constant, as statistics do."""
     if tuple(signals) == (0,):
         return Elementwise(affine=True)
-    return Gate(signal=0) if tuple(signals) == (0, 1) and divided(node) is not None else None
+    if tuple(signals) != (0, 1) or (divided(node) is None and not averages_by(GATES, *node.args)):
+        return None
+    return Gate(signal=0)
 
 
 @covers(aten.pow.Tensor_Scalar)

@@ -64,16 +64,32 @@ def _varies(value: Any) -> bool:
 
 
 def comes_from(node: Any, targets: Collection[Any], moved: Collection[Any]) -> bool:
-    """Whether a value is the result of one of these operations: ``moved`` by others, joined, multiplied, scaled or shifted."""
+    """Whether a value is the result of one of these operations: ``moved`` by others, joined, multiplied, scaled, shifted, or
+    divided by what is found in it."""
     node = _stepped(node, moved, _SCALED | _SHIFTED)
     if node.target in targets:
         return True
     parts: Any = ()
     if node.target in (aten.cat.default, aten.stack.default):
         parts = node.args[0]
+    elif (pair := divided(node)) is not None:
+        parts = pair[:1]
     elif node.target is aten.mul.Tensor:
         parts = node.args
     return bool(parts) and all(comes_from(part, targets, moved) for part in parts)
+
+
+def averages_by(gates: Collection[Any], dividend: Any, divisor: Any) -> bool:
+    """Whether sums of a signal times gates are divided by what is computed from these gates alone, as weighted averages are."""
+    product = _stepped(dividend, RESHAPED | REDUCTIONS)
+    for factor in product.args if product.target is aten.mul.Tensor else ():
+        if _varies(factor) and comes_from(factor, gates, RESHAPED):
+            weights = _stepped(factor, RESHAPED)
+            origins = _ancestors(divisor, besides=weights)
+            is_read = any(weights in each.all_input_nodes for each in origins)
+            if is_read and not any(each.op == "placeholder" for each in origins):
+                return True
+    return False
 
 
 def divided(node: fx.Node) -> tuple[Any, Any] | None:

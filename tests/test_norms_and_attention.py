@@ -428,6 +428,68 @@ def test_attention_to_activations_keeps_all_relevance(body: Callable[..., Tensor
         torch.testing.assert_close(found.sum((1, 2, 3, 4)), net(body)(clips())[:, 1], rtol=1e-6, atol=1e-8)
 
 
+def of_frames(h: Tensor) -> Tensor:
+    """A number for each frame, (N, 1, T, 1, 1), which may be negative."""
+    return h[:, :1].mean((3, 4), keepdim=True) - h[:, 1:].mean((1, 3, 4), keepdim=True).square()
+
+
+@pytest.mark.parametrize(
+    ("weights", "scale"),
+    [
+        (lambda w: w.exp() / w.exp().sum(2, keepdim=True), 1),
+        (lambda w: (w - w.amax(2, True)).exp() / (w - w.amax(2, True)).exp().sum(2, True), 1),
+        (lambda w: (2 * w).exp() / torch.sum((2 * w).exp(), -3, keepdim=True), 2),
+    ],
+)
+def test_a_softmax_by_hand_is_a_softmax(weights: Callable[[Tensor], Tensor], scale: float) -> None:
+    assert_alike(lambda m, h: 4 * h * weights(of_frames(h)), lambda m, h: 4 * h * (scale * of_frames(h)).softmax(2))
+
+
+@pytest.mark.parametrize(
+    "total", [lambda e: e.sum((2, 3), True), lambda e: (1 + e).sum(2, True), lambda e: (e**2).sum(2, True)]
+)
+def test_exponentials_that_are_no_softmax_are_refused(total: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(UnsupportedOperationError, match="exp"):
+        explained(net(lambda m, h: h * (of_frames(h).exp() / total(of_frames(h).exp()))))
+
+
+AVERAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sums divided": lambda h, a: (h * a).sum(2, keepdim=True) / a.sum(2, keepdim=True),
+    "with a small number": lambda h, a: (h * a).sum(2, keepdim=True) / (a.sum(2, keepdim=True) + 1e-9),
+    "of flat weights": lambda h, a: ((h.flatten(3) * a.flatten(3)).sum(2) / a.flatten(2).sum(2)[:, :, None]).view(
+        -1, 8, 1, 5, 5
+    ),
+    "weights divided": lambda h, a: (h * (a / a.sum(2, keepdim=True))).sum(2, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("way", AVERAGES)
+def test_an_average_by_weights_of_frames_counts_them_as_constant(way: str) -> None:
+    def body(m: Net, h: Tensor) -> Tensor:
+        return F.relu(m.conv(AVERAGES[way](h, of_frames(h).sigmoid())))
+
+    plain = net(lambda m, h, weights: F.relu(m.conv((h * weights).sum(2, keepdim=True))))
+    with torch.no_grad():
+        a = of_frames(F.relu(plain.stem(clips()))).sigmoid()
+    weights = (a / a.sum(2, keepdim=True)).expand(2, 8, 4, 5, 5).contiguous()
+    torch.testing.assert_close(
+        explained(net(body)), explained(plain, weights), rtol=1e-7, atol=1e-12, check_stride=False
+    )
+
+
+def test_sums_that_are_divided_by_more_than_their_weights_are_refused() -> None:
+    def by_both(m: Net, h: Tensor) -> Tensor:
+        a = of_frames(h).sigmoid()
+        return (h * a).sum(2, keepdim=True) / (a + h).sum(2, keepdim=True)
+
+    def by_the_signal(m: Net, h: Tensor) -> Tensor:
+        return (h * of_frames(h).sigmoid()).sum(2, keepdim=True) / (1 + h.sum(2, keepdim=True))
+
+    for body in (by_both, by_the_signal):
+        with pytest.raises(UnsupportedOperationError, match="nor found in the dividend or its weights alone"):
+            explained(net(body))
+
+
 def test_an_average_of_logits_by_attention_keeps_each_share() -> None:
     """Logits may be negative; averaged by attention they are as they are by any other average."""
 
