@@ -115,14 +115,20 @@ class Case:
 
 
 def _z_plus(
-    u: Tensor, weight: Tensor, relevance: Tensor, stride: list[int], padding: list[int], unit: list[int]
+    u: Tensor, weight: Tensor, relevance: Tensor, stride: list[int], padding: list[int], groups: int = 1
 ) -> Tensor:
     """z+ as one writes it: two library calls and elementwise steps between."""
-    z = F.conv3d(u, weight, None, stride, padding)
+    z = F.conv3d(u, weight, None, stride, padding, 1, groups)
     s = torch.where(z == 0, 0, relevance / z)
-    zero, only_input = [0, 0, 0], [True, False, False]
-    pulled: Tensor = aten.convolution_backward(s, u, weight, None, stride, padding, unit, False, zero, 1, only_input)[0]
-    return u * pulled
+    return u * _adjoint(u, weight, s, stride, padding, groups)
+
+
+def _adjoint(u: Tensor, weight: Tensor, s: Tensor, stride: list[int], padding: list[int], groups: int) -> Tensor:
+    only_input = [True, False, False]
+    pulled: Tensor = aten.convolution_backward(
+        s, u, weight, None, stride, padding, [1, 1, 1], False, [0, 0, 0], groups, only_input
+    )[0]
+    return pulled
 
 
 def _z_beta(
@@ -133,23 +139,18 @@ def _z_beta(
     relevance: Tensor,
     stride: list[int],
     padding: list[int],
-    unit: list[int],
+    groups: int,
 ) -> Tensor:
-    """z-beta as z+ of the distances to the box, twice the channels."""
-    first, second = _z_plus(torch.cat([x - low, high - x], 1), weight, relevance, stride, padding, unit).chunk(2, 1)
+    """z-beta as z+ of the distances to the box, twice the channels; of one group."""
+    assert groups == 1
+    first, second = _z_plus(torch.cat([x - low, high - x], 1), weight, relevance, stride, padding).chunk(2, 1)
     return first + second
 
 
-def _alone(
-    u: Tensor, weight: Tensor, relevance: Tensor, stride: list[int], padding: list[int], unit: list[int]
-) -> Tensor:
+def _alone(u: Tensor, weight: Tensor, relevance: Tensor, stride: list[int], padding: list[int], groups: int) -> Tensor:
     """The convolution and its adjoint, nothing else."""
-    F.conv3d(u, weight, None, stride, padding)
-    zero, only_input = [0, 0, 0], [True, False, False]
-    pulled: Tensor = aten.convolution_backward(
-        relevance, u, weight, None, stride, padding, unit, False, zero, 1, only_input
-    )[0]
-    return pulled
+    F.conv3d(u, weight, None, stride, padding, 1, groups)
+    return _adjoint(u, weight, relevance, stride, padding, groups)
 
 
 def _compiled_rival(body: Callable[..., Any], arguments: tuple[Any, ...], layout: str) -> Contenders:
@@ -176,13 +177,13 @@ def convolution_case(
 
     x = random(batch, layer.c_in, *layer.size)
     x = (x.clamp(-2, 2) if beta else x.relu()).to(grade.dtype)
-    weight = (random(layer.c_out, layer.c_in, *layer.kernel) / math.sqrt(layer.c_in * math.prod(layer.kernel))).to(
-        grade.dtype
-    )
+    of_group = layer.c_in // layer.groups
+    weight = random(layer.c_out, of_group, *layer.kernel) / math.sqrt(of_group * math.prod(layer.kernel))
+    weight = weight.to(grade.dtype)
     relevance = random(batch, layer.c_out, *layer.output_size).abs()
     bounds = tuple(torch.full((1, layer.c_in, 1, 1, 1), side, device=device) for side in (-2.5, 2.5)) if beta else ()
     positive = torch.cat([weight.clamp(min=0), -weight.clamp(max=0)], 1) if beta else weight.clamp(min=0)
-    geometry = [list(layer.stride), list(layer.padding), [1, 1, 1]]
+    geometry = [list(layer.stride), list(layer.padding), layer.groups]
     op = "z_beta_conv3d" if beta else "z_plus_conv3d"
     case = Case(
         f"{layer}{' pixels' if beta else ''}", grade.name, "FLOP", batch * layer.flops * (2 if beta else 1), {}, {}
@@ -191,7 +192,8 @@ def convolution_case(
         there = partial(torch.Tensor.contiguous, memory_format=memory_format)
         u, given = there(x), there(relevance)
         for kernel in grade.kernels(op, device):
-            options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "kernel": kernel}
+            options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
+            options["kernel"] = kernel
             if not beta:
                 options["non_negative"] = True
             case.ours[f"{kernel}, {layout}"] = partial(getattr(ops, op), u, *bounds, weight, given, **options)
@@ -202,7 +204,7 @@ def convolution_case(
         if not beta and not compiled:
             case.bounds[f"cuDNN alone, {layout}"] = partial(_alone, *arguments)
     wide = [t[:1].double() for t in (x, relevance)]  # one clip tells whether all compute the same
-    options = {"stride": layer.stride, "padding": layer.padding, "kernel": "reference"}
+    options = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups, "kernel": "reference"}
     if not beta:
         options["non_negative"] = True
     case.reference = partial(
@@ -215,8 +217,9 @@ def forward_case(layer: Convolution, grade: Grade, batch: int, device: torch.dev
     """The convolution alone, as on the way forward, against torch's."""
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(batch, layer.c_in, *layer.size, generator=generator, device=device).to(grade.dtype)
-    weight = torch.randn(layer.c_out, layer.c_in, *layer.kernel, generator=generator, device=device).to(grade.dtype)
-    geometry: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding}
+    of_group = layer.c_in // layer.groups
+    weight = torch.randn(layer.c_out, of_group, *layer.kernel, generator=generator, device=device).to(grade.dtype)
+    geometry: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
     case = Case(f"{layer} forward", grade.name, "FLOP", batch * layer.flops // 2, {}, {})
     for layout, memory_format in LAYOUTS.items():
         u = x.contiguous(memory_format=memory_format)
@@ -352,10 +355,14 @@ def cases(
     """Every case, made when it is asked for."""
     decisive, others = ("float32", "bfloat16"), ("tf32", "float16")
     layers = [layer for layer in workloads.CONVOLUTIONS if layer.c_in > 3]
+    plain_and_pixels = [(layer, False) for layer in layers] + [(layer, True) for layer in workloads.PIXEL_LAYERS]
+    grouped = [(layer, False) for layer in workloads.GROUPED_LAYERS]
 
-    def convolutions(grades: tuple[str, ...], compiled: bool) -> Iterator[Callable[[], Case]]:
+    def convolutions(
+        some: list[tuple[Convolution, bool]], grades: tuple[str, ...], compiled: bool
+    ) -> Iterator[Callable[[], Case]]:
         for grade in (each for each in GRADES if each.name in grades):
-            for layer, beta in [(each, False) for each in layers] + [(each, True) for each in workloads.PIXEL_LAYERS]:
+            for layer, beta in some:
                 if wanted(f"{layer} {grade.name}{' pixels' if beta else ''}"):
                     one = workloads.reduced(layer) if small else layer
                     yield partial(convolution_case, one, grade, batch, device, compiled, beta)
@@ -378,12 +385,13 @@ def cases(
                 yield partial(forward_case, workloads.reduced(layer) if small else layer, grade, batch, device)
 
     for compiled in (False, True) if compiles else (False,):
-        yield from convolutions(decisive, compiled)
+        yield from convolutions(plain_and_pixels, decisive, compiled)
         yield from poolings(False, compiled)
         yield from additions(compiled)
         if not compiled:
             yield from forwards()
-        yield from convolutions(others, compiled)
+        yield from convolutions(grouped, decisive, compiled)
+        yield from convolutions(plain_and_pixels, others, compiled)
         yield from poolings(True, compiled)
 
 
@@ -467,12 +475,14 @@ def show(found: dict[str, Any]) -> None:
 
 def _kind(case: dict[str, Any]) -> str:
     if case["unit"] != "byte":
+        if re.search(r" g\d+ k", case["case"]):
+            return "grouped"
         return "forward" if case["case"].endswith(" forward") else "convolution"
     return "addition" if " add " in case["case"] else "pooling"
 
 
 def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Worst ratio and geometric mean of every grade, of convolutions, of poolings and of additions."""
+    """Worst ratio and geometric mean of every grade, of every kind of operation."""
     groups: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
     for case in found:
         if "ratio to rival" in case:

@@ -35,17 +35,17 @@ def measured(folder: Path, script: str, only: str) -> dict[str, Any]:
 
 def test_gpu_bench_measures_every_kind_of_case(tmp_path: Path) -> None:
     record = measured(
-        tmp_path, "gpu_bench", "pool2.*float32|S3D branch|layer2 .*add|conv3a|stem.*pixels|conv4a.*forward"
+        tmp_path, "gpu_bench", "pool2.*float32|S3D branch|layer2 .*add|conv3a|stem.*pixels|conv4a.*forward|X3D-M res3"
     )
     assert {"machine", "device"} <= set(record["about"]) and record["smoke"]
     assert {"copy", "matmul tf32", "matmul bfloat16"} <= set(record["ceilings"])
-    assert len(record["cases"]) == 2 + 4 + 2 + (4 + 2) + 4 + 2
+    assert len(record["cases"]) == 2 + 4 + 2 + (4 + 2) + 4 + 2 + 2
     for case in record["cases"]:
         timing = case["contenders"][case["ours"]]
         assert timing["first_quartile_ms"] <= timing["median_ms"] <= timing["third_quartile_ms"]
         rounded = case["case"].endswith("forward") and case["grade"] == "bfloat16"  # so is its result
         assert max(case["errors"].values()) < (5e-3 if rounded else 1e-5), case["case"]
-    assert {row["kind"] for row in record["summary"]} == {"pooling", "addition", "convolution", "forward"}
+    assert {row["kind"] for row in record["summary"]} == {"pooling", "addition", "convolution", "forward", "grouped"}
 
 
 def test_gpu_jobs_rates_everybody_who_can_be_asked(tmp_path: Path) -> None:
