@@ -225,8 +225,7 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
                 self._check_maps(one, clips)
             unscaled = [_over_channels(one) for one in explained]
             progress.update(count)
-            alone = self.explains_alone(*_at_once(clips, extra, internal_batch_size))
-            size = 1 if alone else internal_batch_size or self.frozen_batch(clips, extra)
+            size = self._frozen_at_once(clips, extra, internal_batch_size)
             looks = [tuple(torch.empty_like(part) for part in parts) for parts in unscaled]
             jobs: list[_Job] = []
             for row, first in enumerate(alike):
@@ -282,9 +281,10 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         """
         return _FROZEN_CLIPS
 
-    def explains_alone(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...] = ()) -> bool:
-        """Whether every frozen clip is explained by itself, whatever ``internal_batch_size`` says; arguments as above."""
-        return False
+    def _frozen_at_once(
+        self, clips: tuple[Tensor, ...], extra: tuple[Any, ...], internal_batch_size: int | None
+    ) -> int:
+        return internal_batch_size or self.frozen_batch(clips, extra)
 
     def has_convergence_delta(self) -> bool:
         """Whether the underlying method has one."""
@@ -588,9 +588,17 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
             inputs, targets, arguments, internal_batch_size=internal_batch_size, **options
         )
 
-    def explains_alone(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...] = ()) -> bool:
-        """Where the model makes values of all examples together: they would be of other frames, too."""
-        return len(clips[0]) > 0 and self.method.mixes_examples(clips, extra)
+    def _frozen_at_once(
+        self, clips: tuple[Tensor, ...], extra: tuple[Any, ...], internal_batch_size: int | None
+    ) -> int:
+        """One where the model makes values of all examples together; where it takes so many clips only, all frames of these."""
+        if len(clips[0]) > 0:
+            some = _at_once(clips, extra, internal_batch_size)
+            if self.method.mixes_examples(*some):
+                return 1
+            if fixed := self.method.fixed_batch(*some):
+                return fixed * clips[0].shape[2]
+        return super()._frozen_at_once(clips, extra, internal_batch_size)
 
     def frozen_batch(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...] = ()) -> int:
         """As many as half of the memory that is free now allows, as far as more are faster on the clips' device.
@@ -719,14 +727,24 @@ def _whole(
 def _whole_in_groups(
     clips: tuple[Tensor, ...], explain: _Explain, jobs: Sequence[_Job], targets: Sequence[Target], size: int
 ) -> list[tuple[Tensor, ...]]:
-    """The same, by so many clips at once, neither more nor less: where some are missing the last one is repeated."""
-    found: list[list[tuple[Tensor, ...]]] = []
-    for start in range(0, len(jobs), size):
-        group = list(jobs[start : start + size])
-        padded = group + group[-1:] * (size - len(group))
-        maps = _whole(clips, explain, padded, targets)
-        found.append([tuple(part[: len(group)] for part in of_target) for of_target in maps])
-    return [tuple(map(torch.cat, zip(*of_target, strict=True))) for of_target in zip(*found, strict=True)]
+    """The same, by so many clips at once, neither more nor less: those that are explained together, all frozen at one frame.
+
+    Each stays in its place, since a model that takes so many may treat them differently. Where some are missing the last one is
+    repeated.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, job in enumerate(jobs):
+        groups.setdefault((job.row // size, job.frame), []).append(number)
+    found: dict[int, list[tuple[Tensor, ...]]] = {}
+    for (group, _), numbers in groups.items():
+        rows = range(group * size, min((group + 1) * size, len(clips[0])))
+        together = [jobs[numbers[0]]._replace(row=row) for row in (*rows, *[rows[-1]] * (size - len(rows)))]
+        maps = _whole(clips, explain, together, targets)
+        for number in numbers:
+            place = jobs[number].row - rows.start
+            found[number] = [tuple(part[place] for part in of_target) for of_target in maps]
+    in_order = [found[number] for number in range(len(jobs))]
+    return [tuple(map(torch.stack, zip(*of_target, strict=True))) for of_target in zip(*in_order, strict=True)]
 
 
 def _frames(clips: Tensor, jobs: Sequence[_Job]) -> Tensor:

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from captum_dtd import native
-from captum_dtd.graph import own_classes
+from captum_dtd.graph import own_classes, tensors_in
 
 # How many different methods and models a cache tells apart at once; of others it only forgets that it knew them.
 _MOST_CONTEXTS = 16
@@ -154,9 +155,11 @@ def weights_of(model: nn.Module) -> bytes:
     known: list[Any] = []
     held = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():
-        plain = pytree.tree_leaves([list(vars(each).values()) for each in (module, *own_classes(type(module)))])
-        held.update((id(leaf), leaf) for leaf in plain if isinstance(leaf, Tensor))
+        for each in (module, *own_classes(type(module))):
+            held.update((id(leaf), leaf) for value in vars(each).values() for leaf in tensors_in(value))
     for tensor in held.values():
+        if is_lazy(tensor):
+            continue
         version = None if tensor.is_inference() else tensor._version
         own = tensor.detach()
         known += [tensor.data_ptr(), version, tuple(tensor.shape), native.digest(own) or _sums(own)]

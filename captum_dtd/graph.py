@@ -43,7 +43,7 @@ from torch.utils import _pytree as pytree
 
 from captum_dtd.functional import drawn_numbers, functionalize, step_over_aliases
 from captum_dtd.modes import plain_modes
-from captum_dtd.operations import CONVOLUTIONS
+from captum_dtd.operations import CONVOLUTIONS, SOFTMAX
 
 # torch.export patches process-wide state while it runs, so two traces never overlap.
 _EXPORT_LOCK = threading.Lock()
@@ -274,7 +274,7 @@ def _structural_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every tensor and carries none of the user's hooks."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
-        tensors += [leaf for value in vars(module).values() for leaf in _tensors_in(value)]
+        tensors += [leaf for value in vars(module).values() for leaf in tensors_in(value)]
     shared: dict[int, Any] = {id(tensor): _shareable(tensor) for tensor in tensors}
     try:
         double = copy.deepcopy(model, dict(shared))
@@ -299,7 +299,7 @@ def _structural_copy(model: nn.Module) -> nn.Module:
     return double
 
 
-def _tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:
+def tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:
     """Tensors in what `value_of` looks into: a trace shares them, so that a change in place is seen."""
     if isinstance(value, Tensor):
         yield value
@@ -312,7 +312,7 @@ def _tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:
         elif _has_fields(value):
             parts = _fields_of(value).values()
         for part in parts:
-            yield from _tensors_in(part, depth - 1)
+            yield from tensors_in(part, depth - 1)
 
 
 def _uncopied(model: nn.Module, shared: dict[int, Any]) -> str:
@@ -444,24 +444,58 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
 
 
 def _mixing(graph: fx.Graph, inputs: Collection[fx.Node]) -> str:
-    """The first operation whose output depends on inputs and has no dimension left that grows with the examples."""
+    """The first operation that makes values of several examples together, as far as sizes and dimensions tell.
 
-    def grows(node: fx.Node) -> bool:
-        tensors = [value for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
-        sizes = [size for tensor in tensors for size in tensor.shape]
-        return any(isinstance(size, torch.SymInt) and not size.node.expr.is_number for size in sizes)
+    Its output depends on inputs and has no dimension left that grows with the examples, or two of them; or it goes along one.
+    """
+
+    def growing(node: fx.Node) -> list[int]:
+        shapes = [value.shape for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
+        is_free = [
+            [isinstance(size, torch.SymInt) and not size.node.expr.is_number for size in shape] for shape in shapes
+        ]
+        return [dim for sizes in is_free for dim, free in enumerate(sizes) if free]
 
     def holds_values(node: fx.Node) -> bool:
         name = operation_name(node)
         is_number = isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, type(None)))
-        return not is_number and not name.startswith("new_") and not name.endswith("_like")
+        return node.op != "output" and not is_number and not name.startswith("new_") and not name.endswith("_like")
 
-    growing = {node for node in inputs if grows(node)}
-    reached = depending(graph, growing, holds_values)
+    def mixes(node: fx.Node) -> bool:
+        if not growing(node) or (isinstance(node.meta["val"], Tensor) and len(growing(node)) > 1):
+            return True
+        if node.target not in _ALONG:
+            return False
+        source: Any = node.args[0]
+        place = _ALONG[node.target]
+        dims: Any = node.args[place] if len(node.args) > place else range(source.meta["val"].ndim)
+        along = {dim % source.meta["val"].ndim for dim in ([dims] if isinstance(dims, int) else dims)}
+        return not along.isdisjoint(growing(source))
+
+    reached = depending(graph, {node for node in inputs if growing(node)}, holds_values)
+    read: set[fx.Node] = set()  # what the output is made of, by values
+    for node in reversed(graph.nodes):
+        if node in reached and any(user.op == "output" or user in read for user in node.users):
+            read.add(node)
     for node in graph.nodes:
-        if node in reached and not grows(node) and any(grows(source) for source in reached & set(node.all_input_nodes)):
+        if (
+            node in read
+            and node.op == "call_function"
+            and any(growing(source) for source in node.all_input_nodes)
+            and mixes(node)
+        ):
             return f"{operation_name(node)} ({source_line(node) or 'no source line'})"
     return ""
+
+
+_ALONG = {
+    **dict.fromkeys(SOFTMAX, 1),
+    **dict.fromkeys(
+        (torch.ops.aten.flip.default, torch.ops.aten.index_select.default, torch.ops.aten.gather.default), 1
+    ),
+    torch.ops.aten.roll.default: 2,
+}
+"""Operations that go along dimensions without ending them, and which argument names these."""
 
 
 def _check_types(model: nn.Module, graph: fx.Graph) -> None:

@@ -199,10 +199,12 @@ def test_files_that_cannot_be_understood_are_named(store: dataset.Relevance) -> 
     assert len(dataset.open(out).table) == 7
 
 
-def test_a_link_to_a_part_that_is_not_there_is_named(store: dataset.Relevance) -> None:
-    part = store.folder / "manifest" / "part-00000.parquet"
+@pytest.mark.parametrize("file", ["part-00000", "all"])
+def test_a_link_to_rows_that_are_not_there_is_named(store: dataset.Relevance, file: str) -> None:
+    part = store.folder / "manifest" / f"{file}.parquet"
+    part.unlink(missing_ok=True)
     part.symlink_to("annexed/part.parquet")
-    with pytest.raises(StoreError, match=r"part-00000\.parquet is a link to what is not there"):
+    with pytest.raises(StoreError, match=rf"{file}\.parquet is a link to what is not there"):
         dataset.open(store.folder)
 
 

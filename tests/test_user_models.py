@@ -25,7 +25,14 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn import functional as F
 
 import captum_dtd.attribution
-from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, DiscriminativeRelevance, UnsupportedOperationError, layers
+from captum_dtd import (
+    DeepTaylor,
+    DiscriminativeDeepTaylor,
+    DiscriminativeRelevance,
+    FrameCache,
+    UnsupportedOperationError,
+    layers,
+)
 from captum_dtd.composites import DTD
 from captum_dtd.inputs import signature_of
 from captum_dtd.layers import Elementwise
@@ -772,8 +779,12 @@ def test_a_model_that_was_reconfigured_is_traced_anew(what: str) -> None:
     m.thing = copy.deepcopy(first)
     method = DeepTaylor(m, LOW, HIGH)
     method.attribute(x, 1)
+    split, cache = DiscriminativeDeepTaylor(m, LOW, HIGH), FrameCache()
+    split.attribute(x[:1], 1, frame_cache=cache)
     change(m)
     torch.testing.assert_close(method.attribute(x, 1), DeepTaylor(m, LOW, HIGH).attribute(x, 1))
+    anew = DiscriminativeDeepTaylor(m, LOW, HIGH).attribute(x[:1], 1)
+    torch.testing.assert_close(split.attribute(x[:1], 1, frame_cache=cache).spatial, anew.spatial)
     with torch.no_grad():
         assert not torch.allclose(m(x)[:, 1], m.head(F.relu(m.stem(x)))[:, 1]), "the change is one"
 
@@ -1221,6 +1232,12 @@ TOGETHER: dict[str, Callable[[Tensor], Tensor]] = {
     "a mean of examples": lambda y: y / (1 + y.mean(0)),
     "a sum of examples, kept": lambda y: y / (1 + y.sum(0, keepdim=True)),
     "the first example": lambda y: y / (1 + y[0].amax()),
+    "a softmax over examples": lambda y: y * y.softmax(0),
+    "neighbours": lambda y: y + y.roll(1, 0),
+    "the other way round": lambda y: y + y.flip(0),
+    "every pair": lambda y: (
+        y * (1 + (y.flatten(1) @ y.flatten(1).t()).softmax(1).diagonal().view(-1, 1, 1, 1, 1)).sigmoid()
+    ),
 }
 
 
@@ -1255,6 +1272,24 @@ def test_examples_that_keep_apart_are_not_said_to_be_together() -> None:
         DiscriminativeDeepTaylor(model(body), LOW, HIGH).attribute(clips(), 1)
 
 
+@pytest.mark.parametrize("frames", [2, 8])
+def test_frozen_clips_keep_their_places_where_a_model_takes_so_many(frames: int) -> None:
+    """A table that is read by place, written for batches of two: each clip is explained in its own row."""
+
+    def body(m: Layers, x: Tensor) -> Tensor:
+        return m.head(
+            F.relu(m.stem(x)).reshape(2, 8, frames, 10, 10) * torch.tensor([0.5, 2.0]).double().view(2, 1, 1, 1, 1)
+        )
+
+    m, x = model(body), clips(4)[:, :, :frames]
+    found = DiscriminativeDeepTaylor(m, LOW, HIGH).attribute(x, 1, internal_batch_size=2)
+    alone = DeepTaylor(m, LOW, HIGH)
+    for time in range(frames):
+        frozen = x[:, :, time : time + 1].expand_as(x)
+        expected = alone.attribute(frozen, 1, internal_batch_size=2).sum(1)[:, time]
+        torch.testing.assert_close(found.spatial[:, time], expected)
+
+
 def test_one_score_of_all_examples_is_told_from_one_of_each() -> None:
     with pytest.raises(ValueError, match=r"a score for each example.*sum joins all examples \(test_user_models.py:"):
         DeepTaylor(model(lambda m, x: m.head(F.relu(m.stem(x)))[:, 1].sum()), LOW, HIGH).attribute(clips())
@@ -1282,6 +1317,7 @@ def test_lazy_layers() -> None:
     expected = DeepTaylor(m, LOW, HIGH).attribute(x, 1)
     m.never_run = nn.LazyLinear(3)
     torch.testing.assert_close(DeepTaylor(m, LOW, HIGH).attribute(x, 1), expected)
+    DiscriminativeDeepTaylor(m, LOW, HIGH).attribute(x, 1, frame_cache=FrameCache())
     lazy = nn.Sequential(nn.LazyConv3d(4, 3), nn.Flatten(), nn.LazyLinear(5)).double().eval()
     with pytest.raises(
         ValueError, match=r"lazy parameters without a shape \(0.weight, 0.bias, 2.weight\): run it once"

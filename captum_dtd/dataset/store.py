@@ -359,17 +359,15 @@ def read_manifest(folder: Path, configuration: Configuration) -> pa.Table:
     while True:
         parts = _parts(folder)
         gathered = folder / _MANIFEST / _ALL
+        if lost := next((each for each in (*parts, gathered) if each.is_symlink() and not each.exists()), None):
+            raise StoreError(f"{lost} is a link to what is not there: get the file, or take the link away")
         try:
             tables = [_read_parquet(part) for part in parts]
             if gathered.exists():
                 newer = pa.array([int(part.stem.removeprefix("part-")) for part in parts], pa.int32())
                 rows = _read_parquet(gathered)
                 tables.append(rows.filter(pc.invert(pc.is_in(rows["shard"], newer))))
-        except FileNotFoundError as error:
-            if lost := next((part for part in _parts(folder) if part.is_symlink() and not part.exists()), None):
-                raise StoreError(
-                    f"{lost} is a link to what is not there: get the file, or take the link away"
-                ) from error
+        except FileNotFoundError:
             continue  # a part was gathered while we read
         return pa.concat_tables([_schema(configuration).empty_table(), *tables]).sort_by("row")
 

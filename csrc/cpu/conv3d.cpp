@@ -306,7 +306,7 @@ template <typename Operand, typename Sum>
 bool runs_directly(const Task& task, const Sweep& sweep, const Engine<Operand, Sum>& engine) {
   const double rate = engine.rate / static_cast<double>(task.products.size());
   return task.channels_last && reads_directly(*engine.direct, sweep, task.source) &&
-         direct_pays(sweep, task.output_parts, tiling_of(*engine.tile), rate);
+         direct_pays(sweep, task.input_parts, task.output_parts, tiling_of(*engine.tile), rate);
 }
 
 template <typename Operand, typename Sum, typename Epilogue>
@@ -695,6 +695,19 @@ void forward(const Conv3dForward& problem, const Engine<Operand, Sum>& engine, c
   }
 }
 
+// Kernels go along W. Where that is no axis, another one takes its place: the filter's memory stays as it is.
+template <typename Problem>
+Problem along_width(Problem problem, std::initializer_list<View Problem::*> views) {
+  Conv3d& conv = problem.conv;
+  const auto is_none = [&](int a) { return conv.in[a] == 1 && conv.out[a] == 1 && conv.kernel[a] == 1 && conv.padding[a] == 0; };
+  if (problem.reads.data != nullptr || !is_none(2)) return problem;
+  const int axis = is_none(1) ? 0 : 1;
+  for (auto* numbers : {&conv.in, &conv.out, &conv.kernel, &conv.stride, &conv.padding, &conv.dilation})
+    std::swap((*numbers)[axis], (*numbers)[2]);
+  for (const auto view : views) std::swap((problem.*view).stride[2 + axis], (problem.*view).stride[4]);
+  return problem;
+}
+
 }  // namespace
 
 std::vector<std::string> conv3d_kernels(Element element) {
@@ -710,12 +723,15 @@ std::vector<std::string> conv3d_kernels(Element element) {
   return names;
 }
 
-void conv3d_relevance(const Conv3dRelevance& problem, const std::string& kernel, ParallelFor parallel_for) {
+void conv3d_relevance(const Conv3dRelevance& given, const std::string& kernel, ParallelFor parallel_for) {
+  using P = Conv3dRelevance;
+  const P problem = along_width(given, {&P::x, &P::low, &P::high, &P::relevance, &P::out});
   with_kernel(problem.element, kernel,
               [&](const auto& engine, const Arithmetic& arithmetic) { relevance(problem, engine, arithmetic, parallel_for); });
 }
 
-void conv3d_forward(const Conv3dForward& problem, const std::string& kernel, ParallelFor parallel_for) {
+void conv3d_forward(const Conv3dForward& given, const std::string& kernel, ParallelFor parallel_for) {
+  const Conv3dForward problem = along_width(given, {&Conv3dForward::x, &Conv3dForward::out});
   with_kernel(problem.element, kernel,
               [&](const auto& engine, const Arithmetic& arithmetic) { forward(problem, engine, arithmetic, parallel_for); });
 }

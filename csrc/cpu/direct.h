@@ -46,10 +46,11 @@ struct DirectPlan {
 template <typename Sum>
 bool reads_directly(const DirectKernel<Sum>& kernel, const Sweep& sweep, const Source& source) {
   const int64_t of_group = sweep.c_out;
-  const bool fills_lanes = kernel.lanes % of_group == 0 && (kernel.shuffles || of_group == 1 || of_group == kernel.lanes);
-  const bool has_few = sweep.groups > 1 && sweep.c_in == of_group && fills_lanes && sweep.groups * of_group >= kernel.lanes;
+  const bool has_few = sweep.groups > 1 && sweep.c_in == of_group && of_group > 0 && sweep.groups * of_group >= kernel.lanes;
+  const bool fills_lanes =
+      has_few && kernel.lanes % of_group == 0 && (kernel.shuffles || of_group == 1 || of_group == kernel.lanes);
   const bool is_known = source.element == element_of<Sum>() || source.element == Element::BFloat16;
-  return has_few && is_known && source.lift != Lift::Box && source.x.stride[1] == 1;
+  return fills_lanes && is_known && source.lift != Lift::Box && source.x.stride[1] == 1;
 }
 
 inline DirectPlan make_direct_plan(const Sweep& sweep, int input_parts, int output_parts, int lanes, int64_t sum_bytes) {

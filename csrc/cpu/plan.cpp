@@ -55,6 +55,11 @@ Sweep cover(const std::vector<Sweep>& sweeps) {
   return all;
 }
 
+// Of a position and a tap, where every group has tiles of its own.
+int64_t padded_products(const Sweep& sweep, int output_parts, const Tiling& tiling) {
+  return sweep.groups * round_up(sweep.c_out * output_parts, tiling.channels) * round_up(sweep.c_in, tiling.depth_multiple);
+}
+
 class Planner {
  public:
   explicit Planner(Plan& plan) : plan_(plan) {}
@@ -266,16 +271,16 @@ bool groups_pay(const Sweep& sweep, int output_parts, int lanes, const Tiling& t
   if (sweep.groups == 1 || of_group > lanes || sweep.c_in > kMostRuns * sweep.c_out) return false;
   const int64_t bundles = ceil_div(sweep.groups, lanes / of_group);
   const int64_t own = bundles * lanes * round_up(sweep.c_in, sweep.c_out);
-  const int64_t padded = sweep.groups * round_up(of_group, tiling.channels) * round_up(sweep.c_in, tiling.depth_multiple);
-  return (sweep.c_out > 1 ? kShuffles : kLoads) * rate * static_cast<double>(own) < static_cast<double>(padded);
+  const double padded = static_cast<double>(padded_products(sweep, output_parts, tiling));
+  return (sweep.c_out > 1 ? kShuffles : kLoads) * rate * static_cast<double>(own) < padded;
 }
 
-bool direct_pays(const Sweep& sweep, int output_parts, const Tiling& tiling, double rate) {
-  constexpr double kGain = 0.7;  // nothing is packed
+bool direct_pays(const Sweep& sweep, int input_parts, int output_parts, const Tiling& tiling, double rate) {
+  constexpr double kGain = 0.7;       // nothing is packed
+  constexpr int64_t kManyTaps = 400;  // of which packing takes little time, but for parts that are packed apart
+  if (input_parts == 1 && sweep.taps[0] * sweep.taps[1] * sweep.taps[2] > kManyTaps) return false;
   const int64_t own = sweep.groups * sweep.c_out * output_parts * sweep.c_in;
-  const int64_t padded =
-      sweep.groups * round_up(sweep.c_out * output_parts, tiling.channels) * round_up(sweep.c_in, tiling.depth_multiple);
-  return kGain * rate * static_cast<double>(own) < static_cast<double>(padded);
+  return kGain * rate * static_cast<double>(own) < static_cast<double>(padded_products(sweep, output_parts, tiling));
 }
 
 bool planar_pays(const Sweep& sweep, int output_parts, int channels, double rate) {

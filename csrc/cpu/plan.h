@@ -123,7 +123,7 @@ bool groups_pay(const Sweep& sweep, int output_parts, int lanes, const Tiling& t
 
 // Whether a kernel that reads groups of few channels where they lie is faster than one that packs those of one group, `rate`
 // times as fast with full lanes.
-bool direct_pays(const Sweep& sweep, int output_parts, const Tiling& tiling, double rate);
+bool direct_pays(const Sweep& sweep, int input_parts, int output_parts, const Tiling& tiling, double rate);
 
 // Whether a kernel with positions in its lanes is faster than one with so many channels, `rate` times as fast with full lanes.
 bool planar_pays(const Sweep& sweep, int output_parts, int channels, double rate);

@@ -10,7 +10,9 @@
 namespace captum_dtd::cpu {
 namespace {
 
-constexpr int kMaxDirectPositions = kRegisters == 32 ? 16 : 6;  // beside weights of both parts, inputs and what spreads them
+// Beside weights of both parts, inputs and what spreads them; with half as many registers, weights had better come from the
+// cache.
+constexpr int kMaxDirectPositions = kRegisters == 32 ? 16 : kVectorBytes == 32 ? 10 : 6;
 
 // How a lane gets the input that it multiplies.
 enum class Spread { Own, Shuffled, OneForAll };

@@ -178,6 +178,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1) lay_weights(const __grid_con
 struct TimeLists {
   int64_t rows = 0, most = 0;
   std::vector<int16_t> times, taps;
+  std::vector<int16_t> stored;  // of the adjoint: at which time of x each time of the result stands
 };
 
 const int64_t* row_of(const TimeTable& table, const Conv3d& conv, int64_t row) {
@@ -192,6 +193,7 @@ TimeLists time_lists(const Conv3d& conv, const TimeTable& reads, const TimeTable
   lists.rows = reads.of_each_example || gives.of_each_example ? conv.n : 1;
   const int64_t size = is_adjoint ? conv.in[0] : conv.out[0];
   std::vector<std::vector<std::pair<int64_t, int64_t>>> read(static_cast<size_t>(lists.rows * size));
+  if (is_adjoint) lists.stored.assign(read.size(), 0);  // where nothing is given it does not matter
   for (int64_t row = 0; row < lists.rows; ++row)
     for (int64_t out = 0; out < conv.out[0]; ++out)
       for (int64_t tap = 0; tap < conv.kernel[0]; ++tap) {
@@ -201,6 +203,7 @@ TimeLists time_lists(const Conv3d& conv, const TimeTable& reads, const TimeTable
           read[row * size + out].emplace_back(from, tap);
         } else if (const int64_t to = row_of(gives, conv, row)[out * conv.kernel[0] + tap]; to >= 0) {
           read[row * size + to].emplace_back(out, tap);
+          lists.stored[row * size + to] = detail::number(from);
         }
       }
   for (const auto& list : read) lists.most = std::max(lists.most, static_cast<int64_t>(list.size()));
@@ -247,7 +250,7 @@ void run_pass(const Conv3d& conv, const void* filter, Element element, bool clip
   const int64_t volume = conv.kernel[0] * conv.kernel[1] * conv.kernel[2];
   const GroupWeights laid{filter,     element, is_adjoint, clips, sums.c_in, sums.c_out, sums.channels, static_cast<int>(volume),
                           sums.parts, weights};
-  launch("lay_weights", lay_weights, dim3(blocks_of(laid.count())), dim3(kGroupThreads), 0, stream, laid);
+  if (laid.count() > 0) launch("lay_weights", lay_weights, dim3(blocks_of(laid.count())), dim3(kGroupThreads), 0, stream, laid);
   const bool are_depthwise = sums.c_in == 1 && sums.c_out == 1 && sums.channels % 4 == 0;
   const bool in_quads = are_depthwise && sums.parts == 1 && are_quads(sums.from.x, sums.from.element);
   const bool along_rows = neighbours.stride[4] != 0 && neighbours.stride[4] < neighbours.stride[1];
@@ -265,7 +268,8 @@ void run_pass(const Conv3d& conv, const void* filter, Element element, bool clip
     copy_triple(sweep.filter, sums.filter);
     const int64_t of_plane = sweep.grid[1] * sweep.grid[2] * sums.channels, planes = conv.n * sweep.grid[0];
     if (of_plane == 0 || planes == 0) continue;
-    if (planes > INT32_MAX) throw std::invalid_argument("this convolution has more times than its CUDA kernels can count");
+    if (planes > INT32_MAX - UINT16_MAX)
+      throw std::invalid_argument("this convolution has more times than its CUDA kernels can count");
     dim3 grid(blocks_of(of_plane / (in_quads ? 4 : 1)));
     grid.y = static_cast<unsigned>(std::min<int64_t>(planes, UINT16_MAX));
     const auto kernel = in_quads ? sum_groups<4, false> : along_rows ? sum_groups<1, true> : sum_groups<1, false>;
@@ -291,7 +295,7 @@ class Memory {
 };
 
 int64_t bytes_of(const TimeLists& lists) {
-  return static_cast<int64_t>((lists.times.size() + lists.taps.size()) * sizeof(int16_t));
+  return static_cast<int64_t>((lists.times.size() + lists.taps.size() + lists.stored.size()) * sizeof(int16_t));
 }
 
 void set_times(GroupSums& sums, const TimeLists& lists, TableWriter& writer) {
@@ -310,14 +314,12 @@ void small_groups_relevance(const Conv3dRelevance& p, const Allocate& allocate, 
   const Conv3d& conv = p.conv;
   const TimeLists reads = p.divided ? TimeLists{} : time_lists(conv, p.reads, {}, false);
   const TimeLists gathers = time_lists(conv, p.reads, p.gives, true);
-  const std::vector<int16_t> stored = time_tables(conv, p.reads, p.gives).stored;
   const int lifted = parts(p.lift);
   const int64_t positions = conv.out[0] * conv.out[1] * conv.out[2];
   Memory memory;
   const int64_t weights = memory.reserve(floats_of_weights(conv, lifted) * static_cast<int64_t>(sizeof(float)));
   const int64_t shares = memory.reserve(p.divided ? 0 : conv.n * positions * conv.c_out * static_cast<int64_t>(sizeof(float)));
-  const int64_t tables =
-      memory.reserve(bytes_of(reads) + bytes_of(gathers) + static_cast<int64_t>(stored.size() * sizeof(int16_t)));
+  const int64_t tables = memory.reserve(bytes_of(reads) + bytes_of(gathers));
   unsigned char* const data = static_cast<unsigned char*>(allocate(static_cast<size_t>(memory.bytes())));
   TableWriter writer(data + tables);
   const Lifted u{p.lift, p.element, p.x, p.low, p.high};
@@ -328,7 +330,7 @@ void small_groups_relevance(const Conv3dRelevance& p, const Allocate& allocate, 
   GroupSums forward{}, adjoint{};
   if (!p.divided) set_times(forward, reads, writer);
   set_times(adjoint, gathers, writer);
-  adjoint.stored = writer.add(stored, gathers.rows);
+  adjoint.stored = writer.add(gathers.stored, gathers.rows);
   writer.write(stream);
   if (!p.divided) {
     forward.from = u;
