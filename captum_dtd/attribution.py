@@ -436,9 +436,15 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         network = self._network(inputs, as_arguments(additional_forward_args))
         return None if network.any_batch else len(inputs[0])
 
-    def mixes_examples(self, inputs: tuple[Tensor, ...], additional_forward_args: Any = None) -> bool:
-        """Whether the model makes values of all examples together, so that they are told apart only one by one."""
-        return bool(self._network(inputs, as_arguments(additional_forward_args)).mixing)
+    def frozen_together(self, inputs: tuple[Tensor, ...], additional_forward_args: Any = None) -> int | None:
+        """How many frozen clips the model's code lets be explained at once; None for any number.
+
+        One where it makes values of all examples together; where it takes just so many examples, all frames of these.
+        """
+        network = self._network(inputs, as_arguments(additional_forward_args))
+        if network.mixing:
+            return 1
+        return None if network.any_batch else len(inputs[0]) * inputs[0].shape[2]
 
     def _affordable(self, network: Network, inputs: tuple[Tensor, ...]) -> int:
         return max(1, free_memory(inputs[0].device) // 2 // max(1, network.bytes_per_example))

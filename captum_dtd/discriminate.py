@@ -591,13 +591,10 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
     def _frozen_at_once(
         self, clips: tuple[Tensor, ...], extra: tuple[Any, ...], internal_batch_size: int | None
     ) -> int:
-        """One where the model makes values of all examples together; where it takes so many clips only, all frames of these."""
         if len(clips[0]) > 0:
-            some = _at_once(clips, extra, internal_batch_size)
-            if self.method.mixes_examples(*some):
-                return 1
-            if fixed := self.method.fixed_batch(*some):
-                return fixed * clips[0].shape[2]
+            most = self.method.frozen_together(*_at_once(clips, extra, internal_batch_size))
+            if most is not None:
+                return most
         return super()._frozen_at_once(clips, extra, internal_batch_size)
 
     def frozen_batch(self, clips: tuple[Tensor, ...], extra: tuple[Any, ...] = ()) -> int:

@@ -308,10 +308,8 @@ def test_forward_is_torchs_own_where_nothing_was_measured_and_transforms_do_not_
     assert (chosen["z_plus_conv3d"] == "reference") == ("cpu" in native.missing)
 
 
-def test_filters_that_lie_channels_last_are_laid_out_once() -> None:
+def test_filters_that_lie_channels_last_are_laid_out_once(cpu_kernels: Any) -> None:
     """Of a model that was moved to channels_last: operations would copy them at every use."""
-    if "cpu" not in native.loaded:
-        pytest.skip(f"kernels read filters, and there are none: {native.missing['cpu']}")
     model = nn.Sequential(nn.Conv3d(3, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 4, 3), nn.Flatten())
     model = model.append(nn.Linear(4 * 2 * 4 * 4, 3)).eval()
     moved = copy.deepcopy(model).to(memory_format=torch.channels_last_3d)

@@ -56,7 +56,7 @@ def test_sums_of_different_tensors_are_torchs_too(other: Tensor) -> None:
     assert found.dtype == right.dtype and torch.equal(found, right)
 
 
-@pytest.mark.skipif("cpu" not in native.loaded, reason="the operator is compiled, and this installation has none")
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize(
     ("like", "size", "refused"),
     [
@@ -70,7 +70,7 @@ def test_the_operator_refuses_what_has_no_room(like: Tensor, size: list[int], re
         torch.ops.captum_dtd.room(like, size)
 
 
-@pytest.mark.skipif("cpu" not in native.loaded, reason="compiled kernels hash weights, and this installation has none")
+@pytest.mark.usefixtures("cpu_kernels")
 def test_weights_are_not_changed_by_being_used_again_and_are_seen_to_change() -> None:
     """They are moved to other pages of memory, once they come a second time."""
     x, weight = torch.rand(2, 1024, 1, 1, 1), torch.randn(2048, 1024, 1, 1, 1)
