@@ -11,6 +11,7 @@
 #include "device.h"
 #include "implicit_gemm.h"
 #include "in_time.h"
+#include "operands.h"
 #include "pack.h"
 #include "small_groups.h"
 
@@ -69,8 +70,6 @@ int operand_bytes(Arithmetic arithmetic) {
 int channels_together(Arithmetic arithmetic) {
   return arithmetic == Arithmetic::Tf32 || arithmetic == Arithmetic::Tf32x3 ? 4 : 8;
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t volume(const int64_t (&size)[3]) { return size[0] * size[1] * size[2]; }
 
@@ -292,10 +291,7 @@ Plan make_plan(const Layer& layer, const Kernel& kernel, bool with_adjoint, Tili
                            with_adjoint ? channels_together(kernel.adjoint) : 4, tiling);
   if (with_adjoint) plan.adjoint = make_pass(layer, true, kernel.warpgroups, kernel.adjoint, 4, tiling);
   plan.arranges = layer.lifts() ? kernel.warpgroups : !is_dense(layer, kernel.forward);
-  const auto reserve = [&plan](int64_t bytes) {
-    constexpr int64_t kAlignment = 256;
-    return std::exchange(plan.bytes, plan.bytes + ceil_div(bytes, kAlignment) * kAlignment);
-  };
+  const auto reserve = [&plan](int64_t bytes) { return reserve_bytes(plan.bytes, bytes); };
   const Pass& forward = plan.forward;
   const Pass& widest = with_adjoint ? plan.adjoint : forward;
   plan.weights = reserve(std::max(forward.most_weight_chunks(), widest.most_weight_chunks()) * kChunk);
@@ -316,25 +312,6 @@ Plan make_plan(const Layer& layer, const Kernel& kernel, bool with_adjoint, Tili
 // ------------------------------------------------------------------------------------------------ launches
 
 constexpr int kThreads = 256;  // of the kernels that work on one element each
-
-dim3 blocks_for(int64_t count, int64_t each) {
-  const int64_t blocks = ceil_div(count, each);
-  if (blocks > INT32_MAX) throw std::invalid_argument("this convolution is too large for one launch of its CUDA kernels");
-  return dim3(static_cast<unsigned>(blocks));
-}
-
-template <typename From, typename To>
-void copy(const From (&from)[3], To (&to)[3]) {
-  std::copy(from, from + 3, to);
-}
-
-// Whether four channels of a tensor are neighbours in memory, and aligned, wherever they begin.
-bool has_quads(const View& view, Element element) {
-  const auto& stride = view.stride;
-  const auto whole = [](int64_t elements) { return elements % 4 == 0; };
-  return stride[1] == 1 && whole(stride[0]) && whole(stride[2]) && whole(stride[3]) && whole(stride[4]) &&
-         reinterpret_cast<uintptr_t>(view.data) % (element == Element::Float32 ? 16 : 8) == 0;
-}
 
 // One of a kernel's instances.
 #define CAPTUM_DTD_FOR_OPERAND(kernel, arithmetic)                \

@@ -6,6 +6,7 @@
 #include "device.h"
 #include "implicit_gemm.h"
 #include "in_time.h"
+#include "operands.h"
 #include "small_groups.h"
 
 namespace captum_dtd::cuda {
@@ -218,23 +219,10 @@ TimeLists time_lists(const Conv3d& conv, const TimeTable& reads, const TimeTable
   return lists;
 }
 
-// Where several neighbours may be read and written at once.
-bool are_quads(const View& view, Element element) {
-  const auto& stride = view.stride;
-  const auto whole = [](int64_t elements) { return elements % 4 == 0; };
-  return stride[1] == 1 && whole(stride[0]) && whole(stride[2]) && whole(stride[3]) && whole(stride[4]) &&
-         reinterpret_cast<uintptr_t>(view.data) % (element == Element::Float32 ? 16 : 8) == 0;
-}
-
-template <typename From, typename To>
-void copy_triple(const From (&from)[3], To (&to)[3]) {
-  std::copy(from, from + 3, to);
-}
-
-unsigned blocks_of(int64_t count) {
-  const int64_t blocks = (count + kGroupThreads - 1) / kGroupThreads;
-  if (count > INT32_MAX) throw std::invalid_argument("this convolution is too large for one launch of its CUDA kernels");
-  return static_cast<unsigned>(blocks);
+// Threads are numbered in 31 bits.
+dim3 blocks_of(int64_t threads) {
+  if (threads > INT32_MAX) throw std::invalid_argument("this convolution is too large for one launch of its CUDA kernels");
+  return blocks_for(threads, kGroupThreads);
 }
 
 // One pass: lays the weights, then sums by sweeps, which differ in geometry.
@@ -250,27 +238,27 @@ void run_pass(const Conv3d& conv, const void* filter, Element element, bool clip
   const int64_t volume = conv.kernel[0] * conv.kernel[1] * conv.kernel[2];
   const GroupWeights laid{filter,     element, is_adjoint, clips, sums.c_in, sums.c_out, sums.channels, static_cast<int>(volume),
                           sums.parts, weights};
-  if (laid.count() > 0) launch("lay_weights", lay_weights, dim3(blocks_of(laid.count())), dim3(kGroupThreads), 0, stream, laid);
+  if (laid.count() > 0) launch("lay_weights", lay_weights, blocks_of(laid.count()), dim3(kGroupThreads), 0, stream, laid);
   const bool are_depthwise = sums.c_in == 1 && sums.c_out == 1 && sums.channels % 4 == 0;
-  const bool in_quads = are_depthwise && sums.parts == 1 && are_quads(sums.from.x, sums.from.element);
+  const bool in_quads = are_depthwise && sums.parts == 1 && has_quads(sums.from.x, sums.from.element);
   const bool along_rows = neighbours.stride[4] != 0 && neighbours.stride[4] < neighbours.stride[1];
   for (const Sweep& sweep : sweeps) {
-    copy_triple(sweep.in, sums.in);
-    copy_triple(sweep.grid, sums.grid);
-    copy_triple(sweep.stride, sums.stride);
-    copy_triple(sweep.base, sums.base);
-    copy_triple(sweep.step, sums.step);
-    copy_triple(sweep.taps, sums.taps);
-    copy_triple(sweep.out_base, sums.out_base);
-    copy_triple(sweep.out_step, sums.out_step);
-    copy_triple(sweep.first_tap, sums.first_tap);
-    copy_triple(sweep.tap_skip, sums.tap_skip);
-    copy_triple(sweep.filter, sums.filter);
+    copy(sweep.in, sums.in);
+    copy(sweep.grid, sums.grid);
+    copy(sweep.stride, sums.stride);
+    copy(sweep.base, sums.base);
+    copy(sweep.step, sums.step);
+    copy(sweep.taps, sums.taps);
+    copy(sweep.out_base, sums.out_base);
+    copy(sweep.out_step, sums.out_step);
+    copy(sweep.first_tap, sums.first_tap);
+    copy(sweep.tap_skip, sums.tap_skip);
+    copy(sweep.filter, sums.filter);
     const int64_t of_plane = sweep.grid[1] * sweep.grid[2] * sums.channels, planes = conv.n * sweep.grid[0];
     if (of_plane == 0 || planes == 0) continue;
     if (planes > INT32_MAX - UINT16_MAX)
       throw std::invalid_argument("this convolution has more times than its CUDA kernels can count");
-    dim3 grid(blocks_of(of_plane / (in_quads ? 4 : 1)));
+    dim3 grid = blocks_of(of_plane / (in_quads ? 4 : 1));
     grid.y = static_cast<unsigned>(std::min<int64_t>(planes, UINT16_MAX));
     const auto kernel = in_quads ? sum_groups<4, false> : along_rows ? sum_groups<1, true> : sum_groups<1, false>;
     launch("sum_groups", kernel, grid, dim3(kGroupThreads), 0, stream, sums);
@@ -280,19 +268,6 @@ void run_pass(const Conv3d& conv, const void* filter, Element element, bool clip
 int64_t floats_of_weights(const Conv3d& conv, int parts) {
   return parts * conv.kernel[0] * conv.kernel[1] * conv.kernel[2] * conv.c_out * (conv.c_in / conv.groups);
 }
-
-// Memory that is asked for at once, in pieces that are aligned.
-class Memory {
- public:
-  int64_t reserve(int64_t bytes) {
-    constexpr int64_t kAlignment = 256;
-    return std::exchange(bytes_, bytes_ + (bytes + kAlignment - 1) / kAlignment * kAlignment);
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  int64_t bytes_ = 0;
-};
 
 int64_t bytes_of(const TimeLists& lists) {
   return static_cast<int64_t>((lists.times.size() + lists.taps.size() + lists.stored.size()) * sizeof(int16_t));
@@ -316,11 +291,12 @@ void small_groups_relevance(const Conv3dRelevance& p, const Allocate& allocate, 
   const TimeLists gathers = time_lists(conv, p.reads, p.gives, true);
   const int lifted = parts(p.lift);
   const int64_t positions = conv.out[0] * conv.out[1] * conv.out[2];
-  Memory memory;
-  const int64_t weights = memory.reserve(floats_of_weights(conv, lifted) * static_cast<int64_t>(sizeof(float)));
-  const int64_t shares = memory.reserve(p.divided ? 0 : conv.n * positions * conv.c_out * static_cast<int64_t>(sizeof(float)));
-  const int64_t tables = memory.reserve(bytes_of(reads) + bytes_of(gathers));
-  unsigned char* const data = static_cast<unsigned char*>(allocate(static_cast<size_t>(memory.bytes())));
+  int64_t bytes = 0;
+  const int64_t weights = reserve_bytes(bytes, floats_of_weights(conv, lifted) * static_cast<int64_t>(sizeof(float)));
+  const int64_t shares =
+      reserve_bytes(bytes, p.divided ? 0 : conv.n * positions * conv.c_out * static_cast<int64_t>(sizeof(float)));
+  const int64_t tables = reserve_bytes(bytes, bytes_of(reads) + bytes_of(gathers));
+  unsigned char* const data = static_cast<unsigned char*>(allocate(static_cast<size_t>(bytes)));
   TableWriter writer(data + tables);
   const Lifted u{p.lift, p.element, p.x, p.low, p.high};
   float* const laid = reinterpret_cast<float*>(data + weights);
@@ -355,10 +331,10 @@ void small_groups_relevance(const Conv3dRelevance& p, const Allocate& allocate, 
 
 void small_groups_forward(const Conv3dForward& p, const Allocate& allocate, void* stream) {
   const TimeLists reads = time_lists(p.conv, p.reads, {}, false);
-  Memory memory;
-  const int64_t weights = memory.reserve(floats_of_weights(p.conv, 1) * static_cast<int64_t>(sizeof(float)));
-  const int64_t tables = memory.reserve(bytes_of(reads));
-  unsigned char* const data = static_cast<unsigned char*>(allocate(static_cast<size_t>(memory.bytes())));
+  int64_t bytes = 0;
+  const int64_t weights = reserve_bytes(bytes, floats_of_weights(p.conv, 1) * static_cast<int64_t>(sizeof(float)));
+  const int64_t tables = reserve_bytes(bytes, bytes_of(reads));
+  unsigned char* const data = static_cast<unsigned char*>(allocate(static_cast<size_t>(bytes)));
   TableWriter writer(data + tables);
   GroupSums sums{};
   set_times(sums, reads, writer);
