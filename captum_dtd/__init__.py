@@ -9,11 +9,11 @@ from captum_dtd.composites import Composite
 from captum_dtd.discriminate import (
     DiscriminativeDeepTaylor,
     DiscriminativeRelevance,
-    SelectiveRelevance,
     SpatioTemporalRelevance,
 )
 from captum_dtd.frame_cache import FrameCache
 from captum_dtd.graph import UnsupportedOperationError
+from captum_dtd.selective import SelectiveRelevance
 from captum_dtd.version import __version__
 
 __all__ = [

@@ -23,18 +23,11 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from captum_dtd import native
+from captum_dtd.advice import check_order, check_winners
 from captum_dtd.bounds import Bound, broadcast_bound, lies_within, without_repeats
-from captum_dtd.collapse import FrozenNetwork, Wanted, check_order, check_winners
+from captum_dtd.collapse import FrozenNetwork, Wanted
 from captum_dtd.composites import Composite, Selector, as_composite
-from captum_dtd.graph import (
-    InputMismatchError,
-    hooked_modules,
-    operation_name,
-    source_line,
-    structure_of,
-    trace,
-    unwrap,
-)
+from captum_dtd.graph import InputMismatchError, operation_name, source_line, trace
 from captum_dtd.inputs import (
     Target,
     as_arguments,
@@ -54,6 +47,7 @@ from captum_dtd.kernels import Precision
 from captum_dtd.propagate import Activations, Network, Observer, Step, Values
 from captum_dtd.replay import Choose, Replay
 from captum_dtd.rules import MaxPoolRule, Rule
+from captum_dtd.structure import hooked_modules, structure_of, unwrap
 from captum_dtd.tables import Ledger, LedgerRow, RuleRow, RuleTable
 
 Seed: TypeAlias = Literal["logit", "one"]

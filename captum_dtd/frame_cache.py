@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from captum_dtd import native
-from captum_dtd.graph import own_classes, tensors_in
+from captum_dtd.structure import own_classes, tensors_in
 
 # How many different methods and models a cache tells apart at once; of others it only forgets that it knew them.
 _MOST_CONTEXTS = 16

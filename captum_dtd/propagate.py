@@ -16,15 +16,7 @@ from torch.utils import _pytree as pytree
 from captum_dtd import fused, native, room
 from captum_dtd.canonizers import canonize, only_output
 from captum_dtd.composites import Composite, Selector
-from captum_dtd.graph import (
-    TracedModel,
-    UnsupportedOperationError,
-    module_path,
-    operation_name,
-    ordinary,
-    source_line,
-    tensor_of,
-)
+from captum_dtd.graph import TracedModel, UnsupportedOperationError, module_path, operation_name, source_line
 from captum_dtd.kernels import Precision
 from captum_dtd.layers import (
     Call,
@@ -45,6 +37,7 @@ from captum_dtd.modes import exact_modes
 from captum_dtd.operations import CONVOLUTIONS, NORMS, SHAPE_READERS, aten
 from captum_dtd.patterns import holds_numbers, mark_varying
 from captum_dtd.rules import Group, MaxPoolRule, Rule
+from captum_dtd.structure import ordinary, tensor_of
 
 
 @dataclass(frozen=True)

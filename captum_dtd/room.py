@@ -14,7 +14,7 @@ from torch import Tensor
 from captum_dtd import native
 from captum_dtd.ops import empty_like_x
 
-__all__ = ["add", "empty_like"]
+__all__ = ["add", "empty_along", "empty_like"]
 
 _NUMBERS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
@@ -32,6 +32,18 @@ def empty_like(x: Tensor, size: Sequence[int]) -> Tensor:
         room: Tensor = torch.ops.captum_dtd.room(x, size)
         return room
     return empty_like_x(x, x.dtype, size)
+
+
+def empty_along(x: Tensor, dim: int, size: int) -> Tensor:
+    """Room for a tensor like ``x``, in its layout, with another size along one dimension; not yet written.
+
+    Example:
+        >>> empty_along(torch.rand(2, 3, 4, 5, 6), 2, 7).shape
+        torch.Size([2, 3, 7, 5, 6])
+    """
+    shape = list(x.shape)
+    shape[dim] = size
+    return empty_like(x, shape)
 
 
 def add(x: Tensor, other: Tensor, alpha: float = 1.0) -> Tensor:

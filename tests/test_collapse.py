@@ -24,11 +24,11 @@ from captum_dtd import (
     DiscriminativeRelevance,
     FrameCache,
     SpatioTemporalRelevance,
-    collapse,
+    routes,
 )
 from captum_dtd.attribution import FrozenClips
-from captum_dtd.collapse import Route
 from captum_dtd.composites import EPSILON_GAMMA_BOX
+from captum_dtd.routes import Route
 from captum_dtd.rules import AlphaBeta, Flat, Proportional, WinnerTakesAll, WSquare, ZBeta, ZPlus
 
 LOW, HIGH = -1.0, 1.5
@@ -815,7 +815,7 @@ def test_no_targets_are_an_error() -> None:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are moved as on a GPU, by one operation for all stretches."""
-    monkeypatch.setattr(collapse, "_MOVED_IN_RUNS", set())
+    monkeypatch.setattr(routes, "_MOVED_IN_RUNS", set())
 
 
 def test_times_are_moved_the_same_way_by_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -835,7 +835,7 @@ def test_times_are_moved_the_same_way_by_one_operation(monkeypatch: pytest.Monke
             relevance = route.gather(torch.ones_like(x), dim, 0.0) * relevance  # what reads nothing gets nothing
             found = []
             for moved_in_runs in ({"cpu"}, set()):
-                monkeypatch.setattr(collapse, "_MOVED_IN_RUNS", moved_in_runs)
+                monkeypatch.setattr(routes, "_MOVED_IN_RUNS", moved_in_runs)
                 found.append((route.gather(x, dim, 5.0), route.scatter(relevance.clone(), dim)))
             for one, other in zip(*found, strict=True):
                 assert torch.equal(one, other) and one.stride() == other.stride(), route

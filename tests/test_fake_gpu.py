@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_dtd import DeepTaylor, collapse, kernels, layers, native
+from captum_dtd import DeepTaylor, kernels, layers, native, routes
 from captum_dtd.collapse import FrozenNetwork
 
 LOW, HIGH = -1.0, 1.5
@@ -59,10 +59,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Differentiating asks for a driver.
     monkeypatch.setattr(layers, "adjoint", lambda outputs, leaves, _: tuple(torch.zeros_like(leaf) for leaf in leaves))
     kernels._choose.cache_clear()
-    collapse._route.cache_clear()
+    routes._route.cache_clear()
     yield
     kernels._choose.cache_clear()
-    collapse._route.cache_clear()
+    routes._route.cache_clear()
 
 
 def walked(named: tuple[str, Any], precision: Any, wanted: Any) -> tuple[Tensor, Operations]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, collapse, replay
+from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, replay, routes
 from captum_dtd.models import c3d_mini
 
 LOW, HIGH = -1.0, 1.5
@@ -76,7 +76,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "CudaGraph", Repeated)
     monkeypatch.setattr(Repeated, "made", 0)
     monkeypatch.setattr(Repeated, "finished", 0)
-    monkeypatch.setattr(collapse, "_MOVED_IN_RUNS", {"meta"})  # times move as they do on a GPU
+    monkeypatch.setattr(routes, "_MOVED_IN_RUNS", {"meta"})  # times move as they do on a GPU
 
 
 def clips(*shape: int, seed: int = 0) -> Tensor:
