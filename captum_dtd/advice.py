@@ -3,14 +3,15 @@ whether equal times compete."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 from typing import Any
 
 from torch import fx
 
 from captum_dtd import fused
-from captum_dtd.graph import operation_name
-from captum_dtd.operations import aten, maximum_over
+from captum_dtd.graph import chosen_along, operation_name
+from captum_dtd.operations import CHOICES, aten, maximum_over
 from captum_dtd.propagate import Network, elements
 from captum_dtd.rules import WinnerTakesAll
 from captum_dtd.times import Times, time_axis
@@ -74,13 +75,14 @@ def check_winners(network: Network, frames: int) -> str | None:
         if node.target is aten.reshape.default and node.meta["val"].shape[0] != node.args[0].meta["val"].shape[0]
     )
     for step in network.steps:
-        if not isinstance(step.rule, WinnerTakesAll):
+        chosen = _chosen(step.node)
+        if not isinstance(step.rule, WinnerTakesAll) and chosen is None:
             continue
         (source,) = step.sources
         before, shape = times.get(source), source.meta["val"].shape
         over: Any = step.node.args[1]
-        if step.node.target is maximum_over:
-            reduced = {dim % len(shape) for dim in over}
+        if step.node.target is maximum_over or chosen is not None:
+            reduced = {chosen} if chosen is not None else {dim % len(shape) for dim in over}
             again = are_examples and shape[0] == network.inputs[0].meta["val"].shape[0]
             competes = (
                 again and any(shape[dim] == frames for dim in reduced) if before is None else before.dim in reduced
@@ -100,6 +102,14 @@ def check_winners(network: Network, frames: int) -> str | None:
                 "pooling shares between them, and so does an average in place of a maximum over logits"
             )
     return None
+
+
+def _chosen(node: fx.Node) -> int | None:
+    """Along which dimension values are read that were chosen by comparing them; None where that is not so."""
+    index: Any = node.args[2] if node.target is aten.gather.default else None
+    while isinstance(index, fx.Node) and index.target in (aten.unsqueeze.default, operator.getitem, aten.slice.Tensor):
+        index = index.args[0]
+    return chosen_along(index) if isinstance(index, fx.Node) and index.target in CHOICES else None
 
 
 _POOLED = {aten.max_pool1d.default: 1, aten.max_pool2d.default: 2, aten.max_pool3d.default: 3}

@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from captum_dtd.graph import depending, operation_name
+from captum_dtd.graph import chosen_along, depending, operation_name
 from captum_dtd.operations import (
     ADAPTIVE_AVERAGES,
     ADAPTIVE_MAXIMA,
     AVERAGE_POOLS,
     CASTS,
+    CHOICES,
     CONVOLUTIONS,
+    GATES,
     MAX_POOLS,
     REDUCTIONS,
     SHAPE_ONLY,
@@ -33,6 +35,7 @@ from captum_dtd.operations import (
     maximum_over,
     signs_of,
 )
+from captum_dtd.patterns import PARTS, comes_from, mark_varying
 
 
 def canonize(graph: fx.Graph, inputs: Collection[fx.Node], explained: Collection[fx.Node]) -> tuple[str, ...]:
@@ -100,6 +103,8 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node], explained: Collection
         elif _is_shifted_relu6(node):
             gate = _insert(graph, node, aten.hardsigmoid.default, (node.args[0].args[0],), like=node)
             node.target, node.args = aten.mul.Tensor, (gate, 6.0)
+    gather_choices(graph)
+    write_out_blends(graph, explained)
     stack_maxima(graph, explained)
     drop_expands(graph)
     single_outputs(graph)
@@ -211,7 +216,7 @@ def _are_alike(one: Any, other: Any) -> bool:
     return len(leaves) == len(others) and all(map(_are_alike, leaves, others))
 
 
-def shape_of(node: fx.Node) -> tuple[Any, ...]:
+def shape_of(node: Any) -> tuple[Any, ...]:
     """The traced shape of a node's value; the batch dimension may be symbolic."""
     return tuple(node.meta["val"].shape)
 
@@ -265,6 +270,53 @@ def single_outputs(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is aten.amax.default and node.args[1:2] and node.args[1]:
             _replace(graph, node, _insert(graph, node, maximum_over, node.args, like=node))
+
+
+def gather_choices(graph: fx.Graph) -> None:
+    """Read what was chosen along a dimension (the largest values, the median) from where it was found."""
+    for node in list(graph.nodes):
+        values = next((user for user in node.users if node.target in CHOICES and user.args[1] == 0), None)
+        if values is None:
+            continue
+        x, (_, places), rank = node.args[0], node.meta["val"], len(shape_of(values))
+        dim = chosen_along(node)
+        where = _insert(graph, values, operator.getitem, (node, 1), like=values)
+        where.meta["val"] = places
+        is_squeezed = rank < len(shape_of(x))
+        if is_squeezed:
+            where = _traced(_insert(graph, values, aten.unsqueeze.default, (where, dim), like=where))
+        found = _traced(_insert(graph, values, aten.gather.default, (x, dim, where), like=values))
+        if is_squeezed:
+            found = _traced(_insert(graph, values, aten.squeeze.dims, (found, [dim]), like=values))
+        _replace(graph, values, found)
+
+
+def write_out_blends(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
+    """``(a - b) * gate + b`` as ``a * gate + b * (1 - gate)``, in which nothing that is added was taken away before.
+
+    So blend gated recurrent units, highway networks, and whoever writes ``torch.lerp`` by hand.
+    """
+    mark_varying(graph, inputs)
+    for node in list(graph.nodes):
+        if node.target is not aten.add.Tensor or node.kwargs:
+            continue
+        for product, b in (node.args, node.args[::-1]):
+            if not _is_read_once(product, aten.mul.Tensor):
+                continue
+            for difference, gate in (product.args, product.args[::-1]):
+                takes = _is_read_once(difference, aten.sub.Tensor) and difference.args[1] is b
+                if takes and isinstance(gate, fx.Node) and comes_from(gate, GATES, PARTS):
+                    rest = _traced(_insert(graph, node, aten.rsub.Scalar, (gate, 1), like=gate))
+                    node.args = tuple(
+                        _traced(_insert(graph, node, aten.mul.Tensor, pair, like=product))
+                        for pair in ((difference.args[0], gate), (b, rest))
+                    )
+                    break
+
+
+def _is_read_once(node: Any, target: Any) -> bool:
+    """Whether it is such an operation, as it is by default, and one other reads its value."""
+    return isinstance(node, fx.Node) and node.target is target and not node.kwargs and len(node.users) == 1
 
 
 def stack_maxima(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
+from captum_dtd.decompositions import RECURRENT
 from captum_dtd.operations import (
     ADAPTIVE_AVERAGES,
     AVERAGE_POOLS,
@@ -97,7 +98,7 @@ def _draws(node: fx.Node) -> bool:
         return bool(node.args[4:] and node.args[4])
     if node.target in _RANDOM_IN_TRAINING:
         return bool(node.args[3:] and node.args[3])
-    if node.target in _RECURRENT:
+    if node.target in RECURRENT:  # a probability, and whether they are in training
         return bool(node.args[5] and node.args[6])
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
@@ -108,8 +109,6 @@ _DROPOUTS = frozenset(
 )
 _ATTENTION = frozenset({aten.scaled_dot_product_attention.default})
 """Its fifth argument is a probability, and it drops out in evaluation mode, too."""
-_RECURRENT = frozenset({aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input})
-"""Their dropout's probability, and whether they are in training, are the sixth and the seventh argument."""
 _RANDOM_IN_TRAINING = frozenset({aten.rrelu.default, aten.rrelu_.default})
 
 

@@ -31,9 +31,10 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from captum_dtd.decompositions import DECOMPOSITIONS, RECURRENT
 from captum_dtd.functional import drawn_numbers, functionalize, step_over_aliases
 from captum_dtd.modes import plain_modes
-from captum_dtd.operations import CONVOLUTIONS, SOFTMAX
+from captum_dtd.operations import CHOICES, CONVOLUTIONS, SOFTMAX, aten
 from captum_dtd.structure import structural_copy, tensor_of
 
 # torch.export patches process-wide state while it runs, so two traces never overlap.
@@ -171,7 +172,7 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
             step_over_aliases(program.graph_module)
             drawn = next(drawn_numbers(program.graph_module), None)
             if not functionalize(program.graph):
-                program = program.run_decompositions({})
+                program = program.run_decompositions(DECOMPOSITIONS)
     except Exception as error:
         raise _untraceable(model, arguments, error) from error
 
@@ -179,7 +180,7 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
     if drawn is not None:
         reason = (
             "dropout is active although the model is in evaluation mode: pass training=self.training"
-            if "dropout" in operation_name(drawn) or "attention" in operation_name(drawn)
+            if drawn.target in RECURRENT or any(word in operation_name(drawn) for word in ("dropout", "attention"))
             else f"{operation_name(drawn)} draws random numbers, and relevance would be random: draw them before forward"
         )
         raise UnsupportedOperationError(f"{type(model).__name__}: {reason} ({source_line(drawn) or 'no source line'})")
@@ -242,9 +243,11 @@ def _mixing(graph: fx.Graph, inputs: Collection[fx.Node]) -> str:
     def mixes(node: fx.Node) -> bool:
         if not growing(node) or (isinstance(node.meta["val"], Tensor) and len(growing(node)) > 1):
             return True
+        source: Any = node.args[0]
+        if node.target in CHOICES:
+            return chosen_along(node) in growing(source)
         if node.target not in _ALONG:
             return False
-        source: Any = node.args[0]
         place = _ALONG[node.target]
         dims: Any = node.args[place] if len(node.args) > place else range(source.meta["val"].ndim)
         along = {dim % source.meta["val"].ndim for dim in ([dims] if isinstance(dims, int) else dims)}
@@ -268,10 +271,9 @@ def _mixing(graph: fx.Graph, inputs: Collection[fx.Node]) -> str:
 
 _ALONG = {
     **dict.fromkeys(SOFTMAX, 1),
-    **dict.fromkeys(
-        (torch.ops.aten.flip.default, torch.ops.aten.index_select.default, torch.ops.aten.gather.default), 1
-    ),
-    torch.ops.aten.roll.default: 2,
+    **dict.fromkeys((aten.flip.default, aten.index_select.default, aten.gather.default), 1),
+    **dict.fromkeys((aten.index_copy.default, aten.scatter.src), 1),
+    **dict.fromkeys((aten.roll.default, aten.take_along_dim.default), 2),
 }
 """Operations that go along dimensions without ending them, and which argument names these."""
 
@@ -279,7 +281,7 @@ _ALONG = {
 def _check_types(model: nn.Module, graph: fx.Graph) -> None:
     """Raise InputMismatchError where a layer is given another type than its weights have, which export lets pass."""
     for node in graph.nodes:
-        if node.target in CONVOLUTIONS or node.target is torch.ops.aten.linear.default:
+        if node.target in CONVOLUTIONS or node.target is aten.linear.default:
             given, own = (argument.meta["val"].dtype for argument in node.args[:2])
             if given != own:
                 raise InputMismatchError(
@@ -406,3 +408,11 @@ def operation_name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.removeprefix("aten::").lstrip("_")
     return str(getattr(node.target, "__name__", node.target))
+
+
+def chosen_along(node: fx.Node) -> int:
+    """The dimension along which one of `captum_dtd.operations.CHOICES` chooses."""
+    place = 2 if node.target in (aten.topk.default, aten.kthvalue.default) else 1
+    dim: Any = node.kwargs.get("dim", node.args[place] if len(node.args) > place else -1)
+    source: Any = node.args[0]
+    return int(dim) % int(source.meta["val"].ndim)

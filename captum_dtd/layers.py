@@ -47,12 +47,12 @@ from captum_dtd.operations import (
     CASTS,
     CLAMPS,
     CONVOLUTIONS,
+    GATES,
     MAX_POOLS,
     NEAREST,
     NORMS,
     REDUCTIONS,
     SHAPE_ONLY,
-    SOFTMAX,
     aten,
     attention,
     batch_norm,
@@ -596,7 +596,6 @@ SIGN_PRESERVING_ACTIVATIONS = frozenset(
 )
 LINEAR_UPSAMPLING = frozenset({aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_trilinear3d.vec})
 ATTENTION = frozenset({attention, aten.softmax.int, aten._softmax.default})
-GATES = frozenset({aten.sigmoid.default, aten.hardsigmoid.default, *SOFTMAX})
 
 covers(*NON_NEGATIVE_ACTIVATIONS, *SIGN_PRESERVING_ACTIVATIONS, *CLAMPS, aten.prelu.default, aten.threshold.default)(
     _only_first(Elementwise())
@@ -617,10 +616,16 @@ covers(*CASTS, batch_norm, aten.neg.default, aten.rsub.Scalar)(_only_first(Eleme
     *(aten.slice_scatter.default, aten.select_scatter.default, aten.fill.Scalar, aten.fill.Tensor),
     *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
     *(aten.gather.default, aten.repeat_interleave.self_int, aten.pixel_unshuffle.default, aten.rot90.default),
+    *(aten.take_along_dim.default, aten.index_copy.default, aten.scatter.src),
     *NEAREST,
 )
 def _rearrangement(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     return Rearrangement()
+
+
+@covers(aten.index_put.default)
+def _written_by_index(node: fx.Node, signals: Sequence[int]) -> Layer | None:
+    return None if node.args[3:] == (True,) else Rearrangement()
 
 
 @covers(*ADDITIONS)

@@ -14,6 +14,7 @@ CONVOLUTIONS = frozenset(
     getattr(aten, f"conv{n}d").__getattr__(overload) for n in (1, 2, 3) for overload in ("default", "padding")
 )
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default})
+GATES = frozenset({aten.sigmoid.default, aten.hardsigmoid.default, *SOFTMAX})
 CASTS = frozenset({aten._to_copy.default, aten.to.dtype})
 CLAMPS = frozenset({aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default})
 NEAREST = frozenset(
@@ -31,6 +32,10 @@ ADAPTIVE_AVERAGES = frozenset(
 )
 ADAPTIVE_MAXIMA = frozenset({F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d})
 MAX_POOLS = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
+CHOICES = frozenset(
+    {aten.topk.default, aten.sort.default, aten.sort.stable, aten.kthvalue.default, aten.median.dim, aten.mode.default}
+)
+"""Operations that choose some values along a dimension by comparing them, and say which ones they were."""
 ADDITIONS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 REDUCTIONS = frozenset({aten.mean.dim, aten.sum.dim_IntList})
 SHAPE_ONLY = frozenset(

@@ -583,7 +583,6 @@ _AMBIGUOUS = {
     **dict.fromkeys(
         ("matmul", "bmm", "mm", "einsum", "tensordot"), "  not of two factors, one a constant or from a softmax"
     ),
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "  recurrent layers are not covered"),
     "native_batch_norm_legit": "  it normalises by the examples of the batch: give it running statistics",
 }
 """Why nothing covers an operation, where that is not for want of a layer."""

@@ -252,7 +252,7 @@ def _stack(node: fx.Node, times_of: TimesOf) -> InTime | None:
 def _split(node: fx.Node, times_of: TimesOf) -> InTime | None:
     times = _only_source(node, times_of)
     dim = int(node.args[2]) if len(node.args) > 2 else 0  # type: ignore[arg-type]
-    if times is None or dim % len(shape_of(node.args[0])) == times.dim:  # type: ignore[arg-type]
+    if times is None or dim % len(shape_of(node.args[0])) == times.dim:
         return None
     return _pointwise(times)
 
@@ -262,7 +262,7 @@ def _reduction(node: fx.Node, times_of: TimesOf, over: int = 1) -> InTime | None
     times = _only_source(node, times_of)
     if times is None or len(node.args) <= over or not node.args[over]:
         return None
-    rank = len(shape_of(node.args[0]))  # type: ignore[arg-type]
+    rank = len(shape_of(node.args[0]))
     dims = {int(dim) % rank for dim in node.args[over]}  # type: ignore[union-attr, arg-type]
     if times.dim in dims:
         return None
@@ -307,7 +307,7 @@ def _reshape(node: fx.Node, times_of: TimesOf) -> InTime | None:
     times = _only_source(node, times_of)
     if times is None:
         return None
-    before, after = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
+    before, after = shape_of(node.args[0]), shape_of(node)
     behind = math.prod(before[times.dim + 1 :])
     dims = [d for d, size in enumerate(after) if size == times.length and math.prod(after[d + 1 :]) == behind]
     if len(dims) != 1 or not isinstance(behind, int):
@@ -323,7 +323,7 @@ def _reshape(node: fx.Node, times_of: TimesOf) -> InTime | None:
 
 def _expand(node: fx.Node, times_of: TimesOf) -> InTime | None:
     times = _only_source(node, times_of)
-    if times is None or len(shape_of(node)) != len(shape_of(node.args[0])):  # type: ignore[arg-type]
+    if times is None or len(shape_of(node)) != len(shape_of(node.args[0])):
         return None
     x, sizes = node.args[:2]
     before, behind = list(sizes[: times.dim]), list(sizes[times.dim + 1 :])  # type: ignore[index, arg-type]

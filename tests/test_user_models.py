@@ -230,6 +230,12 @@ def _written_through_a_view(h: Tensor) -> Tensor:
     return same.mul_(3.0)
 
 
+def _written(h: Tensor, places: Tensor) -> Tensor:
+    y = h.clone()
+    y[:, :, places] = 2 * h[:, :, :2]
+    return y
+
+
 MINUS = torch.linspace(-0.2, 0.5, 10, dtype=torch.float64)
 
 SAME: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -297,6 +303,73 @@ SAME: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] =
         lambda h: (lambda y: (y.square().mean(-1, keepdim=True) + 1e-6) ** -0.5 * y)(h - 0.1),
         lambda h: F.rms_norm(h - 0.1, (10,), eps=1e-6),
     ),
+    "the largest three": (
+        lambda h: (h + MINUS).topk(3)[0],
+        lambda h: (h + MINUS).gather(4, (h + MINUS).argsort(4, descending=True)[..., :3]),
+    ),
+    "the smallest, and where it is": (
+        lambda h: (lambda found: found[0] * (found[1] < 5))(h.flatten(2).topk(2, largest=False)).view(
+            len(h), 8, 1, 1, 2
+        ),
+        lambda h: (lambda index: h.flatten(2).gather(2, index) * (index < 5))(h.flatten(2).argsort(2)[:, :, :2]).view(
+            len(h), 8, 1, 1, 2
+        ),
+    ),
+    "sorted": (lambda h: h.sort(dim=2)[0], lambda h: h.gather(2, h.argsort(2))),
+    "sorted, the last dimension, stably": (
+        lambda h: h.sort(stable=True, descending=True)[0],
+        lambda h: h.gather(-1, h.argsort(dim=-1, descending=True, stable=True)),
+    ),
+    "the third smallest": (
+        lambda h: (h + MINUS).kthvalue(3)[0].unsqueeze(4),
+        lambda h: (h + MINUS).gather(4, (h + MINUS).argsort(4)[..., 2:3]),
+    ),
+    "median": (
+        lambda h: (h + MINUS).median(4, keepdim=True)[0],
+        lambda h: (h + MINUS).gather(4, (h + MINUS).argsort(4)[..., 4:5]),
+    ),
+    "take_along_dim": (
+        lambda h: torch.take_along_dim(h, torch.arange(7, 1, -1).view(1, 1, 6, 1, 1), 2),
+        lambda h: h[:, :, 2:].flip(2),
+    ),
+    "written by index": (
+        lambda h: _written(h, torch.tensor([1, 4])),
+        lambda h: torch.cat([h[:, :, :1], 2 * h[:, :, :1], h[:, :, 2:4], 2 * h[:, :, 1:2], h[:, :, 5:]], 2),
+    ),
+    "index_copy": (
+        lambda h: h.index_copy(2, torch.tensor([1, 4]), 2 * h[:, :, :2]),
+        lambda h: torch.cat([h[:, :, :1], 2 * h[:, :, :1], h[:, :, 2:4], 2 * h[:, :, 1:2], h[:, :, 5:]], 2),
+    ),
+    "scatter": (
+        lambda h: h.scatter(2, torch.full_like(h[:, :, :1], 4, dtype=torch.long), 2 * h[:, :, :1]),
+        lambda h: torch.cat([h[:, :, :4], 2 * h[:, :, :1], h[:, :, 5:]], 2),
+    ),
+    "lerp": (
+        lambda h: torch.lerp(h, _by_convolution(h), torch.sigmoid(h)),
+        lambda h: h * (1 - torch.sigmoid(h)) + _by_convolution(h) * torch.sigmoid(h),
+    ),
+    "lerp by a number": (
+        lambda h: torch.lerp(h, _by_convolution(h), 0.3),
+        lambda h: h * 0.7 + _by_convolution(h) * 0.3,
+    ),
+    "lerp by hand": (
+        lambda h: h + torch.sigmoid(h) * (_by_convolution(h) - h),
+        lambda h: _by_convolution(h) * torch.sigmoid(h) + h * (1 - torch.sigmoid(h)),
+    ),
+    "addcmul": (
+        lambda h: torch.addcmul(h, _by_convolution(h), torch.sigmoid(h), value=-0.5),
+        lambda h: h + _by_convolution(h) * torch.sigmoid(h) * -0.5,
+    ),
+    "addcdiv": (
+        lambda h: torch.addcdiv(h, h.flip(2), 1.5 + MINUS, value=2),
+        lambda h: h + h.flip(2) / (1.5 + MINUS) * 2,
+    ),
+    "baddbmm": (
+        lambda h: torch.baddbmm(h.flatten(2), WEIGHT.expand(len(h), 8, 8), h.flatten(2), beta=2).unflatten(
+            2, (8, 10, 10)
+        ),
+        lambda h: h * 2 + _by_convolution(h),
+    ),
     "h-swish": (lambda h: h * F.relu6(h + 3) / 6, F.hardswish),
     "h-swish by hardtanh": (lambda h: h * (F.hardtanh(h + 3, 0.0, 6.0) / 6), F.hardswish),
     "h-swish by clamp": (lambda h: (h + 3).clamp(0, 6) * h * (1 / 6), F.hardswish),
@@ -323,6 +396,34 @@ def test_frozen_clips_know_those_operations_times(what: str) -> None:
     tables = (DiscriminativeDeepTaylor(model(of_rectified(f)), LOW, HIGH).rule_table(clips()) for f in (written, plain))
     ours, theirs = ([row.times for row in table.rows].count("every time") for table in tables)
     assert ours == theirs
+
+
+def test_cosine_similarity_is_a_linear_layer_of_normalised_features() -> None:
+    prototypes = torch.linspace(-1.0, 1.0, 40, dtype=torch.float64).sin().view(5, 8)
+
+    def features(m: Layers, x: Tensor) -> Tensor:
+        return F.relu(m.stem(x)).mean((3, 4))
+
+    explained_alike(
+        lambda m, x: F.cosine_similarity(features(m, x).mean(2)[:, None], prototypes, dim=2),
+        lambda m, x: F.linear(F.normalize(features(m, x).mean(2)), F.normalize(prototypes)),
+    )
+    explained_alike(
+        lambda m, x: torch.cosine_similarity(features(m, x)[..., None], prototypes.T[:, None], eps=0.5).mean(1),
+        lambda m, x: F.linear(
+            (lambda y: y / y.norm(dim=2, keepdim=True).clamp(min=0.5))(features(m, x).transpose(1, 2)),
+            prototypes / prototypes.norm(dim=1, keepdim=True).clamp(min=0.5),
+        ).mean(1),
+    )
+
+
+def test_what_is_added_to_places_by_index_is_refused() -> None:
+    def body(m: Layers, x: Tensor) -> Tensor:
+        h = F.relu(m.stem(x))
+        return m.head(h.index_put((torch.arange(2),), h[:2], accumulate=True))
+
+    with pytest.raises(UnsupportedOperationError, match="index_put"):
+        DeepTaylor(model(body), LOW, HIGH).attribute(clips(), 1)
 
 
 def test_numbers_that_are_cut_to_integers_on_the_way_are_those_of_the_model() -> None:
@@ -1234,6 +1335,13 @@ TOGETHER: dict[str, Callable[[Tensor], Tensor]] = {
     "the first example": lambda y: y / (1 + y[0].amax()),
     "a softmax over examples": lambda y: y * y.softmax(0),
     "neighbours": lambda y: y + y.roll(1, 0),
+    "the larger ones first": lambda y: y + y.sort(0)[0],
+    "written over others": lambda y: (
+        y
+        + torch.zeros_like(y).scatter(
+            0, (y.shape[0] - 1 - torch.arange(y.shape[0])).view(-1, 1, 1, 1, 1).expand_as(y), y
+        )
+    ),
     "the other way round": lambda y: y + y.flip(0),
     "every pair": lambda y: (
         y * (1 + (y.flatten(1) @ y.flatten(1).t()).softmax(1).diagonal().view(-1, 1, 1, 1, 1)).sigmoid()
@@ -1330,14 +1438,6 @@ def test_what_cannot_be_copied_is_named() -> None:
     m = model(lambda m, x: m.head(F.relu(m.stem(x))))
     m.block.guard = threading.Lock()  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"cannot be copied for tracing \(block.guard: .*lock"):
-        DeepTaylor(m, LOW, HIGH).attribute(clips(), 1)
-
-
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_recurrent_layers_are_refused_as_such(kind: type[nn.RNNBase]) -> None:
-    m = model(lambda m, x: m.fc(m.recurrent(F.relu(m.stem(x)).mean((3, 4)).transpose(1, 2))[0][:, -1]))
-    m.recurrent = kind(8, 8, batch_first=True).double().eval()
-    with pytest.raises(UnsupportedOperationError, match="recurrent layers are not covered"):
         DeepTaylor(m, LOW, HIGH).attribute(clips(), 1)
 
 
@@ -1443,6 +1543,10 @@ def test_a_model_of_so_many_examples_is_given_so_many(examples: int) -> None:
         (lambda m, x: pictures(m, x).amax((2, 3)).view(len(x), x.shape[2], 5).mean(1), "dtd", None),
         (lambda m, x: m.head(F.max_pool3d(F.relu(m.stem(x)), 2)), "epsilon-gamma-box", "max_pool3d"),
         (lambda m, x: framewise(m, x).amax(1), "dtd", "maximum_over"),
+        (lambda m, x: framewise(m, x).topk(3, 1)[0].mean(1), "dtd", "gather"),
+        (lambda m, x: framewise(m, x).sort(1, descending=True)[0][:, :2].mean(1), "dtd", "gather"),
+        (lambda m, x: framewise(m, x).median(1)[0], "dtd", "gather"),
+        (lambda m, x: framewise(m, x).mean(1).topk(5, 1)[0], "dtd", None),
         (lambda m, x: m.head(F.max_pool3d(F.relu(m.stem(x)), 2)), "dtd", None),
         (lambda m, x: m.head(F.max_pool3d(F.relu(m.stem(x)), (1, 2, 2))), "epsilon-gamma-box", None),
         (lambda m, x: m.logits(F.relu(m.stem(x)).mean(2, keepdim=True)).amax((3, 4)).squeeze(2), "dtd", None),
