@@ -66,7 +66,8 @@ def load() -> None:
 def refusal(device: str) -> str:
     """Why a device's compiled kernels do not run on it, though they are at hand; empty where they do.
 
-    A GPU may be older than they are made for (compute capability 8.0), or its driver older than CUDA's runtime in them.
+    A GPU may be older than they are made for (compute capability 8.0), or its driver older than CUDA's runtime in them. A
+    warning says so once for each device.
     """
     if device != "cuda" or device not in loaded or not torch.cuda.is_available():
         return ""
@@ -76,6 +77,13 @@ def refusal(device: str) -> str:
 @cache
 def _refusal(_: int) -> str:
     reason: str = loaded["cuda"].refusal()
+    if reason:
+        warnings.warn(
+            f"the compiled CUDA kernels do not run on this GPU ({reason}): PyTorch's own operations serve, which takes longer "
+            "and more memory; captum-dtd doctor says more",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return reason
 
 

@@ -46,6 +46,12 @@ LAYERS = (
     layer("strided", "z_plus_conv3d", (1, 64, 8, 28, 28), (1, 128, 4, 14, 14), 128, 64, 3, 3, 3, stride=2, padding=1),
     layer("shortcut", "z_plus_conv3d", (2, 64, 8, 28, 28), (2, 128, 4, 14, 14), 128, 64, 1, 1, 1, stride=2),
     layer("grouped", "z_plus_conv3d", (1, 60, 4, 14, 14), (1, 40, 4, 14, 14), 40, 15, 3, 3, 3, padding=1, groups=4),
+    layer("depthwise", "z_plus_conv3d", (2, 64, 4, 14, 14), (2, 64, 4, 14, 14), 64, 1, 3, 3, 3, padding=1, groups=64),
+    layer(
+        *("depthwise, strided", "z_plus_conv3d", (2, 30, 4, 14, 14), (2, 30, 2, 7, 7), 30, 1, 3, 3, 3),
+        **{"stride": 2, "padding": 1, "groups": 30},
+    ),
+    layer("small groups", "z_plus_conv3d", (1, 32, 4, 14, 14), (1, 32, 4, 14, 14), 32, 4, 3, 3, 3, padding=1, groups=8),
     # Of these three each takes a tile of its own, of the one or other kernel.
     layer("tall tiles", "z_plus_conv3d", (1, 64, 4, 28, 28), (1, 384, 4, 28, 28), 384, 64, 3, 3, 3, padding=1),
     layer("wide tiles", "z_plus_conv3d", (1, 128, 4, 28, 28), (1, 256, 4, 28, 28), 256, 128, 3, 3, 3, padding=1),

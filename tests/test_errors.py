@@ -56,7 +56,7 @@ class NoPixelLayer(Clips):
         return super().forward(x.sigmoid())
 
 
-class Sorts(nn.Module):
+class RunningMaximum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cummax(x, dim=-1).values
 
@@ -64,7 +64,7 @@ class Sorts(nn.Module):
 class Unsupported(Clips):
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Sequential(Sorts())
+        self.inner = nn.Sequential(RunningMaximum())
 
     def forward(self, x: Tensor) -> Any:
         return super().forward(torch.cumprod(self.inner(x), 2))

@@ -7,6 +7,7 @@ one serves in turn, and the rule table is asked whether it did.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -279,9 +280,13 @@ def test_definitions_serve_on_a_gpu_that_kernels_do_not_run_on(monkeypatch: pyte
     monkeypatch.delitem(native.missing, "cuda", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     native._refusal.cache_clear()
+    told: list[str] = []
     for device in (0, 1, 0, 1):
         monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
-        names = kernels.available("z_plus_conv3d", "cuda", torch.float32)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            names = kernels.available("z_plus_conv3d", "cuda", torch.float32)
+        told += [str(each.message) for each in caught]
         assert names == ["cuda/tf32x3", "reference"][device == 0 :]
         assert doctor._kernels("cuda") == (
             "cuda/tf32x3, reference"
@@ -291,6 +296,8 @@ def test_definitions_serve_on_a_gpu_that_kernels_do_not_run_on(monkeypatch: pyte
         )
     native._refusal.cache_clear()
     assert asked == [0, 1]  # once of each
+    assert len(told) == 1
+    assert "no kernel image" in told[0]
 
 
 @pytest.mark.parametrize("shape", ["dense", "strided"])

@@ -314,11 +314,11 @@ Plan make_plan(const Layer& layer, const Kernel& kernel, bool with_adjoint, Tili
 constexpr int kThreads = 256;  // of the kernels that work on one element each
 
 // One of a kernel's instances.
-#define CAPTUM_DTD_FOR_OPERAND(kernel, arithmetic)                \
-  ((arithmetic) == Arithmetic::BFloat16     ? kernel<bfloat16, 1> \
-   : (arithmetic) == Arithmetic::BFloat16x3 ? kernel<bfloat16, 2> \
-   : (arithmetic) == Arithmetic::Float16    ? kernel<float16, 1>  \
-                                            : kernel<float, 1>)
+#define CAPTUM_DTD_FOR_OPERAND(kernel, arithmetic, ...)                       \
+  ((arithmetic) == Arithmetic::BFloat16     ? kernel<bfloat16, 1 __VA_ARGS__> \
+   : (arithmetic) == Arithmetic::BFloat16x3 ? kernel<bfloat16, 2 __VA_ARGS__> \
+   : (arithmetic) == Arithmetic::Float16    ? kernel<float16, 1 __VA_ARGS__>  \
+                                            : kernel<float, 1 __VA_ARGS__>)
 
 // Copies what `arrange` names to a dense operand of so many examples and positions.
 void launch_arrange(Arrange arrange, int64_t n, const int64_t (&size)[3], Arithmetic arithmetic, void* stream) {
@@ -337,7 +337,9 @@ void launch_arrange(Arrange arrange, int64_t n, const int64_t (&size)[3], Arithm
   dim3 grid = blocks_for(n * volume(size), kSide);
   grid.y = blocks_for(channels, kSide).x;
   if (grid.y > UINT16_MAX) throw std::invalid_argument("this convolution has more channels than its CUDA kernels can count");
-  launch("arrange_input", CAPTUM_DTD_FOR_OPERAND(arrange_input, arithmetic), grid, kThreads, 0, stream, arrange);
+  const auto kernel = stride[1] == 1 ? CAPTUM_DTD_FOR_OPERAND(arrange_input, arithmetic, , true)
+                                     : CAPTUM_DTD_FOR_OPERAND(arrange_input, arithmetic, , false);
+  launch("arrange_input", kernel, grid, kThreads, 0, stream, arrange);
 }
 
 // Writes both parts of an input to a dense operand.
@@ -440,7 +442,8 @@ void launch_phases(const Layer& layer, const Pass& pass, size_t first, Gemm gemm
                       : pass.arithmetic == Arithmetic::BFloat16   ? pack_weights<bfloat16, 1>
                       : pass.arithmetic == Arithmetic::BFloat16x3 ? pack_weights<bfloat16, 2>
                                                                   : pack_weights<float16, 1>;
-    launch("pack_weights", pack, blocks_for(weights.chunks, kThreads), kThreads, 0, stream, weights);
+    const int64_t halves = pass.arithmetic == Arithmetic::BFloat16x3 ? 2 : 1;
+    launch("pack_weights", pack, blocks_for(weights.chunks / halves, kThreads), kThreads, 0, stream, weights);
   }
   dim3 grid = blocks_for(tiles * gemm.groups * gemm.column_tiles, 1);
   grid.y = static_cast<unsigned>(tiling.splits);
@@ -538,7 +541,10 @@ std::string refusal() {
   cudaFuncAttributes found;
   if (const cudaError_t error = cudaFuncGetAttributes(&found, add_splits); error != cudaSuccess) {
     cudaGetLastError();  // nothing shall fail for having asked
-    return cudaGetErrorString(error);
+    // Whatever else there is may be gone at the next launch, as want of memory is, and is told there if it is not.
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+        error == cudaErrorInsufficientDriver || error == cudaErrorUnsupportedPtxVersion)
+      return cudaGetErrorString(error);
   }
 #endif
   return {};

@@ -177,13 +177,13 @@ __device__ __forceinline__ float load_element(const void* data, int64_t offset, 
 // Four neighbours, aligned to as many.
 __device__ __forceinline__ void load_quad(const void* data, int64_t offset, Element element, float (&values)[4]) {
   if (element == Element::Float32) {
-    const float4 four = __ldg(static_cast<const float4*>(data) + offset / 4);
+    const float4 four = __ldg(static_cast<const float4*>(data) + (offset >> 2));
     values[0] = four.x;
     values[1] = four.y;
     values[2] = four.z;
     values[3] = four.w;
   } else {
-    const uint2 four = __ldg(static_cast<const uint2*>(data) + offset / 4);
+    const uint2 four = __ldg(static_cast<const uint2*>(data) + (offset >> 2));
     values[0] = widen_bits(four.x & 0xFFFF, element);
     values[1] = widen_bits(four.x >> 16, element);
     values[2] = widen_bits(four.y & 0xFFFF, element);

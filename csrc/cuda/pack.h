@@ -33,63 +33,93 @@ struct Weights {
   unsigned char* packed;
 };
 
-// Writes [phase][group][stage][column][chunk]: for a rule v+ where the input's part 0 is read or written, -v- for part 1, and
-// zeros where the depth is padded. One thread for each chunk.
+// A chunk of an operand's values, and the chunk of their second halves behind it.
 template <typename Operand, int kHalves>
-__global__ void __launch_bounds__(256, 1) pack_weights(const __grid_constant__ Weights weights) {
+__device__ __forceinline__ void store_chunks(void* to, int64_t chunk, const float (&values)[kChunk / sizeof(Operand)]) {
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) {
+    union {
+      Operand operands[kChunk / sizeof(Operand)];
+      uint4 bits;
+    };
+#pragma unroll
+    for (int e = 0; e < int(kChunk / sizeof(Operand)); ++e) operands[e] = half_of<Operand>(values[e], half);
+    store_global(static_cast<uint4*>(to) + chunk * kHalves + half, bits);
+  }
+}
+
+// Writes [phase][group][stage][column][chunk]: for a rule v+ where the input's part 0 is read or written, -v- for part 1, and
+// zeros where the depth is padded. One thread for each chunk, or for both halves of one.
+template <typename Operand, int kHalves>
+__global__ void __launch_bounds__(256, 4) pack_weights(const __grid_constant__ Weights weights) {
   constexpr int kElements = kChunk / sizeof(Operand);
   const int64_t index = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (index >= weights.chunks) return;
+  if (index >= weights.chunks / kHalves) return;
   int p = 0;
-  while (p + 1 < weights.phases && index >= weights.phase[p + 1].first_chunk) ++p;
+  while (p + 1 < weights.phases && index >= weights.phase[p + 1].first_chunk / kHalves) ++p;
   const PackedPhase& phase = weights.phase[p];
   const int taps = phase.taps[0] * phase.taps[1] * phase.taps[2];
-  const int64_t of_group = int64_t(weights.packed_columns) * phase.stages * weights.stage_chunks,
-                group = (index - phase.first_chunk) / of_group;
-  const int64_t i = (index - phase.first_chunk) % of_group, filled = int64_t(weights.packed_columns) * taps * weights.tap_chunks;
+  const int stage_chunks = weights.stage_chunks / kHalves, tap_chunks = weights.tap_chunks / kHalves;
+  const int64_t first = phase.first_chunk / kHalves, of_group = int64_t(weights.packed_columns) * phase.stages * stage_chunks;
+  const int64_t group = (index - first) / of_group, i = index - first - group * of_group,
+                filled = int64_t(weights.packed_columns) * taps * tap_chunks;
 
   // Neighbouring threads read neighbouring weights: taps, then whichever channels are nearer.
   const bool columns_nearer = weights.column_stride < weights.depth_stride;
-  const int64_t channels = i / taps;
-  const int tap = i < filled ? static_cast<int>(i % taps) : taps;
-  const int column = static_cast<int>(i >= filled      ? (i - filled) % weights.packed_columns
-                                      : columns_nearer ? channels % weights.packed_columns
-                                                       : channels / weights.tap_chunks);
-  const int tap_chunk = static_cast<int>(i >= filled      ? (i - filled) / weights.packed_columns
-                                         : columns_nearer ? channels / weights.packed_columns
-                                                          : channels % weights.tap_chunks);
-  const int depth = tap * weights.tap_chunks + tap_chunk, first_channel = tap_chunk / kHalves * kElements;
-  const int w = tap % phase.taps[2], h = tap / phase.taps[2] % phase.taps[1], t = tap / phase.taps[2] / phase.taps[1];
+  const int64_t channels = i / taps, rest = i - filled;
+  const int64_t far =
+      i >= filled ? rest / weights.packed_columns : channels / (columns_nearer ? weights.packed_columns : tap_chunks);
+  const int64_t near =
+      i >= filled ? rest - far * weights.packed_columns : channels - far * (columns_nearer ? weights.packed_columns : tap_chunks);
+  const int tap = i < filled ? static_cast<int>(i - channels * taps) : taps;
+  const int column = static_cast<int>(i >= filled || columns_nearer ? near : far);
+  const int tap_chunk = static_cast<int>(i >= filled || columns_nearer ? far : near);
+  const int depth = tap * tap_chunks + tap_chunk, first_channel = tap_chunk * kElements;
+  const int w = tap % phase.taps[2], line_of_tap = tap / phase.taps[2], h = line_of_tap % phase.taps[1],
+            t = line_of_tap / phase.taps[1];
   const int64_t plane = int64_t(weights.filter[1]) * weights.filter[2];
-  const int64_t start = group * weights.group_stride + column / weights.column_parts * weights.column_stride +
+  // A channel stands there once or twice: what a division by that would be.
+  const int of_column = weights.column_parts - 1, of_depth = weights.depth_parts - 1;
+  const int64_t start = group * weights.group_stride + (column >> of_column) * weights.column_stride +
                         int64_t(phase.first_tap[1] + h * phase.tap_skip[1]) * weights.filter[2] + phase.first_tap[2] +
                         w * phase.tap_skip[2];
-  union {
-    Operand operands[kElements];
-    uint4 chunk;
+  const bool there = tap < taps && column < weights.columns;
+  const auto channel_of = [&](int e) { return (first_channel + e) >> of_depth; };
+  const auto is_there = [&](int e) { return there && channel_of(e) < weights.channels_in; };
+  const auto part_of = [&](int e, float one) {
+    const int part = (column & of_column) + ((first_channel + e) & of_depth);
+    return !weights.clips ? one : part == 0 ? positive(one) : negative(one);
   };
+  float values[kElements] = {};
+  if (!phase.adds_taps) {
+    const int64_t from = start + (phase.first_tap[0] + t * phase.tap_skip[0]) * plane;
+    const auto read = [&](Element element) {  // all are asked for before the first is needed
+      uint32_t bits[kElements] = {};
 #pragma unroll
-  for (int e = 0; e < kElements; ++e) {
-    const int depth_channel = first_channel + e;
-    const int channel = depth_channel / weights.depth_parts;
-    const int part = column % weights.column_parts + depth_channel % weights.depth_parts;
-    float value = 0;
-    const auto add = [&](int of_filter) {
-      const float one = load_element(weights.data, start + channel * weights.depth_stride + of_filter * plane, weights.element);
-      value += !weights.clips ? one : part == 0 ? positive(one) : negative(one);
+      for (int e = 0; e < kElements; ++e)
+        if (is_there(e)) bits[e] = load_bits(weights.data, from + channel_of(e) * weights.depth_stride, element);
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) values[e] = is_there(e) ? part_of(e, widen_bits(bits[e], element)) : 0;
     };
-    if (tap < taps && channel < weights.channels_in && column < weights.columns) {
-      if (!phase.adds_taps)
-        add(phase.first_tap[0] + t * phase.tap_skip[0]);
-      else
-        for (int i = 0; i < weights.filter[0]; ++i)
-          if (phase.sets[t] >> i & 1) add(i);
+    if (weights.element == Element::Float32)
+      read(Element::Float32);
+    else if (weights.element == Element::BFloat16)
+      read(Element::BFloat16);
+    else
+      read(Element::Float16);
+  } else {
+    for (int of_filter = 0; of_filter < weights.filter[0]; ++of_filter) {
+      if (tap >= taps || !(phase.sets[t] >> of_filter & 1)) continue;
+#pragma unroll
+      for (int e = 0; e < kElements; ++e)
+        if (is_there(e))
+          values[e] += part_of(
+              e, load_element(weights.data, start + channel_of(e) * weights.depth_stride + of_filter * plane, weights.element));
     }
-    operands[e] = half_of<Operand>(value, tap_chunk % kHalves);
   }
-  const int64_t line = (group * phase.stages + depth / weights.stage_chunks) * weights.packed_columns + column;
-  reinterpret_cast<uint4*>(weights.packed)[phase.first_chunk + line * weights.stage_chunks + depth % weights.stage_chunks] =
-      chunk;
+  const int stage = depth / stage_chunks;
+  const int64_t line = (group * phase.stages + stage) * weights.packed_columns + column;
+  store_chunks<Operand, kHalves>(weights.packed, first + line * stage_chunks + (depth - stage * stage_chunks), values);
 }
 
 // ------------------------------------------------------------------------------------------------ inputs
@@ -106,62 +136,77 @@ struct Arrange {
   void* out;  // [n][t][h][w][group][padded]
 };
 
-// A chunk of an operand's values, and the chunk of their second halves behind it.
-template <typename Operand, int kHalves>
-__device__ __forceinline__ void store_chunks(void* to, int64_t chunk, const float (&values)[kChunk / sizeof(Operand)]) {
-#pragma unroll
-  for (int half = 0; half < kHalves; ++half) {
-    union {
-      Operand operands[kChunk / sizeof(Operand)];
-      uint4 bits;
-    };
-#pragma unroll
-    for (int e = 0; e < int(kChunk / sizeof(Operand)); ++e) operands[e] = half_of<Operand>(values[e], half);
-    store_global(static_cast<uint4*>(to) + chunk * kHalves + half, bits);
-  }
-}
-
 constexpr int kSide = 32;  // positions and channels of a block
 
 // Copies an input to a dense operand, channels last. A block reads along the axis whose elements are neighbours in x and
 // writes along the channels, turning a square of both in shared memory.
-template <typename Operand, int kHalves>
+template <typename Operand, int kHalves, bool kAlongChannels>
 __global__ void __launch_bounds__(256, 1) arrange_input(const __grid_constant__ Arrange arrange) {
   using Square = float[kSide][kSide + 1];
   CAPTUM_DTD_SHARED(Square, square);
   const int64_t volume = int64_t(arrange.size[0]) * arrange.size[1] * arrange.size[2], positions = arrange.n * volume;
   const int64_t first_position = blockIdx.x * int64_t(kSide), channels = int64_t(arrange.groups) * arrange.padded;
   const int64_t first_channel = blockIdx.y * int64_t(kSide);
-  const bool along_channels = arrange.x.stride[1] == 1;
-  for (int i = threadIdx.x; i < kSide * kSide; i += blockDim.x) {
-    const int channel = along_channels ? i % kSide : i / kSide, position = along_channels ? i / kSide : i % kSide;
-    const int64_t p = first_position + position, c = first_channel + channel;
-    float value = 0;
-    if (p < positions && c < channels && c % arrange.padded < arrange.channels) {
-      const int64_t h = p / arrange.size[2], t = h / arrange.size[1], n = t / arrange.size[0];
-      const int64_t time = t - n * arrange.size[0];
-      const int64_t at = n * arrange.x.stride[0] + c / arrange.padded * arrange.group_stride +
-                         c % arrange.padded * arrange.x.stride[1] + (h - t * arrange.size[1]) * arrange.x.stride[3] +
-                         (p - h * arrange.size[2]) * arrange.x.stride[4];
-      if (arrange.members.data == nullptr) {
-        value = load_element(arrange.x.data, at + time * arrange.x.stride[2], arrange.element);
-      } else {
-        const int16_t* members = arrange.members.row(n) + time * arrange.most;
-        for (int i = 0; i < arrange.most && members[i] >= 0; ++i)
-          value += load_element(arrange.x.data, at + members[i] * arrange.x.stride[2], arrange.element);
-      }
-    }
-    square[position][channel] = value;
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < kSide * kSide; i += blockDim.x) {
-    const int64_t p = first_position + i / kSide, c = first_channel + i % kSide;
-    if (p >= positions || c >= channels) continue;
-    constexpr int kTogether = kChunk / sizeof(Operand);  // of a chunk
-    const int64_t at = p * channels + c, first = at / kTogether * kTogether * kHalves + at % kTogether;
+  // A lane keeps its place along the one axis and goes along the other: places are found once, by division, and moved on.
+  constexpr int kLines = 256 / kSide, kRounds = kSide / kLines;
+  const int lane = threadIdx.x % kSide, line = threadIdx.x / kSide;
+  const int position = kAlongChannels ? line : lane, channel = kAlongChannels ? lane : line;
+  constexpr int down = kAlongChannels ? kLines : 0, across = kLines - down;
+  const int64_t p = first_position + position, row = p / arrange.size[2], plane = row / arrange.size[1];
+  int64_t n = plane / arrange.size[0];
+  int t = static_cast<int>(plane - n * arrange.size[0]), h = static_cast<int>(row - plane * arrange.size[1]);
+  int w = static_cast<int>(p - row * arrange.size[2]);
+  int group = static_cast<int>(first_channel + channel) / arrange.padded;
+  int of_group = static_cast<int>(first_channel + channel) - group * arrange.padded;
+  int64_t at[kRounds];  // of what is read alone; -1 where nothing is
+  float values[kRounds] = {};
+  int64_t from_position = 0, from_channel = 0;
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half)
-      static_cast<Operand*>(arrange.out)[first + half * kTogether] = half_of<Operand>(square[i / kSide][i % kSide], half);
+  for (int k = 0; k < kRounds; ++k) {
+    const bool there = p + k * down < positions && first_channel + channel + k * across < channels && of_group < arrange.channels;
+    if (kAlongChannels || k == 0) from_position = n * arrange.x.stride[0] + h * arrange.x.stride[3] + w * arrange.x.stride[4];
+    if (!kAlongChannels || k == 0) from_channel = group * arrange.group_stride + of_group * arrange.x.stride[1];
+    const int64_t from = from_position + from_channel;
+    at[k] = there && arrange.members.data == nullptr ? from + t * arrange.x.stride[2] : -1;
+    if (there && arrange.members.data != nullptr) {
+      const int16_t* members = arrange.members.row(static_cast<int>(n)) + int64_t(t) * arrange.most;
+      for (int i = 0; i < arrange.most && members[i] >= 0; ++i)
+        values[k] += load_element(arrange.x.data, from + members[i] * arrange.x.stride[2], arrange.element);
+    }
+    for (w += down; kAlongChannels && w >= arrange.size[2]; w -= arrange.size[2]) {
+      if (++h < arrange.size[1]) continue;
+      h = 0;
+      if (++t < arrange.size[0]) continue;
+      t = 0;
+      ++n;
+    }
+    for (of_group += across; !kAlongChannels && of_group >= arrange.padded; of_group -= arrange.padded) ++group;
+  }
+  const auto read = [&](Element element) {  // all are asked for before the first is needed
+    uint32_t bits[kRounds];
+#pragma unroll
+    for (int k = 0; k < kRounds; ++k) bits[k] = at[k] >= 0 ? load_bits(arrange.x.data, at[k], element) : 0;
+#pragma unroll
+    for (int k = 0; k < kRounds; ++k)
+      if (at[k] >= 0) values[k] = widen_bits(bits[k], element);
+  };
+  if (arrange.element == Element::Float32)
+    read(Element::Float32);
+  else if (arrange.element == Element::BFloat16)
+    read(Element::BFloat16);
+  else
+    read(Element::Float16);
+#pragma unroll
+  for (int k = 0; k < kRounds; ++k) square[position + k * down][channel + k * across] = values[k];
+  __syncthreads();
+  constexpr int kTogether = kChunk / sizeof(Operand), kChunks = kSide / kTogether;  // no chunk reaches beyond the channels
+  for (int i = threadIdx.x; i < kSide * kChunks; i += 256) {
+    const int64_t to_position = first_position + i / kChunks, to_channel = first_channel + i % kChunks * kTogether;
+    if (to_position >= positions || to_channel >= channels) continue;
+    float chunk[kTogether];
+#pragma unroll
+    for (int e = 0; e < kTogether; ++e) chunk[e] = square[i / kChunks][i % kChunks * kTogether + e];
+    store_chunks<Operand, kHalves>(arrange.out, (to_position * channels + to_channel) / kTogether, chunk);
   }
 }
 

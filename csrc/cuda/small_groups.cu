@@ -38,6 +38,7 @@ struct GroupSums {
   DeviceTable stored;  // at which time u is kept that stands for one of the result's
   View to;
   Element to_element;
+  bool in_quads;  // four channels of what is written, and of what the epilogue reads, are neighbours
 };
 
 __device__ __forceinline__ int64_t place_of(const View& view, int n, int t, int h, int w) {
@@ -115,6 +116,43 @@ __device__ __forceinline__ void finish_sum(const GroupSums& s, int n, int channe
   write(s.to, s.to_element, at, value);
 }
 
+// The same of four neighbouring channels, where nothing is lifted.
+__device__ __forceinline__ void finish_quad(const GroupSums& s, int n, int channel, int t, int h, int w, float (&sums)[4]) {
+  t = s.out_base[0] + t * s.out_step[0];
+  h = s.out_base[1] + h * s.out_step[1];
+  w = s.out_base[2] + w * s.out_step[2];
+  float read[4];
+  if (s.epilogue == Epilogue::Share) {
+    const int time = s.stored.data != nullptr ? __ldg(s.stored.row(n) + t) : t;
+    load_quad(s.u.x.data, place_of(s.u.x, n, time, h, w) + channel, s.u.element, read);
+  } else if (s.epilogue == Epilogue::Divide) {
+    load_quad(s.relevance.data, place_of(s.relevance, n, t, h, w) + channel, Element::Float32, read);
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    if (s.epilogue == Epilogue::Share) {
+      sums[e] *= read[e];
+      continue;
+    }
+    if (s.bias != nullptr) {
+      const float bias = load_element(s.bias, channel + e, s.bias_element);
+      sums[e] += s.epilogue == Epilogue::Divide ? positive(bias) : bias;
+    }
+    if (s.epilogue == Epilogue::Divide) sums[e] = divide(read[e], sums[e], s.stabilizer);
+    if (s.relu) sums[e] = positive(sums[e]);
+  }
+  const int64_t quad = (place_of(s.to, n, t, h, w) + channel) >> 2;
+  if (s.to_element == Element::Float32) {
+    static_cast<float4*>(s.to.data)[quad] = {sums[0], sums[1], sums[2], sums[3]};
+    return;
+  }
+  uint32_t bits[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    bits[e] = s.to_element == Element::BFloat16 ? narrow<bfloat16>(sums[e]).bits : narrow<float16>(sums[e]).bits;
+  static_cast<uint2*>(s.to.data)[quad] = {bits[0] | bits[1] << 16, bits[2] | bits[3] << 16};
+}
+
 // A thread's numbers: so many channels of an output position, neighbours in memory where there are several. Threads go along
 // channels or, where neighbours along W are closer, along rows.
 template <int kChannels, bool kAlongRows>
@@ -130,8 +168,9 @@ __global__ void __launch_bounds__(kGroupThreads, 1) sum_groups(const __grid_cons
     const int n = nt / s.grid[0], t = nt % s.grid[0];
     float sums[2][kChannels] = {};
     each_tap(s, n, t, h, w, [&](int tap, int time, int row, int column) {
-      for (int c = 0; c < s.c_in; ++c) {
-        const float* const weights = s.weights + (tap * s.c_in + c) * s.channels + channel;
+      const int c_in = kChannels == 4 ? 1 : s.c_in;  // quads are of depthwise layers
+      for (int c = 0; c < c_in; ++c) {
+        const float* const weights = s.weights + (tap * c_in + c) * s.channels + channel;
         if constexpr (kChannels == 4) {
           float x[4], own[4];
           load_quad(s.from.x.data, place_of(s.from.x, n, time, row, column) + channel, s.from.element, x);
@@ -147,6 +186,11 @@ __global__ void __launch_bounds__(kGroupThreads, 1) sum_groups(const __grid_cons
         }
       }
     });
+    if constexpr (kChannels == 4)
+      if (s.in_quads) {
+        finish_quad(s, n, channel, t, h, w, sums[0]);
+        continue;
+      }
 #pragma unroll
     for (int e = 0; e < kChannels; ++e) finish_sum(s, n, channel + e, t, h, w, {sums[0][e], sums[1][e]});
   }
@@ -241,6 +285,9 @@ void run_pass(const Conv3d& conv, const void* filter, Element element, bool clip
   if (laid.count() > 0) launch("lay_weights", lay_weights, blocks_of(laid.count()), dim3(kGroupThreads), 0, stream, laid);
   const bool are_depthwise = sums.c_in == 1 && sums.c_out == 1 && sums.channels % 4 == 0;
   const bool in_quads = are_depthwise && sums.parts == 1 && has_quads(sums.from.x, sums.from.element);
+  sums.in_quads = in_quads && has_quads(sums.to, sums.to_element) &&
+                  (sums.epilogue != Epilogue::Divide || has_quads(sums.relevance, Element::Float32)) &&
+                  (sums.epilogue != Epilogue::Share || has_quads(sums.u.x, sums.u.element));
   const bool along_rows = neighbours.stride[4] != 0 && neighbours.stride[4] < neighbours.stride[1];
   for (const Sweep& sweep : sweeps) {
     copy(sweep.in, sums.in);
