@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from captum_dtd import fused
-from captum_dtd.graph import chosen_along, operation_name
+from captum_dtd.nodes import chosen_along, operation_name
 from captum_dtd.operations import CHOICES, aten, maximum_over
 from captum_dtd.propagate import Network, elements
 from captum_dtd.rules import WinnerTakesAll

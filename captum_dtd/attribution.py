@@ -27,7 +27,7 @@ from captum_dtd.advice import check_order, check_winners
 from captum_dtd.bounds import Bound, broadcast_bound, lies_within, without_repeats
 from captum_dtd.collapse import FrozenNetwork, Wanted
 from captum_dtd.composites import Composite, Selector, as_composite
-from captum_dtd.graph import InputMismatchError, operation_name, source_line, trace
+from captum_dtd.graph import InputMismatchError, trace
 from captum_dtd.inputs import (
     Target,
     as_arguments,
@@ -44,6 +44,7 @@ from captum_dtd.inputs import (
     target_mask,
 )
 from captum_dtd.kernels import Precision
+from captum_dtd.nodes import operation_name, source_line
 from captum_dtd.propagate import Activations, Network, Observer, Step, Values
 from captum_dtd.replay import Choose, Replay
 from captum_dtd.rules import MaxPoolRule, Rule

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from captum_dtd.graph import chosen_along, depending, operation_name
+from captum_dtd.nodes import args_of, become, chosen_along, depending, insert, operation_name, replace, shape_of, traced
 from captum_dtd.operations import (
     ADAPTIVE_AVERAGES,
     ADAPTIVE_MAXIMA,
@@ -51,58 +51,59 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node], explained: Collection
             graph.erase_node(node)
         elif node.target in (aten.detach.default, aten.alias.default):
             # What cuts gradients does not cut relevance.
-            _replace(graph, node, node.args[0])
+            replace(graph, node, node.args[0])
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             # A view was legal for the strides of the traced example; reshape is for any, and is a view where it can be.
             node.target = aten.reshape.default
         elif node.target is aten.squeeze.dim:
-            node.target, node.args = aten.squeeze.dims, (node.args[0], [node.args[1]])
+            become(node, aten.squeeze.dims, node.args[0], [node.args[1]])
         elif node.target is aten.copy.default:
             # Writing into a tensor in place: what was there before is gone, only its shape matters.
             old, new = node.args[0], node.args[1]
             if new.meta["val"].dtype != old.meta["val"].dtype:
-                cast = _insert(graph, node, aten.to.dtype, (new, old.meta["val"].dtype), like=new)
-                new = _traced(cast)
-            node.target, node.args = aten.expand_as.default, (new, old)
+                cast = insert(graph, node, aten.to.dtype, (new, old.meta["val"].dtype), like=new)
+                new = traced(cast)
+            become(node, aten.expand_as.default, new, old)
         elif node.target in _OTHER_NAMES:
             node.target = _OTHER_NAMES[node.target]
         elif node.target is aten.hstack.default:
-            node.target, node.args = aten.cat.default, (node.args[0], min(1, len(shape_of(node)) - 1))
+            become(node, aten.cat.default, node.args[0], min(1, len(shape_of(node)) - 1))
         elif node.target is aten.type_as.default:
-            node.target, node.args = aten.to.dtype, (node.args[0], node.meta["val"].dtype)
+            become(node, aten.to.dtype, node.args[0], node.meta["val"].dtype)
         elif node.target is aten.rrelu.default:
-            _, lower, upper, training, *_ = given(node, 1, 1 / 8, 1 / 3, False)
+            x, lower, upper, training, *_ = args_of(node)
             if not training:
-                node.target, node.args = aten.leaky_relu.default, (node.args[0], (lower + upper) / 2)
+                become(node, aten.leaky_relu.default, x, (lower + upper) / 2)
         elif node.target is aten.addmm.default and node.kwargs:
-            node.args, node.kwargs = _scaled(graph, node), {}
+            become(node, node.target, *_scaled(graph, node))
         elif node.target is aten.zero.default:
-            node.target, node.args = aten.fill.Scalar, (node.args[0], 0)
+            become(node, aten.fill.Scalar, node.args[0], 0)
         elif node.target is aten.rsub.Tensor and not node.kwargs:
-            node.target, node.args = aten.sub.Tensor, (node.args[1], node.args[0])
+            become(node, aten.sub.Tensor, node.args[1], node.args[0])
         elif node.target is aten.diff.default:
-            _replace(graph, node, _differences(graph, node))
+            replace(graph, node, _differences(graph, node))
         elif node.target is aten.group_norm.default:
-            node.target, node.args = group_norm, given(node, 2, None, None, 1e-5, True)[:5]
+            become(node, group_norm, *node.args[:5])
         elif node.target is aten.instance_norm.default:
-            x, weight, bias, mean, var, of_input, _, eps, _ = node.args
-            by_input, by_constants = (x, shape_of(x)[1], weight, bias, eps), (x, weight, bias, mean, var, eps)
-            node.target, node.args = (group_norm, by_input) if of_input else (batch_norm, by_constants)
+            x, weight, bias, mean, var, of_input, _, eps, _ = args_of(node)
+            if of_input:
+                become(node, group_norm, x, shape_of(x)[1], weight, bias, eps)
+            else:
+                become(node, batch_norm, x, weight, bias, mean, var, eps)
         elif node.target is aten.scaled_dot_product_attention.default:
-            _replace(graph, node, _weighted_values(graph, node))
+            replace(graph, node, _weighted_values(graph, node))
         elif node.target in _OF_A_SAMPLE:
-            x, dim, unbiased, keep = given(node, 2, True, False)
-            node.target, node.args = _OF_A_SAMPLE[node.target], (x, dim)
-            node.kwargs = {"correction": int(unbiased), "keepdim": keep}
+            x, dim, unbiased, keep = args_of(node)
+            become(node, _OF_A_SAMPLE[node.target], x, dim, correction=int(unbiased), keepdim=keep)
         elif node.target is aten.glu.default:
             signal, gate = _halves(graph, node)
-            gate = _insert(graph, node, aten.sigmoid.default, (gate,), like=gate)
-            node.target, node.args = aten.mul.Tensor, (signal, gate)
+            gate = insert(graph, node, aten.sigmoid.default, (gate,), like=gate)
+            become(node, aten.mul.Tensor, signal, gate)
         elif (softmax := _softmax_by_hand(node)) is not None:
-            node.target, node.args = aten.softmax.int, softmax
+            become(node, aten.softmax.int, *softmax)
         elif _is_shifted_relu6(node):
-            gate = _insert(graph, node, aten.hardsigmoid.default, (node.args[0].args[0],), like=node)
-            node.target, node.args = aten.mul.Tensor, (gate, 6.0)
+            gate = insert(graph, node, aten.hardsigmoid.default, (node.args[0].args[0],), like=node)
+            become(node, aten.mul.Tensor, gate, 6.0)
     gather_choices(graph)
     write_out_blends(graph, explained)
     stack_maxima(graph, explained)
@@ -134,14 +135,14 @@ _OF_A_SAMPLE: dict[Any, Any] = {aten.var.dim: aten.var.correction, aten.std.dim:
 
 def _scaled(graph: fx.Graph, node: fx.Node) -> tuple[Any, ...]:
     """The arguments of an ``addmm`` with its factors, alpha and beta, multiplied into the weights and the bias."""
-    bias, x, weight = node.args
+    bias, x, weight = args_of(node)
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
     if alpha != 1:
-        weight = _insert(graph, node, aten.mul.Tensor, (weight, alpha), like=weight)  # type: ignore[arg-type]
+        weight = insert(graph, node, aten.mul.Tensor, (weight, alpha), like=weight)
     if beta == 0:  # then it is not read
-        bias = _insert(graph, node, aten.zeros_like.default, (bias,), like=bias)  # type: ignore[arg-type]
+        bias = insert(graph, node, aten.zeros_like.default, (bias,), like=bias)
     elif beta != 1:
-        bias = _insert(graph, node, aten.mul.Tensor, (bias, beta), like=bias)  # type: ignore[arg-type]
+        bias = insert(graph, node, aten.mul.Tensor, (bias, beta), like=bias)
     return bias, x, weight
 
 
@@ -149,9 +150,9 @@ def _differences(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """``torch.diff`` as the differences of slices that it is."""
 
     def new(target: Any, *args: Any) -> fx.Node:
-        return _traced(_insert(graph, node, target, args, like=node))
+        return traced(insert(graph, node, target, args, like=node))
 
-    x, count, dim, prepended, appended = given(node, 1, 1, -1, None, None)
+    x, count, dim, prepended, appended = args_of(node)
     parts = [part for part in (prepended, x, appended) if part is not None]
     values: fx.Node = x if len(parts) == 1 else new(aten.cat.default, parts, dim)
     for _ in range(count):
@@ -162,24 +163,24 @@ def _differences(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 def _halves(graph: fx.Graph, node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The two halves of what a gated linear unit reads."""
-    x, dim = given(node, 1, -1)
+    x, dim = args_of(node)
     size = shape_of(node)[dim]
     ends = ((0, size), (size, 2 * size))
-    first, second = (_traced(_insert(graph, node, aten.slice.Tensor, (x, dim, *end), like=node)) for end in ends)
+    first, second = (traced(insert(graph, node, aten.slice.Tensor, (x, dim, *end), like=node)) for end in ends)
     return first, second
 
 
 def _weighted_values(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """Scaled dot-product attention as the product of its weights with the values."""
-    query, key, value, mask, _, is_causal = given(node, 3, None, 0.0, False)
+    query, key, value, mask, _, is_causal = args_of(node)
     if node.kwargs.get("enable_gqa"):  # several heads of queries share one of keys and values
         heads = shape_of(query)[-3] // shape_of(key)[-3]
         key, value = (
-            _traced(_insert(graph, node, aten.repeat_interleave.self_int, (each, heads, -3), like=each))
+            traced(insert(graph, node, aten.repeat_interleave.self_int, (each, heads, -3), like=each))
             for each in (key, value)
         )
-    weights = _insert(graph, node, attention, (query, key, mask, is_causal, node.kwargs.get("scale")), like=node)
-    return _insert(graph, node, aten.matmul.default, (_traced(weights), value), like=node)
+    weights = insert(graph, node, attention, (query, key, mask, is_causal, node.kwargs.get("scale")), like=node)
+    return insert(graph, node, aten.matmul.default, (traced(weights), value), like=node)
 
 
 def _is_shifted_relu6(node: fx.Node) -> bool:
@@ -199,10 +200,10 @@ def _softmax_by_hand(node: fx.Node) -> tuple[Any, ...] | None:
         return None
     exponential: Any
     total: Any
-    exponential, total = node.args
+    exponential, total = args_of(node)
     if exponential.target is not aten.exp.default or total.target is not aten.sum.dim_IntList or total.kwargs:
         return None
-    summed, dims, keep = given(total, 2, False)
+    summed, dims, keep = args_of(total)
     return (exponential.args[0], dims[0]) if _are_alike(summed, exponential) and keep and len(dims) == 1 else None
 
 
@@ -214,38 +215,6 @@ def _are_alike(one: Any, other: Any) -> bool:
         return False
     leaves, others = (pytree.tree_leaves((node.args, dict(node.kwargs))) for node in (one, other))
     return len(leaves) == len(others) and all(map(_are_alike, leaves, others))
-
-
-def shape_of(node: Any) -> tuple[Any, ...]:
-    """The traced shape of a node's value; the batch dimension may be symbolic."""
-    return tuple(node.meta["val"].shape)
-
-
-def _insert(graph: fx.Graph, before: fx.Node, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
-    """A new node before ``before`` that carries the names, source line and traced value of ``like``."""
-    with graph.inserting_before(before):
-        node = graph.call_function(target, args)
-    node.meta = dict(like.meta)
-    return node
-
-
-def _traced(node: fx.Node) -> fx.Node:
-    """Give a rewritten node the traced value that follows from its new arguments."""
-    args = fx.map_arg(node.args, lambda argument: argument.meta["val"])
-    target: Any = node.target
-    node.meta["val"] = target(*args)
-    return node
-
-
-def given(node: fx.Node, required: int, *defaults: Any) -> tuple[Any, ...]:
-    """All of an operation's arguments: the required ones, then the others or their defaults."""
-    args: tuple[Any, ...] = node.args
-    return (*args, *defaults[max(0, len(args) - required) :])
-
-
-def _replace(graph: fx.Graph, old: fx.Node, new: Any) -> None:
-    old.replace_all_uses_with(new)
-    graph.erase_node(old)
 
 
 def single_outputs(graph: fx.Graph) -> None:
@@ -265,11 +234,11 @@ def single_outputs(graph: fx.Graph) -> None:
             continue
         target, args = plain[node.target](node)
         for item in items:
-            _replace(graph, item, _insert(graph, item, target, args, like=item))
+            replace(graph, item, insert(graph, item, target, args, like=item))
         graph.erase_node(node)
     for node in list(graph.nodes):
-        if node.target is aten.amax.default and node.args[1:2] and node.args[1]:
-            _replace(graph, node, _insert(graph, node, maximum_over, node.args, like=node))
+        if node.target is aten.amax.default and node.args[1]:
+            replace(graph, node, insert(graph, node, maximum_over, node.args, like=node))
 
 
 def gather_choices(graph: fx.Graph) -> None:
@@ -280,15 +249,15 @@ def gather_choices(graph: fx.Graph) -> None:
             continue
         x, (_, places), rank = node.args[0], node.meta["val"], len(shape_of(values))
         dim = chosen_along(node)
-        where = _insert(graph, values, operator.getitem, (node, 1), like=values)
+        where = insert(graph, values, operator.getitem, (node, 1), like=values)
         where.meta["val"] = places
         is_squeezed = rank < len(shape_of(x))
         if is_squeezed:
-            where = _traced(_insert(graph, values, aten.unsqueeze.default, (where, dim), like=where))
-        found = _traced(_insert(graph, values, aten.gather.default, (x, dim, where), like=values))
+            where = traced(insert(graph, values, aten.unsqueeze.default, (where, dim), like=where))
+        found = traced(insert(graph, values, aten.gather.default, (x, dim, where), like=values))
         if is_squeezed:
-            found = _traced(_insert(graph, values, aten.squeeze.dims, (found, [dim]), like=values))
-        _replace(graph, values, found)
+            found = traced(insert(graph, values, aten.squeeze.dims, (found, [dim]), like=values))
+        replace(graph, values, found)
 
 
 def write_out_blends(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
@@ -306,9 +275,9 @@ def write_out_blends(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
             for difference, gate in (product.args, product.args[::-1]):
                 takes = _is_read_once(difference, aten.sub.Tensor) and difference.args[1] is b
                 if takes and isinstance(gate, fx.Node) and comes_from(gate, GATES, PARTS):
-                    rest = _traced(_insert(graph, node, aten.rsub.Scalar, (gate, 1), like=gate))
+                    rest = traced(insert(graph, node, aten.rsub.Scalar, (gate, 1), like=gate))
                     node.args = tuple(
-                        _traced(_insert(graph, node, aten.mul.Tensor, pair, like=product))
+                        traced(insert(graph, node, aten.mul.Tensor, pair, like=product))
                         for pair in ((difference.args[0], gate), (b, rest))
                     )
                     break
@@ -325,10 +294,10 @@ def stack_maxima(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
     for node in list(graph.nodes):
         if node.target is not aten.maximum.default or not varying.issuperset(node.all_input_nodes):
             continue
-        one, other = node.args
+        one, other = args_of(node)
         if len(node.all_input_nodes) == 2 and shape_of(one) == shape_of(other):
-            stacked = _traced(_insert(graph, node, aten.stack.default, ([one, other], -1), like=node))
-            node.target, node.args = maximum_over, (stacked, [-1])
+            stacked = traced(insert(graph, node, aten.stack.default, ([one, other], -1), like=node))
+            become(node, maximum_over, stacked, [-1])
 
 
 def drop_expands(graph: fx.Graph) -> None:
@@ -337,7 +306,7 @@ def drop_expands(graph: fx.Graph) -> None:
         if node.target is not aten.expand.default or len(shape_of(node)) != len(shape_of(node.args[0])):
             continue
         if all(_broadcasts(user, node) for user in node.users):
-            _replace(graph, node, node.args[0])
+            replace(graph, node, node.args[0])
 
 
 def _broadcasts(user: fx.Node, operand: fx.Node) -> bool:
@@ -378,19 +347,18 @@ def fold_batch_norm(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is not batch_norm:
             continue
-        source, gamma, beta, mean, var, eps = node.args
+        source, gamma, beta, mean, var, eps = args_of(node)
         if not _is_weighted_for_one(source):
             continue
         # On (N, L, C) a batch norm acts on dimension 1 and a linear layer on the last: not the same channels.
         if source.target is aten.linear.default and len(shape_of(source)) != 2:
             continue
-        x, weight, *rest = source.args
-        bias = rest[0] if rest else None
-        new_weight = _insert(graph, node, folded_weight, (weight, gamma, var, eps), like=weight)
-        new_bias = _insert(graph, node, folded_bias, (weight, bias, gamma, beta, mean, var, eps), like=mean)
-        layer = _insert(graph, node, source.target, (x, new_weight, new_bias, *rest[1:]), like=source)
+        x, weight, bias, *rest = args_of(source)
+        new_weight = insert(graph, node, folded_weight, (weight, gamma, var, eps), like=weight)
+        new_bias = insert(graph, node, folded_bias, (weight, bias, gamma, beta, mean, var, eps), like=mean)
+        layer = insert(graph, node, source.target, (x, new_weight, new_bias, *rest), like=source)
         layer.kwargs = source.kwargs
-        _replace(graph, node, layer)
+        replace(graph, node, layer)
         graph.erase_node(source)
 
 
@@ -404,25 +372,24 @@ def fold_channelwise(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
     for node in list(graph.nodes):
         if node.target not in _ARITHMETIC or node.kwargs:
             continue
-        source, numbers = node.args
+        source, numbers = args_of(node)
         if node.target in (aten.add.Tensor, aten.mul.Tensor) and numbers in varying:
             source, numbers = numbers, source
         if not _is_weighted_for_one(source) or not _is_channelwise(numbers, source) or numbers in varying:
             continue
-        x, weight, *rest = source.args
-        bias = rest[0] if rest else None
+        x, weight, bias, *rest = args_of(source)
         if node.target in (aten.mul.Tensor, aten.div.Tensor):
             by_row = _reshaped(graph, node, numbers, 0, weight)
-            weight = _insert(graph, node, node.target, (weight, by_row), like=weight)
+            weight = insert(graph, node, node.target, (weight, by_row), like=weight)
         elif bias is None:
             bias = 0.0
         if bias is not None:
-            row = _traced(_insert(graph, node, aten.reshape.default, (numbers, [-1]), like=numbers))
-            bias = _traced(_insert(graph, node, _ARITHMETIC[node.target], (bias, row), like=numbers))
-        layer = _insert(graph, node, source.target, (x, weight, bias, *rest[1:]), like=source)
+            row = traced(insert(graph, node, aten.reshape.default, (numbers, [-1]), like=numbers))
+            bias = traced(insert(graph, node, _ARITHMETIC[node.target], (bias, row), like=numbers))
+        layer = insert(graph, node, source.target, (x, weight, bias, *rest), like=source)
         layer.kwargs = source.kwargs
         varying.add(layer)
-        _replace(graph, node, layer)
+        replace(graph, node, layer)
         graph.erase_node(source)
 
 
@@ -462,17 +429,17 @@ def fold_signs(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
             (dim,), source = before, source.args[0]
         if not _is_weighted_for_one(source) or dim != _channel_dim(source):
             continue
-        x, own, *rest = source.args
-        signs = _traced(_insert(graph, node, signs_of, (weight, own.meta["val"].dtype), like=weight))
-        turned = _insert(graph, node, aten.mul.Tensor, (own, _reshaped(graph, node, signs, 0, own)), like=own)
+        x, own, *rest = args_of(source)
+        signs = traced(insert(graph, node, signs_of, (weight, own.meta["val"].dtype), like=weight))
+        turned = insert(graph, node, aten.mul.Tensor, (own, _reshaped(graph, node, signs, 0, own)), like=own)
         if rest and rest[0] is not None:
-            rest[0] = _insert(graph, node, aten.mul.Tensor, (rest[0], signs), like=rest[0])
-        layer = _insert(graph, node, source.target, (x, turned, *rest), like=source)
+            rest[0] = insert(graph, node, aten.mul.Tensor, (rest[0], signs), like=rest[0])
+        layer = insert(graph, node, source.target, (x, turned, *rest), like=source)
         layer.kwargs = source.kwargs
-        back = _insert(graph, node, aten.mul.Tensor, (layer, _reshaped(graph, node, signs, dim, source)), like=source)
+        back = insert(graph, node, aten.mul.Tensor, (layer, _reshaped(graph, node, signs, dim, source)), like=source)
         varying.update((layer, back))
         for old in reversed(between):
-            back = _insert(graph, node, old.target, (back, *old.args[1:]), like=old)
+            back = insert(graph, node, old.target, (back, *old.args[1:]), like=old)
             back.kwargs = old.kwargs
             varying.add(back)
         node.args = (back, *node.args[1:])
@@ -485,7 +452,7 @@ def _channel_scale(node: fx.Node) -> tuple[Any, int]:
     if node.target is group_norm:
         return node.args[2], 1
     if node.target in (aten.layer_norm.default, aten.rms_norm.default):
-        _, (_, *others), weight, *_ = given(node, 2, None)
+        _, (_, *others), weight, *_ = args_of(node)
         return (weight if _all_are(others, 1) else None), len(shape_of(node)) - 1 - len(others)
     return None, 0
 
@@ -494,7 +461,7 @@ def _reshaped(graph: fx.Graph, before: fx.Node, numbers: fx.Node, dim: int, like
     """A row of numbers along a dimension of another value."""
     sizes = [1] * len(shape_of(like))
     sizes[dim] = -1
-    return _traced(_insert(graph, before, aten.reshape.default, (numbers, sizes), like=numbers))
+    return traced(insert(graph, before, aten.reshape.default, (numbers, sizes), like=numbers))
 
 
 def _channel_dim(layer: fx.Node) -> int:
@@ -519,7 +486,7 @@ def step_over_softmax(graph: fx.Graph) -> tuple[str, ...]:
     """
     found = dict.fromkeys(_probabilities(only_output(graph), set()))
     for node in found:
-        _replace(graph, node, node.args[0])
+        replace(graph, node, node.args[0])
     names = dict.fromkeys(operation_name(node) for node in found)
     return tuple(f"the model ends in {name}: its logits are explained, not its probabilities" for name in names)
 
@@ -554,7 +521,7 @@ def _probabilities(node: Any, averaged: set[int]) -> list[fx.Node]:
         parts = [part for part in node.args if isinstance(part, fx.Node) and shape_of(part) == shape_of(node)]
         parts = parts if len(parts) == 2 else []
     elif node.target is aten.stack.default:
-        (_, dim), parts = given(node, 1, 0), list(source)
+        (_, dim), parts = args_of(node), list(source)
         dim %= len(shape_of(node))
         averaged = {each - (each > dim) for each in averaged - {dim}}
     each_part = [_probabilities(part, averaged) for part in parts]
@@ -564,7 +531,7 @@ def _probabilities(node: Any, averaged: set[int]) -> list[fx.Node]:
 def _before_reduction(node: Any, averaged: Collection[int]) -> set[int]:
     """Which dimensions of what is reduced are, or become, dimensions that are averaged."""
     count = len(shape_of(node.args[0]))
-    own = {dim % count for dim in _integers(node.args[1])} if node.args[1:] and node.args[1] else set(range(count))
+    own = {dim % count for dim in _integers(node.args[1])} if node.args[1] else set(range(count))
     left = list(range(count)) if len(shape_of(node)) == count else [dim for dim in range(count) if dim not in own]
     return own | {left[dim] for dim in averaged}
 
@@ -611,20 +578,20 @@ def drop_identity_windows(graph: fx.Graph) -> None:
     """Remove pools and means whose windows hold one element each: they change nothing, yet z+ would drop negative values."""
     for node in list(graph.nodes):
         if node.target in REDUCTIONS:
-            source, dims, keep = node.args[0], node.args[1] if len(node.args) > 1 else None, node.args[2:3] == (True,)
+            source, dims, keep = args_of(node)
             if not dims or any(shape_of(source)[dim] != 1 for dim in dims):
                 continue
-            new = source if keep else _insert(graph, node, aten.squeeze.dims, (source, list(dims)), like=node)
+            new = source if keep else insert(graph, node, aten.squeeze.dims, (source, list(dims)), like=node)
             dtype = node.meta["val"].dtype
             if dtype != source.meta["val"].dtype:
-                new = _insert(graph, node, aten.to.dtype, (new, dtype), like=node)
-            _replace(graph, node, new)
+                new = insert(graph, node, aten.to.dtype, (new, dtype), like=node)
+            replace(graph, node, new)
         elif node.target in AVERAGE_POOLS | MAX_POOLS | ADAPTIVE_AVERAGES | ADAPTIVE_MAXIMA:
             source, window = node.args[:2]
             adaptive = node.target in ADAPTIVE_AVERAGES | ADAPTIVE_MAXIMA
-            divided = node.target in AVERAGE_POOLS and len(node.args) > 6 and node.args[6] is not None
+            divided = node.target in AVERAGE_POOLS and node.args[6:] not in ((), (None,))
             if (adaptive or (_all_are(window, 1) and not divided)) and shape_of(node)[1:] == shape_of(source)[1:]:
-                _replace(graph, node, source)
+                replace(graph, node, source)
 
 
 def average_before_linear(graph: fx.Graph) -> None:
@@ -660,10 +627,8 @@ def _is_average(node: fx.Node) -> bool:
     if node.target is aten.mean.dim:
         return bool(node.args[1]) and not node.kwargs
     if node.target in AVERAGE_POOLS:
-        padding = node.args[3] if len(node.args) > 3 else 0
-        ceil_mode = bool(node.args[4]) if len(node.args) > 4 else False
-        divisor = node.args[6] if len(node.args) > 6 else None
-        return _all_are(padding, 0) and not ceil_mode and divisor is None
+        _, _, _, padding, ceil_mode, _, *divisor = args_of(node)
+        return _all_are(padding, 0) and not ceil_mode and divisor in ([], [None])
     return node.target in ADAPTIVE_AVERAGES
 
 
@@ -691,8 +656,7 @@ def _average_first(graph: fx.Graph, average: fx.Node) -> bool:
 def _is_pointwise(conv: fx.Node) -> bool:
     weight = conv.args[1]
     assert isinstance(weight, fx.Node)
-    stride: Any = conv.args[3] if len(conv.args) > 3 else 1
-    padding: Any = conv.args[4] if len(conv.args) > 4 else 0
+    _, _, _, stride, padding, *_ = args_of(conv)
     unpadded = padding in ("same", "valid") or _all_are(padding, 0)
     return unpadded and _all_are(shape_of(weight)[2:], 1) and _all_are(stride, 1)
 
@@ -710,10 +674,10 @@ def _integers(sizes: Any) -> list[Any]:
 def _swap(graph: fx.Graph, average: fx.Node, head: fx.Node) -> bool:
     """``pool(head(x))`` becomes ``head(pool(x))``."""
     x, *rest = head.args
-    pooled = _traced(_insert(graph, average, average.target, (x, *average.args[1:]), like=average))
-    moved = _insert(graph, average, head.target, (pooled, *rest), like=head)
+    pooled = traced(insert(graph, average, average.target, (x, *average.args[1:]), like=average))
+    moved = insert(graph, average, head.target, (pooled, *rest), like=head)
     moved.meta["val"] = average.meta["val"]
-    _replace(graph, average, moved)
+    replace(graph, average, moved)
     graph.erase_node(head)
     return True
 
@@ -721,11 +685,11 @@ def _swap(graph: fx.Graph, average: fx.Node, head: fx.Node) -> bool:
 def _swap_mean(graph: fx.Graph, average: fx.Node, head: fx.Node, dims: list[int]) -> bool:
     """``mean(head(x), dims)`` becomes ``squeeze(head(mean(x, dims, keepdim)), dims)``."""
     x, *rest = head.args
-    kept = average.args[2:3] == (True,)
-    pooled = _traced(_insert(graph, average, aten.mean.dim, (x, dims, True), like=average))
-    moved = _traced(_insert(graph, average, head.target, (pooled, *rest), like=head))
-    new = moved if kept else _insert(graph, average, aten.squeeze.dims, (moved, dims), like=average)
-    _replace(graph, average, new)
+    kept = average.args[2]
+    pooled = traced(insert(graph, average, aten.mean.dim, (x, dims, True), like=average))
+    moved = traced(insert(graph, average, head.target, (pooled, *rest), like=head))
+    new = moved if kept else insert(graph, average, aten.squeeze.dims, (moved, dims), like=average)
+    replace(graph, average, new)
     graph.erase_node(head)
     return True
 
@@ -740,12 +704,12 @@ def _swap_view(graph: fx.Graph, average: fx.Node, view: fx.Node) -> bool:
     x, *rest = linear.args
     assert isinstance(x, fx.Node)
     assert isinstance(shape, (list, tuple))
-    split = _insert(graph, average, aten.reshape.default, (x, [*shape[:-1], shape_of(x)[-1]]), like=view)
+    split = insert(graph, average, aten.reshape.default, (x, [*shape[:-1], shape_of(x)[-1]]), like=view)
     split.meta["val"] = view.meta["val"].new_empty((*shape_of(view)[:-1], shape_of(x)[-1]))
-    mean = _traced(_insert(graph, average, aten.mean.dim, (split, *average.args[1:]), like=average))
-    moved = _insert(graph, average, linear.target, (mean, *rest), like=linear)
+    mean = traced(insert(graph, average, aten.mean.dim, (split, *average.args[1:]), like=average))
+    moved = insert(graph, average, linear.target, (mean, *rest), like=linear)
     moved.meta["val"] = average.meta["val"]
-    _replace(graph, average, moved)
+    replace(graph, average, moved)
     graph.erase_node(view)
     graph.erase_node(linear)
     return True
@@ -759,8 +723,8 @@ def _swap_squeeze(graph: fx.Graph, average: fx.Node, squeeze: fx.Node, dims: lis
     squeezed = {dim for dim in squeezed if shape[dim] == 1}
     left = [dim for dim in range(len(shape)) if dim not in squeezed]
     averaged = [left[dim] for dim in dims]
-    pooled = _traced(_insert(graph, average, aten.mean.dim, (x, averaged, True), like=average))
-    gone = sorted(squeezed if average.args[2:3] == (True,) else squeezed.union(averaged))
-    _replace(graph, average, _insert(graph, average, aten.squeeze.dims, (pooled, gone), like=average))
+    pooled = traced(insert(graph, average, aten.mean.dim, (x, averaged, True), like=average))
+    gone = sorted(squeezed if average.args[2] else squeezed.union(averaged))
+    replace(graph, average, insert(graph, average, aten.squeeze.dims, (pooled, gone), like=average))
     graph.erase_node(squeeze)
     return True

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from captum_dtd.decompositions import RECURRENT
+from captum_dtd.nodes import become, replace
 from captum_dtd.operations import (
     ADAPTIVE_AVERAGES,
     AVERAGE_POOLS,
@@ -70,7 +71,7 @@ def step_over_aliases(module: fx.GraphModule) -> None:
             continue
         idle = [node for node in part.graph.nodes if _returns_its_input(node)]
         for node in idle:
-            _step_over(node)
+            replace(node.graph, node, node.all_input_nodes[0])
         if idle:
             part.recompile()  # whoever runs its code, not its graph, sees the same
 
@@ -143,13 +144,13 @@ def _in_place(node: fx.Node, place: Mapping[fx.Node, int]) -> _Rewrite | None:
     dtypes = {other.meta["val"].dtype for other in (own, *others) if isinstance(other, fx.Node)}
     if not is_new or not is_read_no_more or len(dtypes) > 1:
         return None
-    return lambda: _become(node, _IN_PLACE[node.target])
+    return lambda: become(node, _IN_PLACE[node.target], *node.args, **node.kwargs)
 
 
 def _batch_norm(node: fx.Node, place: Mapping[fx.Node, int]) -> _Rewrite | None:
     if len(node.args) != 9 or node.args[5] or node.args[3] is None:
         return None  # it normalises by what is in the batch
-    return lambda: _become(node, batch_norm, (*node.args[:5], node.args[7]))
+    return lambda: become(node, batch_norm, *node.args[:5], node.args[7])
 
 
 def _flatten(node: fx.Node, place: Mapping[fx.Node, int]) -> _Rewrite | None:
@@ -158,7 +159,7 @@ def _flatten(node: fx.Node, place: Mapping[fx.Node, int]) -> _Rewrite | None:
     assert isinstance(source, fx.Node) and isinstance(first, int)
     sizes = list(node.meta["val"].shape)
     if len(sizes) == source.meta["val"].ndim:  # there is nothing to flatten
-        return lambda: _step_over(node)
+        return lambda: replace(node.graph, node, node.all_input_nodes[0])
     unknown = [dim for dim, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
     if any(dim >= first % source.meta["val"].ndim for dim in unknown):
         return None
@@ -168,7 +169,7 @@ def _flatten(node: fx.Node, place: Mapping[fx.Node, int]) -> _Rewrite | None:
             with node.graph.inserting_before(node):
                 size = node.graph.call_function(aten.sym_size.int, (node.args[0], dim))
             size.meta["val"], sizes[dim] = sizes[dim], size
-        _become(node, aten.view.default, (node.args[0], sizes))
+        become(node, aten.view.default, node.args[0], sizes)
 
     return rewrite
 
@@ -180,14 +181,3 @@ _REWRITES: dict[Any, Callable[[fx.Node, Mapping[fx.Node, int]], _Rewrite | None]
     aten.batch_norm.default: _batch_norm,
     aten.flatten.using_ints: _flatten,
 }
-
-
-def _become(node: fx.Node, target: Any, args: tuple[Any, ...] | None = None) -> None:
-    node.target = target
-    if args is not None:
-        node.args, node.kwargs = args, {}
-
-
-def _step_over(node: fx.Node) -> None:
-    node.replace_all_uses_with(node.all_input_nodes[0])
-    node.graph.erase_node(node)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from captum_dtd import kernels, native, ops
-from captum_dtd.graph import operation_name
 from captum_dtd.kernels import Precision
 from captum_dtd.layers import Call, Limits
+from captum_dtd.nodes import operation_name
 from captum_dtd.operations import ADDITIONS, AVERAGE_POOLS, CONVOLUTIONS, MAX_POOLS, aten
 from captum_dtd.ops import Table
 from captum_dtd.reference import accumulator
@@ -258,8 +258,8 @@ class _Convolution:
 
     @staticmethod
     def of(call: Call) -> _Convolution:
-        given = call.args[1:]
-        weight, bias, stride, padding, dilation, groups = given + (None, None, 1, 0, 1, 1)[len(given) :]
+        _, weight, bias, *geometry_of = call.args
+        stride, padding, dilation, groups = geometry_of or (1, 0, 1, 1)  # a linear layer has none
         dims = weight.ndim - 2
         geometry = {
             "stride": _three(stride, dims, 1),
@@ -293,10 +293,10 @@ class _Pool:
     @staticmethod
     def of(call: Call) -> _Pool:
         dims = int(operation_name(call.node)[-2])
-        given = call.args[1:]
-        if call.node.target in AVERAGE_POOLS:  # an average pooling has no dilation, and divisors that cancel
-            given = (*given[:3], 1, given[3]) if len(given) > 3 else given
-        kernel_size, stride, padding, dilation, ceil_mode = given + ([], [], 0, 1, False)[len(given) :]
+        if call.node.target in AVERAGE_POOLS:  # it has no dilation, and divisors that cancel
+            (_, kernel_size, stride, padding, ceil_mode, *_), dilation = call.args, 1
+        else:
+            _, kernel_size, stride, padding, dilation, ceil_mode = call.args
         return _Pool(
             dims,
             _three(kernel_size, dims, 1),

@@ -11,15 +11,12 @@ import inspect
 import io
 import itertools
 import logging
-import os
-import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +31,7 @@ from torch.utils import _pytree as pytree
 from captum_dtd.decompositions import DECOMPOSITIONS, RECURRENT
 from captum_dtd.functional import drawn_numbers, functionalize, step_over_aliases
 from captum_dtd.modes import plain_modes
+from captum_dtd.nodes import chosen_along, depending, operation_name, source_line, spell_out
 from captum_dtd.operations import CHOICES, CONVOLUTIONS, SOFTMAX, aten
 from captum_dtd.structure import structural_copy, tensor_of
 
@@ -173,6 +171,7 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
             drawn = next(drawn_numbers(program.graph_module), None)
             if not functionalize(program.graph):
                 program = program.run_decompositions(DECOMPOSITIONS)
+            spell_out(program.graph)
     except Exception as error:
         raise _untraceable(model, arguments, error) from error
 
@@ -248,9 +247,9 @@ def _mixing(graph: fx.Graph, inputs: Collection[fx.Node]) -> str:
             return chosen_along(node) in growing(source)
         if node.target not in _ALONG:
             return False
-        place = _ALONG[node.target]
-        dims: Any = node.args[place] if len(node.args) > place else range(source.meta["val"].ndim)
-        along = {dim % source.meta["val"].ndim for dim in ([dims] if isinstance(dims, int) else dims)}
+        dims: Any = node.args[_ALONG[node.target]]
+        rank = source.meta["val"].ndim
+        along = {dim % rank for dim in ([dims] if isinstance(dims, int) else dims or range(rank))}
         return not along.isdisjoint(growing(source))
 
     reached = depending(graph, {node for node in inputs if growing(node)}, holds_values)
@@ -370,49 +369,3 @@ def _binds(model: nn.Module, arguments: list[Any]) -> bool:
     except TypeError:
         return False
     return True
-
-
-def module_path(node: fx.Node) -> str:
-    """The dotted path of the module in whose forward the operation stands; empty for the model's own forward."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = str(list(stack.values())[-1][0])
-    return re.sub(r"@\d+|\._orig_mod|^_orig_mod\.?", "", path)
-
-
-def source_line(node: fx.Node) -> str:
-    """``file.py:12: code`` of the line that asked for the operation, in the user's code rather than in torch's."""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n([^\n]*)', node.meta.get("stack_trace") or "")
-    library = str(Path(torch.__file__).parent) + os.sep
-    own = [frame for frame in frames if not frame[0].startswith(library)] or frames
-    if not own:
-        return ""
-    file, line, code = own[-1]
-    return f"{Path(file).name}:{line}: {code.strip()}"
-
-
-def depending(
-    graph: fx.Graph, inputs: Collection[fx.Node], carries: Callable[[fx.Node], bool] = lambda _: True
-) -> set[fx.Node]:
-    """Some inputs, and every value that is computed from one of them, by way of those that ``carries`` says yes to."""
-    found = set(inputs)
-    for node in graph.nodes:
-        if not found.isdisjoint(node.all_input_nodes) and carries(node):
-            found.add(node)
-    return found
-
-
-def operation_name(node: fx.Node) -> str:
-    """A short name of the operation, ``conv3d`` for ``aten.conv3d.default``."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.removeprefix("aten::").lstrip("_")
-    return str(getattr(node.target, "__name__", node.target))
-
-
-def chosen_along(node: fx.Node) -> int:
-    """The dimension along which one of `captum_dtd.operations.CHOICES` chooses."""
-    place = 2 if node.target in (aten.topk.default, aten.kthvalue.default) else 1
-    dim: Any = node.kwargs.get("dim", node.args[place] if len(node.args) > place else -1)
-    source: Any = node.args[0]
-    return int(dim) % int(source.meta["val"].ndim)

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from captum_dtd.graph import operation_name
+from captum_dtd.nodes import operation_name
 from captum_dtd.operations import (
     ADAPTIVE_AVERAGES,
     ADAPTIVE_MAXIMA,
@@ -496,17 +496,16 @@ def _pool_sums(call: Call, x: Tensor, output: torch.Size) -> Tensor:
     """Sums over the windows of a max pooling, with its padding, dilation and ceil mode."""
     dims = int(operation_name(call.node)[-2])
 
-    def each(position: int, default: list[int]) -> list[int]:
-        given = call.args[position] if len(call.args) > position else []
-        values = list(given) if isinstance(given, (list, tuple)) else [given]
-        return (values or default) * (dims if len(values) == 1 else 1)
+    def each(value: Any) -> list[int]:
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        return values * (dims if len(values) == 1 else 1)
 
-    kernel = each(1, [])
-    stride, padding, dilation = each(2, kernel), each(3, [0] * dims), each(4, [1] * dims)
+    kernel = each(call.args[1])
+    stride, padding, dilation = each(call.args[2]) or kernel, each(call.args[3]), each(call.args[4])
     wide_enough = all(n >= k for n, k in zip(x.shape[-dims:], kernel, strict=True))
     if set(dilation) == {1} and dims > 1 and wide_enough:
         pool = F.avg_pool2d if dims == 2 else F.avg_pool3d
-        return pool(x, kernel, stride, padding, ceil_mode=bool(call.args[5:] and call.args[5]), divisor_override=1)
+        return pool(x, kernel, stride, padding, ceil_mode=bool(call.args[5]), divisor_override=1)
     # No average pool is dilated, or takes an input narrower than its kernel: add up by a convolution with ones.
     sizes = zip(output[-dims:], stride, padding, dilation, kernel, x.shape[-dims:], strict=True)
     after = [max(0, (o - 1) * s + d * (k - 1) + 1 - p - n) for o, s, p, d, k, n in sizes]
@@ -535,8 +534,9 @@ _FACTORIES: dict[Any, LayerFactory] = {}
 def covers(*targets: Any) -> Callable[[LayerFactory], LayerFactory]:
     """Register a factory as the layer of these operations, in the whole process and in place of a layer that they have.
 
-    The factory is called with a node of the canonized graph and the positions of those of its flattened arguments that depend
-    on what is explained; it returns a layer, of one of this module's kinds, or None: such a use is not covered.
+    The factory is called with a node of the canonized graph, whose positional arguments are all there, and the positions of
+    those of its flattened arguments that depend on what is explained; it returns a layer, of one of this module's kinds, or
+    None: such a use is not covered.
 
     Args:
         *targets: ATen overloads, as ``torch.export`` names them.
@@ -625,7 +625,7 @@ def _rearrangement(node: fx.Node, signals: Sequence[int]) -> Layer | None:
 
 @covers(aten.index_put.default)
 def _written_by_index(node: fx.Node, signals: Sequence[int]) -> Layer | None:
-    return None if node.args[3:] == (True,) else Rearrangement()
+    return None if node.args[3] else Rearrangement()
 
 
 @covers(*ADDITIONS)
@@ -709,7 +709,7 @@ def is_non_negative(node: fx.Node, layer: Layer, of: Callable[[fx.Node], bool]) 
     if node.target in NON_NEGATIVE_ACTIVATIONS:
         return True
     if node.target in CLAMPS:
-        low = node.args[1] if len(node.args) > 1 else -1.0
+        low = node.args[1]
         return node.target is not aten.clamp_max.default and isinstance(low, (int, float)) and low >= 0
     inputs = [leaf for leaf in pytree.tree_leaves((node.args, dict(node.kwargs))) if isinstance(leaf, fx.Node)]
     if isinstance(layer, Rearrangement) and node.target in (aten.pad.default, aten.constant_pad_nd.default):

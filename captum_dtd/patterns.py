@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from captum_dtd.graph import depending
+from captum_dtd.nodes import depending
 from captum_dtd.operations import (
     ADDITIONS,
     CASTS,

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from captum_dtd import fused, native, room
 from captum_dtd.canonizers import canonize, only_output
 from captum_dtd.composites import Composite, Selector
-from captum_dtd.graph import TracedModel, UnsupportedOperationError, module_path, operation_name, source_line
+from captum_dtd.graph import TracedModel, UnsupportedOperationError
 from captum_dtd.kernels import Precision
 from captum_dtd.layers import (
     Call,
@@ -34,6 +34,7 @@ from captum_dtd.layers import (
     signal_positions,
 )
 from captum_dtd.modes import exact_modes
+from captum_dtd.nodes import module_path, operation_name, source_line
 from captum_dtd.operations import CONVOLUTIONS, NORMS, SHAPE_READERS, aten
 from captum_dtd.patterns import holds_numbers, mark_varying
 from captum_dtd.rules import Group, MaxPoolRule, Rule

@@ -22,8 +22,8 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, fx
 
-from captum_dtd.canonizers import given, shape_of
 from captum_dtd.layers import NON_NEGATIVE_ACTIVATIONS, SIGN_PRESERVING_ACTIVATIONS
+from captum_dtd.nodes import args_of, shape_of
 from captum_dtd.operations import (
     ADAPTIVE_AVERAGES,
     ADAPTIVE_MAXIMA,
@@ -229,10 +229,10 @@ def _broadcast(node: fx.Node, times_of: TimesOf) -> InTime | None:
 
 
 def _cat(node: fx.Node, times_of: TimesOf) -> InTime | None:
-    tensors, rest = node.args[0], node.args[1:]
+    tensors, along = args_of(node)
     assert isinstance(tensors, (list, tuple))
-    every = [times_of(tensor) for tensor in tensors]  # type: ignore[arg-type]
-    dim = int(rest[0]) % len(shape_of(node)) if rest else 0  # type: ignore[arg-type]
+    every = [times_of(tensor) for tensor in tensors]
+    dim = int(along) % len(shape_of(node))
     if any(times is None or times.dim != every[0].dim for times in every) or dim == every[0].dim:  # type: ignore[union-attr]
         return None
     known = [times for times in every if times is not None]
@@ -240,7 +240,7 @@ def _cat(node: fx.Node, times_of: TimesOf) -> InTime | None:
 
 
 def _stack(node: fx.Node, times_of: TimesOf) -> InTime | None:
-    tensors, dim = given(node, 1, 0)
+    tensors, dim = args_of(node)
     dim %= len(shape_of(node))
     known = [times for tensor in tensors if (times := times_of(tensor)) is not None]
     if dim == 0 or len(known) < len(tensors) or len({times.dim for times in known}) != 1:
@@ -251,7 +251,7 @@ def _stack(node: fx.Node, times_of: TimesOf) -> InTime | None:
 
 def _split(node: fx.Node, times_of: TimesOf) -> InTime | None:
     times = _only_source(node, times_of)
-    dim = int(node.args[2]) if len(node.args) > 2 else 0  # type: ignore[arg-type]
+    dim = int(node.args[2])  # type: ignore[arg-type]
     if times is None or dim % len(shape_of(node.args[0])) == times.dim:
         return None
     return _pointwise(times)
@@ -260,7 +260,7 @@ def _split(node: fx.Node, times_of: TimesOf) -> InTime | None:
 def _reduction(node: fx.Node, times_of: TimesOf, over: int = 1) -> InTime | None:
     """``over`` says which argument has the dimensions; whether they are kept is said by the next, or by name."""
     times = _only_source(node, times_of)
-    if times is None or len(node.args) <= over or not node.args[over]:
+    if times is None or not node.args[over]:
         return None
     rank = len(shape_of(node.args[0]))
     dims = {int(dim) % rank for dim in node.args[over]}  # type: ignore[union-attr, arg-type]
@@ -334,7 +334,7 @@ def _squeeze(node: fx.Node, times_of: TimesOf) -> InTime | None:
     times = _only_source(node, times_of)
     if times is None:
         return None
-    source, dims = given(node, 2)
+    source, dims = args_of(node)
     before = shape_of(source)
     asked = {int(dim) % len(before) for dim in dims}
     if times.dim in asked and times.length == 1:
@@ -354,7 +354,7 @@ def _slice(node: fx.Node, times_of: TimesOf) -> InTime | None:
     times = _only_source(node, times_of)
     if times is None:
         return None
-    x, dim, start, end, step = given(node, 1, 0, None, None, 1)
+    x, dim, start, end, step = args_of(node)
     if dim % len(shape_of(node)) != times.dim:
         return _pointwise(times)
     if not all(isinstance(number, (int, type(None))) for number in (start, end, step)):
@@ -367,7 +367,7 @@ def _pad(node: fx.Node, times_of: TimesOf) -> InTime | None:
     times = _only_source(node, times_of)
     if times is None:
         return None
-    x, padding, *options = given(node, 2)
+    x, padding, *options = args_of(node)
     sides = list(padding)
     at = 2 * (len(shape_of(node)) - 1 - times.dim)
     if at >= len(sides) or (sides[at] == 0 and sides[at + 1] == 0):
@@ -403,7 +403,7 @@ def _pool(node: fx.Node, times_of: TimesOf) -> InTime | None:
     if times is None or len(shape_of(node)) != 5 or times.dim != 2:
         return None
     is_max = node.target is aten.max_pool3d.default
-    x, kernel, stride, padding, *rest = given(node, 2, [], 0, *((1, False) if is_max else (False, True, None)))
+    x, kernel, stride, padding, *rest = args_of(node)
     size, steps, padding = _triple(kernel), _triple(stride or kernel), _triple(padding)
     dilation = _triple(rest[0]) if is_max else [1, 1, 1]
     if (size[0], steps[0], padding[0]) == (1, 1, 0):
@@ -423,8 +423,7 @@ def _convolution(node: fx.Node, times_of: TimesOf) -> InTime | None:
     times = _only_source(node, times_of)
     if times is None or len(shape_of(node)) != 5 or times.dim != 2:
         return None
-    unpadded = "valid" if node.target is aten.conv3d.padding else 0
-    x, weight, bias, stride, padding, dilation, groups = given(node, 2, None, 1, unpadded, 1, 1)
+    x, weight, bias, stride, padding, dilation, groups = args_of(node)
     taps = int(shape_of(weight)[2])
     steps, apart = _triple(stride), _triple(dilation)
     before = (
