@@ -85,9 +85,10 @@ def shape_of(node: Any) -> tuple[Any, ...]:
 
 def chosen_along(node: fx.Node) -> int:
     """The dimension along which one of `captum_dtd.operations.CHOICES` chooses."""
-    dim: Any = node.args[2 if node.target in (aten.topk.default, aten.kthvalue.default) else 1]
     if node.target is aten.sort.stable:
-        dim = node.kwargs.get("dim", -1)
+        dim: Any = node.kwargs.get("dim", -1)
+    else:
+        dim = node.args[2 if node.target in (aten.topk.default, aten.kthvalue.default) else 1]
     return int(dim) % len(shape_of(node.args[0]))
 
 
