@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from captum_dtd import __version__, doctor
 from captum_dtd.kernels import Precision
-from captum_dtd.recipe import Explainer, Recipe, class_index, read_classes
+from captum_dtd.recipe import Explainer, Recipe, class_index, read_classes, usable_device
 from captum_dtd.video import (
     Clip,
     Preprocessing,
@@ -294,7 +294,7 @@ def _explain(args: argparse.Namespace) -> int:
     source = _Source.find(args.video)
     directory: Path = args.output or Path(f"captum_dtd_{source.stem}")
     with _staging(directory) as staging:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = usable_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         explainer = _recipe(args).load(device)
         classes, prepare = explainer.classes, explainer.prepare
 

@@ -338,7 +338,8 @@ BAD: list[tuple[list[str], str]] = [
     (["clip.mp4", *OWN, "--percentile", "0"], "percentile"),
     (["clip.mp4", *OWN, "--internal-batch-size", "0"], "internal_batch_size"),
     (["clip.mp4", *OWN, "--classes", "missing.txt"], "missing.txt"),
-    (["clip.mp4", *OWN, "--device", "toaster"], "toaster"),
+    (["clip.mp4", *OWN, "--device", "toaster"], "device must be cpu, cuda, cuda:1, ..., not 'toaster'"),
+    (["clip.mp4", *OWN, "--device", "meta"], "device 'meta' does not compute here: "),
     (["clip.mp4", *OWN, "--readout", "last"], "--readout"),
     (["clip.mp4", *OWN, "--frames", "four"], "--frames"),
 ]

@@ -138,6 +138,7 @@ def test_what_has_no_relevance_or_no_label_is_not_counted_as_if_it_had(store: da
     assert math.isnan(summary.overall.temporal_share) and math.isnan(summary.overall.net)
     assert (summary.overall.precision, summary.overall.recall) == (None, None)
     assert summary.most_temporal == summary.most_spatial == summary.confusion == ()
+    assert "most driven" not in str(summary), "there is nothing to list"
     assert set(summary.overall.spatial_frames) == {0.0}
     assert "nan" in str(summary)
     assert summary.to_dict()["overall"]["temporal_share"] is None

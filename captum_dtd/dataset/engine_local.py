@@ -21,7 +21,7 @@ from captum_dtd.dataset.processes import Processes, end_with_parent, without_int
 from captum_dtd.dataset.progress import Stages
 from captum_dtd.dataset.store import MOST_PARTS
 from captum_dtd.dataset.work import Explained, Work, decode, explain
-from captum_dtd.recipe import Explainer, Recipe
+from captum_dtd.recipe import Explainer, Recipe, device_named
 
 __all__ = ["LocalEngine", "cores_each", "local_engine"]
 
@@ -96,7 +96,7 @@ def local_engine(recipe: Recipe, devices: Sequence[str] | None, decoders: int | 
         devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"] * _cpu_processes(
             decoders
         )
-    if not devices or len({torch.device(name).type for name in devices}) > 1:
+    if not devices or len({device_named(name).type for name in devices}) > 1:
         raise ValueError(f"devices must be one or more of one kind, not {', '.join(devices) or 'none'}")
     explainer = recipe.load(devices[0])
     with Processes(_share_of_cores(1, explainer.device.type, decoders).decoders) as processes:

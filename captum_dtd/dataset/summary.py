@@ -155,7 +155,8 @@ class Summary:
             *aligned([_HEADINGS, *(_cells(group) for group in (*self.classes, self.overall))]),
         ]
         for title, clips in (("motion", self.most_temporal), ("appearance", self.most_spatial)):
-            lines += ["", f"most driven by {title}:", *aligned([_clip_cells(clip) for clip in clips])]
+            if clips:
+                lines += ["", f"most driven by {title}:", *aligned([_clip_cells(clip) for clip in clips])]
         wrong = [pair for pair in self.confusion if pair.label != pair.prediction]
         if wrong:
             lines += ["", "most often taken for another class:"]
