@@ -3,15 +3,15 @@ whether equal times compete."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection
 from typing import Any
 
 from torch import fx
 
 from captum_dtd import fused
-from captum_dtd.nodes import chosen_along, operation_name
+from captum_dtd.nodes import args_of, operation_name, shape_of, source_line
 from captum_dtd.operations import CHOICES, aten, maximum_over
+from captum_dtd.patterns import holds_numbers
 from captum_dtd.propagate import Network, elements
 from captum_dtd.rules import WinnerTakesAll
 from captum_dtd.times import Times, time_axis
@@ -82,7 +82,7 @@ def check_winners(network: Network, frames: int) -> str | None:
         before, shape = times.get(source), source.meta["val"].shape
         over: Any = step.node.args[1]
         if step.node.target is maximum_over or chosen is not None:
-            reduced = {chosen} if chosen is not None else {dim % len(shape) for dim in over}
+            reduced = {chosen[0]} if chosen is not None else {dim % len(shape) for dim in over}
             again = are_examples and shape[0] == network.inputs[0].meta["val"].shape[0]
             competes = (
                 again and any(shape[dim] == frames for dim in reduced) if before is None else before.dim in reduced
@@ -95,6 +95,12 @@ def check_winners(network: Network, frames: int) -> str | None:
             competes = axis >= 0 and sizes[axis % len(sizes)] > 1
         else:
             competes = step.node.meta["val"].shape[before.dim] != shape[before.dim]
+        if competes and chosen is not None:
+            return (
+                f"{operation_name(chosen[1])} ({source_line(chosen[1]) or 'no source line'}) chooses among several times by "
+                "comparing them: in a frozen clip they are alike, so that which are chosen says nothing, and what the others "
+                "look like counts as temporal. An average over times shares between all of them"
+            )
         if competes:
             return (
                 f"{step.path} ({operation_name(step.node)}) gives everything to the largest of several times: in a frozen clip "
@@ -104,13 +110,46 @@ def check_winners(network: Network, frames: int) -> str | None:
     return None
 
 
-def _chosen(node: fx.Node) -> int | None:
-    """Along which dimension values are read that were chosen by comparing them; None where that is not so."""
-    index: Any = node.args[2] if node.target is aten.gather.default else None
-    while isinstance(index, fx.Node) and index.target in (aten.unsqueeze.default, operator.getitem, aten.slice.Tensor):
-        index = index.args[0]
-    return chosen_along(index) if isinstance(index, fx.Node) and index.target in CHOICES else None
+def _chosen(node: fx.Node) -> tuple[int, fx.Node] | None:
+    """Along which dimension some values are read that were found by comparing, and what found them; None where that is not so."""
+    found: list[tuple[Any, Any]] = []
+    if node.target in (aten.gather.default, aten.take_along_dim.default):
+        _, *others = args_of(node)
+        index, dim = sorted(others, key=lambda each: isinstance(each, int))
+        found = [(dim, index)]
+    elif node.target is aten.index.Tensor:
+        found = list(enumerate(args_of(node)[1]))
+    for dim, index in found:
+        origin = _compared(index)
+        if origin is not None and isinstance(dim, int):
+            dim %= len(shape_of(node.args[0]))
+            keeps = shape_of(node)[dim : dim + 1] == shape_of(node.args[0])[dim : dim + 1]
+            if not keeps or any(_takes_some(user, dim) for user in node.users):
+                return dim, origin
+    return None
 
+
+def _compared(index: Any) -> fx.Node | None:
+    """What made an index by comparing values, if anything did."""
+    left, seen = [index], set()
+    while left:
+        node = left.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        if node.target in CHOICES | _PLACES:
+            return node
+        seen.add(node)
+        left += [] if holds_numbers(node) else node.all_input_nodes
+    return None
+
+
+def _takes_some(node: fx.Node, dim: int) -> bool:
+    """Whether it reads a part of its input along a dimension."""
+    return node.target in {aten.slice.Tensor, aten.select.int, aten.narrow.default} and args_of(node)[1] == dim
+
+
+_PLACES = frozenset({aten.argmax.default, aten.argmin.default, aten.argsort.default, aten.argsort.stable})
+"""Operations that say where the largest or smallest values are."""
 
 _POOLED = {aten.max_pool1d.default: 1, aten.max_pool2d.default: 2, aten.max_pool3d.default: 3}
 """Over how many of the last dimensions a max pooling's windows reach."""

@@ -35,7 +35,7 @@ from captum_dtd.operations import (
     maximum_over,
     signs_of,
 )
-from captum_dtd.patterns import PARTS, comes_from, mark_varying
+from captum_dtd.patterns import PARTS, SUMMARIES, comes_from, mark_varying, varies
 
 
 def canonize(graph: fx.Graph, inputs: Collection[fx.Node], explained: Collection[fx.Node]) -> tuple[str, ...]:
@@ -49,8 +49,8 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node], explained: Collection
     for node in list(graph.nodes):
         if node.op == "call_function" and operation_name(node).startswith(("assert", "sym_constrain")):
             graph.erase_node(node)
-        elif node.target in (aten.detach.default, aten.alias.default):
-            # What cuts gradients does not cut relevance.
+        elif node.target in (aten.detach.default, aten.alias.default, aten.clone.default):
+            # What cuts gradients does not cut relevance, and nothing is written to any more.
             replace(graph, node, node.args[0])
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             # A view was legal for the strides of the traced example; reshape is for any, and is a view where it can be.
@@ -78,8 +78,8 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node], explained: Collection
             become(node, node.target, *_scaled(graph, node))
         elif node.target is aten.zero.default:
             become(node, aten.fill.Scalar, node.args[0], 0)
-        elif node.target is aten.rsub.Tensor and not node.kwargs:
-            become(node, aten.sub.Tensor, node.args[1], node.args[0])
+        elif node.target is aten.rsub.Tensor:
+            become(node, aten.sub.Tensor, node.args[1], node.args[0], **node.kwargs)
         elif node.target is aten.diff.default:
             replace(graph, node, _differences(graph, node))
         elif node.target is aten.group_norm.default:
@@ -263,24 +263,40 @@ def gather_choices(graph: fx.Graph) -> None:
 def write_out_blends(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
     """``(a - b) * gate + b`` as ``a * gate + b * (1 - gate)``, in which nothing that is added was taken away before.
 
-    So blend gated recurrent units, highway networks, and whoever writes ``torch.lerp`` by hand.
+    So blend gated recurrent units, highway networks, running means, and whoever writes ``torch.lerp`` by hand. The gate
+    is one, or a constant.
     """
     mark_varying(graph, inputs)
     for node in list(graph.nodes):
-        if node.target is not aten.add.Tensor or node.kwargs:
+        found = _blend(node)
+        if found is None or any(comes_from(part, GATES, SUMMARIES) for part in found[:2]):
+            continue  # beside another gate a signal would not be told from it
+        a, b, gate, product = found
+        rest = (
+            1 - gate if isinstance(gate, (int, float)) else insert(graph, node, aten.rsub.Scalar, (gate, 1), like=gate)
+        )
+        parts = (insert(graph, node, aten.mul.Tensor, pair, like=product) for pair in ((a, gate), (b, rest)))
+        become(node, aten.add.Tensor, *map(traced, parts))
+    graph.eliminate_dead_code()
+
+
+def _blend(node: fx.Node) -> tuple[fx.Node, fx.Node, Any, fx.Node] | None:
+    """What ``b + gate * (a - b)``, or ``b - gate * (b - a)``, is of: a, b, the gate and the product."""
+    if node.target not in (aten.add.Tensor, aten.sub.Tensor) or node.kwargs:
+        return None
+    ways = (node.args, node.args[::-1]) if node.target is aten.add.Tensor else (node.args,)
+    for b, product in ways:
+        if not _is_read_once(product, aten.mul.Tensor):
             continue
-        for product, b in (node.args, node.args[::-1]):
-            if not _is_read_once(product, aten.mul.Tensor):
+        for difference, gate in (product.args, product.args[::-1]):  # type: ignore[union-attr]
+            if not _is_read_once(difference, aten.sub.Tensor):
                 continue
-            for difference, gate in (product.args, product.args[::-1]):
-                takes = _is_read_once(difference, aten.sub.Tensor) and difference.args[1] is b
-                if takes and isinstance(gate, fx.Node) and comes_from(gate, GATES, PARTS):
-                    rest = traced(insert(graph, node, aten.rsub.Scalar, (gate, 1), like=gate))
-                    node.args = tuple(
-                        traced(insert(graph, node, aten.mul.Tensor, pair, like=product))
-                        for pair in ((difference.args[0], gate), (b, rest))
-                    )
-                    break
+            first, second = args_of(difference)
+            a, taken = (first, second) if node.target is aten.add.Tensor else (second, first)
+            is_gate = not varies(gate) or comes_from(gate, GATES, PARTS)
+            if taken is b and varies(b) and isinstance(a, fx.Node) and is_gate:
+                return a, b, gate, product  # type: ignore[return-value]
+    return None
 
 
 def _is_read_once(node: Any, target: Any) -> bool:

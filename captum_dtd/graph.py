@@ -245,6 +245,9 @@ def _mixing(graph: fx.Graph, inputs: Collection[fx.Node]) -> str:
         source: Any = node.args[0]
         if node.target in CHOICES:
             return chosen_along(node) in growing(source)
+        if node.target is aten.index_put.default:  # an index that grows with the examples names each
+            first: Any = node.args[1][0]  # type: ignore[index]
+            return 0 in growing(source) and first is not None and not growing(first)
         if node.target not in _ALONG:
             return False
         dims: Any = node.args[_ALONG[node.target]]

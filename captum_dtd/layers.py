@@ -26,6 +26,7 @@ Where some of what varies with the input gets no relevance, the layer's `Layer.c
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -458,6 +459,34 @@ class Rearrangement(Layer):
             return [adjoint([outputs[i] for i in given], leaves, list(given.values())) for given in every]
 
 
+@dataclass(frozen=True)
+class Overwriting(Rearrangement):
+    """Values written over others: relevance follows what stays, also where several were written to one place."""
+
+    def redistribute(
+        self, call: Call, relevances: Sequence[Tensor], rule: Any, bounds: Any
+    ) -> list[tuple[Tensor, ...]]:
+        """Put relevance back where the elements came from, which numbers in place of them tell."""
+        device, shapes = relevances[0].device, [signal.shape for signal in call.signals]
+        ends = [0, *itertools.accumulate(shape.numel() for shape in shapes)]
+        numbered = [
+            torch.arange(start, end, dtype=torch.float64, device=device).view(shape)
+            for (start, end), shape in zip(itertools.pairwise(ends), shapes, strict=True)
+        ]
+        others = {
+            position: torch.full_like(value, ends[-1], dtype=torch.float64)
+            for position, value in enumerate(call.arguments)
+            if isinstance(value, Tensor) and value.is_floating_point() and position not in call.positions
+        }
+        origins = call(numbered, others).long().flatten()
+        shared: list[tuple[Tensor, ...]] = []
+        for relevance in relevances:
+            sums = relevance.new_zeros(ends[-1] + 1).index_add_(0, origins, relevance.flatten())
+            parts = [sums[start:end] for start, end in itertools.pairwise(ends)]
+            shared.append(tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
+        return shared
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gate(Elementwise):
     """``signal * gate``: all relevance to the signal, none to the gate (Arras et al. 2017, *Explaining recurrent networks*).
@@ -616,16 +645,17 @@ covers(*CASTS, batch_norm, aten.neg.default, aten.rsub.Scalar)(_only_first(Eleme
     *(aten.slice_scatter.default, aten.select_scatter.default, aten.fill.Scalar, aten.fill.Tensor),
     *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
     *(aten.gather.default, aten.repeat_interleave.self_int, aten.pixel_unshuffle.default, aten.rot90.default),
-    *(aten.take_along_dim.default, aten.index_copy.default, aten.scatter.src),
+    aten.take_along_dim.default,
     *NEAREST,
 )
 def _rearrangement(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     return Rearrangement()
 
 
-@covers(aten.index_put.default)
+@covers(aten.index_put.default, aten.index_copy.default, aten.scatter.src)
 def _written_by_index(node: fx.Node, signals: Sequence[int]) -> Layer | None:
-    return None if node.args[3] else Rearrangement()
+    adds = node.target is aten.index_put.default and node.args[3]
+    return None if adds else Overwriting()
 
 
 @covers(*ADDITIONS)

@@ -80,7 +80,7 @@ def _refusal(_: int) -> str:
     if reason:
         warnings.warn(
             f"the compiled CUDA kernels do not run on this GPU ({reason}): PyTorch's own operations serve, which takes longer "
-            "and more memory; captum-dtd doctor says more",
+            "and more memory",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from captum_dtd.operations import aten
 
@@ -68,7 +69,8 @@ def traced(node: fx.Node) -> fx.Node:
     """Give a rewritten node the traced value that follows from its new arguments."""
     args = fx.map_arg(node.args, lambda argument: argument.meta["val"])
     target: Any = node.target
-    node.meta["val"] = target(*args)
+    with enable_python_dispatcher():  # without it some operations ask for sizes that are symbols
+        node.meta["val"] = target(*args)
     return node
 
 

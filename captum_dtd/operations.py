@@ -11,7 +11,7 @@ from torch import Tensor
 aten = torch.ops.aten
 
 CONVOLUTIONS = frozenset(
-    getattr(aten, f"conv{n}d").__getattr__(overload) for n in (1, 2, 3) for overload in ("default", "padding")
+    getattr(getattr(aten, f"conv{n}d"), overload) for n in (1, 2, 3) for overload in ("default", "padding")
 )
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default})
 GATES = frozenset({aten.sigmoid.default, aten.hardsigmoid.default, *SOFTMAX})
@@ -34,12 +34,13 @@ ADAPTIVE_MAXIMA = frozenset({F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.ada
 MAX_POOLS = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
 CHOICES = frozenset(
     {aten.topk.default, aten.sort.default, aten.sort.stable, aten.kthvalue.default, aten.median.dim, aten.mode.default}
+    | {aten.min.dim}
 )
 """Operations that choose some values along a dimension by comparing them, and say which ones they were."""
 ADDITIONS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 REDUCTIONS = frozenset({aten.mean.dim, aten.sum.dim_IntList})
 SHAPE_ONLY = frozenset(
-    {aten.reshape.default, aten.clone.default, aten.contiguous.default}
+    {aten.reshape.default, aten.contiguous.default}
     | {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.flatten.using_ints}
     | {aten.permute.default, aten.transpose.int, aten.dropout.default}
 )

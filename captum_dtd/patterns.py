@@ -59,7 +59,8 @@ def mark_varying(graph: fx.Graph, inputs: Collection[fx.Node]) -> None:
 _VARIES = "captum_dtd varies"
 
 
-def _varies(value: Any) -> bool:
+def varies(value: Any) -> bool:
+    """Whether a value is computed from what is explained; `mark_varying` has looked."""
     return isinstance(value, fx.Node) and bool(value.meta.get(_VARIES))
 
 
@@ -83,7 +84,7 @@ def averages_by(gates: Collection[Any], dividend: Any, divisor: Any) -> bool:
     """Whether sums of a signal times gates are divided by what is computed from these gates alone, as weighted averages are."""
     product = _stepped(dividend, RESHAPED | REDUCTIONS)
     for factor in product.args if product.target is aten.mul.Tensor else ():
-        if _varies(factor) and comes_from(factor, gates, RESHAPED):
+        if varies(factor) and comes_from(factor, gates, RESHAPED):
             weights = _stepped(factor, RESHAPED)
             origins = _ancestors(divisor, besides=weights)
             is_read = any(weights in each.all_input_nodes for each in origins)
@@ -97,7 +98,7 @@ def divided(node: fx.Node) -> tuple[Any, Any] | None:
 
     That is what norms written by hand do: ``x / sqrt(mean(x^2))``, ``x * rsqrt(mean(x^2))``.
     """
-    if len(node.args) != 2 or not all(map(_varies, node.args)):
+    if len(node.args) != 2 or not all(map(varies, node.args)):
         return None
     one, other = node.args
     pairs: list[tuple[Any, Any]] = [(one, other)] if node.target is aten.div.Tensor else []
@@ -111,7 +112,7 @@ def is_centred_to_be_divided(node: fx.Node) -> bool:
 
     What is left may be scaled before, and is read for nothing else.
     """
-    if node.target is not aten.sub.Tensor or node.kwargs or not all(map(_varies, node.args)):
+    if node.target is not aten.sub.Tensor or node.kwargs or not all(map(varies, node.args)):
         return False
     x, mean = (_stepped(each, RESHAPED) for each in node.args)
     if mean.target is not aten.mean.dim or _stepped(mean.args[0], RESHAPED) is not x:
@@ -156,9 +157,9 @@ def _constant_operand(node: Any, arithmetic: Collection[Any]) -> Any:
     if node.target not in arithmetic:
         return None
     one, other = node.args[:2]
-    if not _varies(other):
+    if not varies(other):
         return one
-    return other if not _varies(one) and node.target is not aten.div.Tensor else None
+    return other if not varies(one) and node.target is not aten.div.Tensor else None
 
 
 def _stepped(node: Any, moved: Collection[Any], arithmetic: Collection[Any] = ()) -> Any:
@@ -178,7 +179,7 @@ def _is_inverse(node: Any) -> bool:
     if node.target is aten.pow.Tensor_Scalar:
         return isinstance(node.args[1], (int, float)) and node.args[1] < 0
     if node.target is aten.div.Tensor:
-        return not _varies(node.args[0])
+        return not varies(node.args[0])
     return node.target in (aten.rsqrt.default, aten.reciprocal.default)
 
 
@@ -196,7 +197,7 @@ def _is_found_in(node: Any, signal: Any) -> bool:
         before = signal.args[0] if signal.target in RESHAPED else _constant_operand(signal, _SCALED | _SHIFTED)
         if before is None and signal.target in ADDITIONS and _is_found_in(signal.args[1], signal.args[0]):
             before = signal.args[0]
-        if not _varies(before):
+        if not varies(before):
             return False
         signal = before
     return False
@@ -207,7 +208,7 @@ def _ancestors(node: fx.Node, besides: fx.Node | None = None) -> set[fx.Node]:
     found, left = {node}, [node]
     while left:
         for source in left.pop().all_input_nodes:
-            if source is not besides and source not in found and _varies(source):
+            if source is not besides and source not in found and varies(source):
                 found.add(source)
                 left.append(source)
     return found

@@ -316,8 +316,6 @@ def _reshape(node: fx.Node, times_of: TimesOf) -> InTime | None:
     if node.target is not aten.reshape.default:
         return _pointwise(times, dim)
     sizes: list[Any] = list(node.args[1])  # type: ignore[arg-type]
-    if sizes[dim] == -1:
-        return _pointwise(times, dim)
     return _pointwise(times, dim, lambda count: (node.args[0], [*sizes[:dim], count, *sizes[dim + 1 :]]))
 
 
@@ -445,7 +443,7 @@ _ELEMENTWISE = (
     | SIGN_PRESERVING_ACTIVATIONS
     | CLAMPS
     | CASTS
-    | {aten.neg.default, aten.rsub.Scalar, aten.clone.default, aten.contiguous.default, operator.getitem}
+    | {aten.neg.default, aten.rsub.Scalar, aten.contiguous.default, operator.getitem}
     | {aten.threshold.default, aten.erf.default, aten.exp.default, aten.log.default, aten.pow.Tensor_Scalar}
     | {aten.rsqrt.default, aten.reciprocal.default}
 )

@@ -5,7 +5,9 @@ The ordinary walk, which is held to the Jacobian oracle elsewhere, explains the 
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,6 +26,7 @@ from captum_dtd import (
     DiscriminativeRelevance,
     FrameCache,
     SpatioTemporalRelevance,
+    collapse,
     routes,
 )
 from captum_dtd.attribution import FrozenClips
@@ -489,6 +492,24 @@ TOLD_APART: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "maxima of channels": lambda x, place: F.max_pool3d(x.transpose(1, 2), (3, 1, 1), 1, (1, 0, 0)).transpose(1, 2),
     "one time": lambda x, place: x.select(2, 1).unsqueeze(2),
     "averages by a given number": lambda x, place: F.avg_pool3d(x, (3, 1, 1), 2, (1, 0, 0), True, False, 2),
+    "norms of groups of what is pooled": lambda x, place: F.group_norm(x.mean((3, 4)), 2)[..., None, None],
+    "norms of groups of times": lambda x, place: F.group_norm(x.transpose(1, 2), 2).transpose(1, 2),
+    "expanded in space": lambda x, place: torch.cat([x, x.mean(3, True).expand(-1, -1, -1, 5, -1)], 3),
+    "unsqueezed": lambda x, place: x.unsqueeze(1).abs().squeeze(1),
+    "one average for all times": lambda x, place: torch.cat(
+        [x, F.avg_pool3d(x, (8, 1, 1)).expand(-1, -1, 8, -1, -1)], 3
+    ),
+    "one average beside all times": lambda x, place: x + F.avg_pool3d(x, (8, 1, 1)),
+    "batch norms of times": lambda x, place: F.batch_norm(
+        x.transpose(1, 2), place[0, 0, :, 0, 0], place[0, 1, :, 0, 0].abs() + 0.5
+    ).transpose(1, 2),
+    "slopes of times": lambda x, place: F.prelu(x.transpose(1, 2) - 0.2, place[0, 0, :, 0, 0].abs()).transpose(1, 2),
+    "layer norms of clips": lambda x, place: F.layer_norm(x, (8, 5, 5)),
+    "a linear layer of times": lambda x, place: F.linear(x.movedim(2, -1), place[0, 0, :, :, 0].expand(8, 8)).movedim(
+        -1, 2
+    ),
+    "a softmax over times": lambda x, place: x * x.mean((3, 4), keepdim=True).softmax(-3),
+    "padded by a number": lambda x, place: F.pad(x, (0, 0, 0, 0, 2, 1), value=0.5),
 }
 """What may treat equal times unequally, by where in the clip they are; and what resembles it and does not."""
 
@@ -514,7 +535,8 @@ class ToldApart(nn.Module):
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize(
     ("how", "on_pixels"),
-    [(how, False) for how in TOLD_APART] + [(how, True) for how in ("places of channels", "split", "replicated")],
+    [(how, False) for how in TOLD_APART]
+    + [(how, True) for how in ("places of channels", "split", "replicated", "padded by a number")],
 )
 def test_equal_times_that_are_told_apart_by_where_they_are(how: str, on_pixels: bool) -> None:
     """Against the definition: each frame is repeated and its clip explained as any, every layer by its formulas."""
@@ -539,6 +561,8 @@ def test_equal_times_that_are_told_apart_by_where_they_are(how: str, on_pixels: 
     [
         ("one place for all times", "3 -> 5 of 8"),
         ("replicated in space", "3 -> 5 of 8"),
+        ("expanded in space", "3 -> 5 of 8"),
+        ("unsqueezed", "3 -> 5 of 8"),
         ("averages with padding", "5 -> 7 of 8"),
         ("averages by a given number", "4 -> 5 of 5"),
     ],
@@ -752,17 +776,114 @@ def test_padding_of_an_average_pool_gets_nothing(rule: Any, backend: Any) -> Non
         assert_same(*both(method, pixels(1, 2, 8, 5, 5), 1, readout, normalize))
 
 
-def test_windows_that_lie_in_the_padding_alone() -> None:
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("activation", [torch.relu, torch.sigmoid])
+def test_windows_that_lie_in_the_padding_alone(activation: Callable[[Tensor], Tensor], backend: Any) -> None:
     """Two taps, one before the clip and one behind it."""
 
     class Padded(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             pooled = torch.nn.functional.max_pool3d(x, (2, 1, 1), (1, 1, 1), (1, 0, 0), (x.shape[2] + 1, 1, 1))
-            return torch.relu(pooled).mean(2, keepdim=True) + x.mean(2, keepdim=True)
+            return activation(pooled).mean(2, keepdim=True) + x.mean(2, keepdim=True)
 
-    method = DiscriminativeDeepTaylor(small(Padded()).eval(), LOW, HIGH, seed="one")
+    method = DiscriminativeDeepTaylor(small(Padded()).eval(), LOW, HIGH, seed="one", backend=backend)
     for readout, normalize in READ_OUTS:
         assert_same(*both(method, pixels(2, 2, 10, 5, 5), 1, readout, normalize))
+
+
+def test_convolutions_whose_ends_read_the_padding_alone() -> None:
+    """All 7 times of what the second one reads differ; of the 9 that it makes the first and the last do not."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv3d(2, 3, (7, 1, 1), padding=(3, 0, 0)),
+        nn.ReLU(),
+        nn.Conv3d(3, 3, 1, padding=(1, 0, 0)),
+        nn.ReLU(),
+    ]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(3, 3)).double().eval()
+    x = pixels(1, 2, 7, 3, 3)
+    for backend in ("auto", "reference"):
+        method = DiscriminativeDeepTaylor(model, LOW, HIGH, backend=backend)  # type: ignore[arg-type]
+        for readout, normalize in READ_OUTS:
+            assert_same(*both(method, x, 1, readout, normalize))
+
+
+@pytest.mark.parametrize("layer", ["dilated", "padded"])
+def test_layers_without_a_kernel(layer: str) -> None:
+    """Windows that are spread in space, and pixels that are padded by a number, which no bounds allow for."""
+    torch.manual_seed(0)
+    first = {
+        "dilated": nn.Conv3d(2, 3, 3, padding=(1, 2, 2), dilation=(1, 2, 2)),
+        "padded": nn.Sequential(nn.ConstantPad3d((1, 1, 1, 1, 2, 1), 0.5), nn.Conv3d(2, 3, 3)),
+    }
+    layers = [first[layer], nn.ReLU(), nn.Conv3d(3, 3, 3, dilation=(1, 2, 1), padding=(1, 2, 1)), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(3, 3)).double().eval()
+    method = DiscriminativeDeepTaylor(model, LOW, HIGH, backend="reference")
+    for readout in ("own", "mean"):
+        assert_same(*both(method, pixels(1, 2, 9, 5, 5), 1, readout))
+
+
+def test_times_that_nothing_reads_get_nothing_wherever_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results may lie in memory that was something else before."""
+    make = collapse.room.empty_like
+    monkeypatch.setattr(collapse.room, "empty_like", lambda x, size: make(x, size).fill_(torch.nan))
+    torch.manual_seed(0)
+    layers = [nn.Conv3d(2, 3, (3, 1, 1), padding=(1, 0, 0)), nn.ReLU(), nn.Conv3d(3, 3, 1, stride=(2, 1, 1)), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(3, 3)).double().eval()
+    method = DiscriminativeDeepTaylor(model, LOW, HIGH, backend="reference")
+    for readout, normalize in READ_OUTS:
+        assert_same(*both(method, pixels(2, 2, 10, 3, 3), 1, readout, normalize))
+
+
+def test_sums_of_taps_are_as_precise_as_relevance() -> None:
+    """In a half-precision model, whose activations are whole numbers here: it rounds none of them."""
+    torch.manual_seed(0)
+    layers = [nn.Conv3d(2, 4, 3, padding=1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(4, 3))
+    model[0].weight.data = torch.randint(-1, 2, model[0].weight.shape).float()
+    method = DiscriminativeDeepTaylor(model.bfloat16().eval(), -1.0, 1.0, backend="reference")
+    x = torch.randint(-1, 2, (1, 2, 10, 5, 5)).bfloat16()
+    for readout in ("own", "mean"):
+        assert_same(*both(method, x, 1, readout), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("rule", [Proportional(), WinnerTakesAll()], ids=repr)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_negative_maxima_at_the_ends_are_larger_than_what_is_padded(rule: Any, backend: Any) -> None:
+    """With whole numbers: no rounding tells equal times apart."""
+    torch.manual_seed(1)
+    layers = [nn.Conv3d(2, 3, (3, 1, 1)), nn.MaxPool3d((3, 1, 1), (2, 1, 1), (1, 0, 0)), nn.Conv3d(3, 3, 1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(3, 3)).double().eval()
+    for parameter in model[:3].parameters():
+        parameter.data = (parameter.data * 8).round()
+    model[0].bias.data.fill_(-100)
+    method = DiscriminativeDeepTaylor(model, LOW, HIGH, composite={nn.MaxPool3d: rule}, backend=backend)
+    x = torch.randint(-1, 2, (2, 2, 9, 3, 3)).double()
+    found, expected = both(method, x, 1)
+    torch.testing.assert_close(found.spatial, expected.spatial, rtol=0, atol=1e-10)
+    assert found.spatial.any() == isinstance(rule, WinnerTakesAll)  # relevance is shared by positive values only
+
+
+def test_frozen_clips_are_explained_one_by_one() -> None:
+    method = DiscriminativeDeepTaylor(small().eval(), LOW, HIGH, backend="reference")
+    x = pixels(1, 2, 10, 5, 5)
+    _, expected = both(method, x, 1)
+    assert_same(method.attribute(x, 1, internal_batch_size=1), expected)
+
+
+def test_few_equal_times_among_many_count_once_each() -> None:
+    """31 of 33 times differ behind a long window, and 31 of 32 behind a short one: taking taps apart saves next to nothing."""
+    torch.manual_seed(0)
+    layers = [nn.Conv3d(2, 3, (31, 1, 1), padding=(15, 0, 0)), nn.ReLU(), nn.Conv3d(3, 3, (2, 1, 1)), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(3, 3)).double().eval()
+    method = DiscriminativeDeepTaylor(model, LOW, HIGH, backend="reference")
+    x = pixels(1, 2, 33, 3, 3)
+    assert [row.times for row in method.rule_table(x).rows if row.operation == "conv3d"] == [
+        "1 -> 31 of 33",
+        "31 -> 31 of 32",
+    ]
+    for readout in ("mean", "own"):
+        assert_same(*both(method, x, 1, readout))
 
 
 @pytest.mark.parametrize("precision", ["ieee", "float32"])
@@ -778,6 +899,31 @@ def test_a_clip_of_one_frame() -> None:
     method = DiscriminativeDeepTaylor(small(nn.Identity()).eval(), LOW, HIGH)
     x = pixels(2, 2, 2, 5, 5)
     assert_same(*both(method, x, 1))
+
+
+def test_plans_and_routes_that_were_not_used_for_long_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips whose frames repeat in their own ways ask for ever new sets of times."""
+    plans: list[weakref.ref[Any]] = []
+    make = collapse._Plan
+
+    def watched(*given: Any) -> Any:
+        plan = make(*given)
+        plans.append(weakref.ref(plan))
+        return plan
+
+    monkeypatch.setattr(collapse, "_Plan", watched)
+    monkeypatch.setattr(collapse, "_MOST_PLANS", 2)
+    frozen = DeepTaylor(small().eval(), LOW, HIGH).frozen_clips((pixels(1, 2, 10, 5, 5),), ())
+    assert frozen is not None
+    for time in range(5):
+        frozen.explain((pixels(1, 2, 1, 5, 5),), [1], (), [(time,)])
+    gc.collect()
+    assert [plan() is not None for plan in plans] == [False, False, False, True, True]
+    route = weakref.ref(Route.of([[0]], 10_000))
+    for index in range(1, 10_000):
+        Route.of([[index]], 10_000)
+    gc.collect()
+    assert route() is None
 
 
 # --- several targets ---------------------------------------------------------------------------------------------

@@ -246,10 +246,12 @@ class Gated(nn.Module):
 def test_an_input_that_only_makes_a_gate_has_none(backend: Any) -> None:
     inputs = torch.rand(2, 2, 4, 5, 5), torch.rand(2, 1, 4, 5, 5)
     method = DiscriminativeDeepTaylor(Gated().eval(), (0.0, 0.0), (1.0, 1.0), backend=backend)
-    signal, gate = method.attribute(inputs, 1)
-    assert signal.total.any() and signal.spatial.any()
-    assert not any(part.any() for part in gate)
-    assert [part.shape for part in gate] == [part.shape for part in signal]
+    for readout, normalize in (("own", "none"), ("first", "none"), ("mean", "none"), ("own", "max")):
+        method.readout, method.normalize = readout, normalize  # type: ignore[assignment]
+        signal, gate = method.attribute(inputs, 1)
+        assert signal.total.any() and signal.spatial.any()
+        assert not any(part.any() for part in gate)
+        assert [part.shape for part in gate] == [part.shape for part in signal]
 
 
 def test_dividing_by_the_sum_keeps_signs() -> None:

@@ -117,6 +117,37 @@ def test_weights_that_are_computed_behind_the_layer() -> None:
     assert_alike(computed, lambda m, h: F.relu(m.groups(m.conv(h))))
 
 
+NOT_FOLDED: dict[str, Callable[..., Tensor]] = {
+    "batch norm behind a linear layer of another dimension": lambda m, h: F.batch_norm(
+        F.linear(h.mean((3, 4)), m.tokens.weight[:8, :4]), m.batch.running_mean, m.batch.running_var, m.batch.weight
+    ).relu()[..., None, None],
+    "twice a number for each channel": lambda m, h: torch.add(
+        m.conv(h), m.batch.bias.view(-1, 1, 1, 1), alpha=2
+    ).relu(),
+    "what is left of a number": lambda m, h: (m.batch.weight.view(-1, 1, 1, 1) - m.conv(h)).relu(),
+    "channels that are split": lambda m, h: (
+        F.group_norm(m.conv(h).unflatten(1, (4, 2)), 2, m.groups.weight[:4]).relu().flatten(1, 2)
+    ),
+    "a layer that is read before the norm, too": lambda m, h: (
+        lambda y: (m.norm(y).relu() + y.relu()).permute(0, 4, 1, 2, 3)
+    )(m.conv(h).permute(0, 2, 3, 4, 1)),
+    "a norm of rows": lambda m, h: F.layer_norm(m.conv(h), (5,), m.groups.weight[:5]).relu(),
+    "a norm of clips": lambda m, h: F.layer_norm(
+        m.conv(h), (8, 4, 5, 5), m.groups.weight.view(-1, 1, 1, 1).expand(8, 4, 5, 5)
+    ).relu(),
+    "an average that is as large as nothing else": lambda m, h: torch.cat(
+        [h.mean((2, 3, 4), True).expand(-1, -1, 4, 5, 5) + m.groups.bias.abs().view(-1, 1, 1, 1), h], 3
+    ),
+}
+"""What resembles what is folded into a layer, or left out, and is not."""
+
+
+@pytest.mark.filterwarnings("ignore:relevance of")
+@pytest.mark.parametrize("how", NOT_FOLDED)
+def test_what_only_resembles_what_is_folded_keeps_the_models_score(how: str) -> None:
+    explained(net(NOT_FOLDED[how]))
+
+
 def test_a_parametrized_batch_norm_is_a_batch_norm() -> None:
     def body(m: Net, h: Tensor) -> Tensor:
         return F.relu(m.batch(m.conv(h)))
@@ -451,6 +482,14 @@ def test_a_softmax_by_hand_is_a_softmax(weights: Callable[[Tensor], Tensor], sca
 def test_exponentials_that_are_no_softmax_are_refused(total: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(UnsupportedOperationError, match="exp"):
         explained(net(lambda m, h: h * (of_frames(h).exp() / total(of_frames(h).exp()))))
+
+
+def test_exponentials_of_other_scales_are_no_softmax() -> None:
+    def divided(w: Tensor) -> Tensor:
+        return torch.add(w, w, alpha=2).exp() / torch.add(w, w, alpha=3).exp().sum(2, True)
+
+    with pytest.raises(UnsupportedOperationError, match="exp"):
+        explained(net(lambda m, h: h * divided(of_frames(h))))
 
 
 AVERAGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

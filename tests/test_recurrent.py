@@ -115,6 +115,39 @@ def test_a_recurrent_layer_is_explained_as_its_steps_written_by_hand(name: str, 
     torch.testing.assert_close(found, wanted)
 
 
+def cells(kind: type[nn.Module], **options: Any) -> Step:
+    """The same by torch's own cell, whose parameters are the layer's."""
+
+    def step(p: Parameters, name: str, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        weights = (p[part + name] for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        if kind is nn.LSTMCell:
+            return torch.lstm_cell(x, (h, c), *weights)  # type: ignore[return-value]
+        cell = (
+            torch.gru_cell if kind is nn.GRUCell else getattr(torch, f"rnn_{options.get('nonlinearity', 'tanh')}_cell")
+        )
+        return cell(x, h, *weights), c
+
+    return step
+
+
+@pytest.mark.filterwarnings("ignore:more than half", "ignore:the relevance of the input is larger")
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [
+        ("LSTM", cells(nn.LSTMCell)),
+        ("GRU", cells(nn.GRUCell)),
+        ("RNN", cells(nn.RNNCell)),
+        ("RNN of ReLUs", cells(nn.RNNCell, nonlinearity="relu")),
+    ],
+)
+def test_cells_are_steps(name: str, cell: Step) -> None:
+    kind, step, options = CASES[name]
+    methods = [DeepTaylor(model(kind, by_hand=way, **options), LOW, HIGH) for way in (cell, step)]
+    found, wanted = (method.attribute_targets(clips(), list(range(CLASSES))) for method in methods)
+    assert any(bool((each != 0).any()) for each in wanted)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.filterwarnings("ignore:more than half")
 def test_frozen_clips_pass_recurrent_layers() -> None:
     x = clips()

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import subprocess
 import sys
 import threading
 import warnings
@@ -249,6 +250,7 @@ SAME: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] =
     "clip": (lambda h: torch.clip(h - 0.1, 0.0, 0.5), lambda h: torch.clamp(h - 0.1, 0.0, 0.5)),
     "zero_": (lambda h: torch.cat([(h * 2).zero_()[:, :, :1], h], 2), lambda h: F.pad(h, (0, 0, 0, 0, 1, 0))),
     "rsub": (lambda h: torch.rsub(MINUS, h), lambda h: h - MINUS),
+    "rsub of a multiple": (lambda h: torch.rsub(MINUS, h, alpha=2), lambda h: h - 2 * MINUS),
     "repeat_interleave": (lambda h: h.repeat_interleave(2, 2), _repeated),
     "nearest-exact": (
         lambda h: F.interpolate(h, scale_factor=2, mode="nearest-exact"),
@@ -344,6 +346,24 @@ SAME: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] =
         lambda h: h.scatter(2, torch.full_like(h[:, :, :1], 4, dtype=torch.long), 2 * h[:, :, :1]),
         lambda h: torch.cat([h[:, :, :4], 2 * h[:, :, :1], h[:, :, 5:]], 2),
     ),
+    "written over twice": (
+        lambda h: _written(h, torch.tensor([3, 3])),
+        lambda h: torch.cat([h[:, :, :3], 2 * h[:, :, 1:2], h[:, :, 4:]], 2),
+    ),
+    "index_copy to one place": (
+        lambda h: torch.zeros_like(h).index_copy(2, torch.tensor([0, 0, 1]), h[:, :, :3]),
+        lambda h: F.pad(h[:, :, 1:3], (0, 0, 0, 0, 0, 6)),
+    ),
+    "written where a mask is": (
+        lambda h: h.index_put(
+            (torch.tensor([True, False]).repeat(4)[None, :, None].expand(len(h), 8, 8),), h.new_tensor(0.3)
+        ),
+        lambda h: h.masked_fill(torch.tensor([True, False]).repeat(4)[:, None, None, None], 0.3),
+    ),
+    "the smallest along W": (
+        lambda h: (h + MINUS).min(4, keepdim=True)[0],
+        lambda h: (h + MINUS).gather(4, (h + MINUS).argsort(4)[..., :1]),
+    ),
     "lerp": (
         lambda h: torch.lerp(h, _by_convolution(h), torch.sigmoid(h)),
         lambda h: h * (1 - torch.sigmoid(h)) + _by_convolution(h) * torch.sigmoid(h),
@@ -354,6 +374,18 @@ SAME: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] =
     ),
     "lerp by hand": (
         lambda h: h + torch.sigmoid(h) * (_by_convolution(h) - h),
+        lambda h: _by_convolution(h) * torch.sigmoid(h) + h * (1 - torch.sigmoid(h)),
+    ),
+    "lerp by hand, by a number": (
+        lambda h: h + 0.3 * (_by_convolution(h) - h),
+        lambda h: _by_convolution(h) * 0.3 + h * 0.7,
+    ),
+    "lerp by hand, in place": (
+        lambda h: h.clone().add_((_by_convolution(h) - h) * torch.sigmoid(h)),
+        lambda h: _by_convolution(h) * torch.sigmoid(h) + h * (1 - torch.sigmoid(h)),
+    ),
+    "lerp by hand, from the other end": (
+        lambda h: h - (h - _by_convolution(h)) * torch.sigmoid(h),
         lambda h: _by_convolution(h) * torch.sigmoid(h) + h * (1 - torch.sigmoid(h)),
     ),
     "addcmul": (
@@ -372,6 +404,11 @@ SAME: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] =
     ),
     "h-swish": (lambda h: h * F.relu6(h + 3) / 6, F.hardswish),
     "h-swish by hardtanh": (lambda h: h * (F.hardtanh(h + 3, 0.0, 6.0) / 6), F.hardswish),
+    "relu6 of twice three more": (lambda h: F.relu6(torch.add(h - 4, 3, alpha=2)), lambda h: F.relu6(h + 2)),
+    "clamped from one on": (
+        lambda h: (h - 4 + 3).clamp(1, 6),
+        lambda h: (h - 4 + 3).clamp_min(1).clamp_max(6),
+    ),
     "h-swish by clamp": (lambda h: (h + 3).clamp(0, 6) * h * (1 / 6), F.hardswish),
 }
 """Ways to write what can be written in plainer operations, and those."""
@@ -415,6 +452,56 @@ def test_cosine_similarity_is_a_linear_layer_of_normalised_features() -> None:
             prototypes / prototypes.norm(dim=1, keepdim=True).clamp(min=0.5),
         ).mean(1),
     )
+
+
+def test_cosine_similarity_of_two_types() -> None:
+    prototypes = torch.linspace(-1.0, 1.0, 40, dtype=torch.float32).sin().view(5, 8)
+    explained_alike(
+        lambda m, x: F.cosine_similarity(F.relu(m.stem(x)).mean((2, 3, 4))[:, None], prototypes, dim=2),
+        lambda m, x: F.linear(F.normalize(F.relu(m.stem(x)).mean((2, 3, 4))), F.normalize(prototypes.double())),
+    )
+
+
+def test_blends_of_what_are_gates_themselves_stay_what_they_are() -> None:
+    """Written out, a sigmoid would stand beside another, and which of the two is the signal could not be told."""
+
+    def body(m: Layers, x: Tensor) -> Tensor:
+        h = F.relu(m.stem(x))
+        a, b, gate = (torch.sigmoid(each) for each in (m.block(h), _by_convolution(h), h.flip(2)))
+        return m.head((a - b) * gate + b)
+
+    x, m = clips(), model(body)
+    relevance, delta = DeepTaylor(m, LOW, HIGH).attribute(x, 1, return_convergence_delta=True)
+    with torch.no_grad():
+        torch.testing.assert_close(relevance.sum((1, 2, 3, 4)) + delta, m(x)[:, 1])
+    assert bool((relevance != 0).any())
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_framewise_heads_without_bias(trainable: bool) -> None:
+    weight = nn.Parameter(WEIGHT[:5].clone(), requires_grad=trainable)
+
+    def body(m: Layers, x: Tensor) -> Tensor:
+        return F.linear(F.relu(m.stem(x)).mean((3, 4)).transpose(1, 2), m.weight).mean(1)
+
+    m, x = model(body), clips()
+    m.weight = weight
+    m.requires_grad_(trainable)
+    with torch.no_grad():
+        torch.testing.assert_close(DeepTaylor(m, LOW, HIGH).attribute(x, 4).sum((1, 2, 3, 4)), m(x)[:, 4])
+
+
+def test_it_does_not_matter_whether_torch_knew_its_operations_before() -> None:
+    """They are the same objects, whoever asked for them first: torch.compile may have."""
+    code = (
+        "import torch\n"
+        "names = [(f'conv{n}d', overload) for n in (1, 2, 3) for overload in ('default', 'padding')]\n"
+        "known = [getattr(getattr(torch.ops.aten, name), overload) for name, overload in names]\n"
+        "from captum_dtd.operations import CONVOLUTIONS\n"
+        "assert CONVOLUTIONS == set(known)\n"
+        "assert all(getattr(getattr(torch.ops.aten, name), overload) in CONVOLUTIONS for name, overload in names)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_what_is_added_to_places_by_index_is_refused() -> None:
@@ -1111,6 +1198,38 @@ def test_frames_of_one_channel_may_be_channels_of_a_2d_network() -> None:
     torch.testing.assert_close(spatial + temporal, total)
 
 
+def test_so_may_all_colours_of_all_frames() -> None:
+    m, x = model(lambda m, x: m.fc(F.relu(m.picture(x.flatten(1, 2))).mean((2, 3)))), clips()
+    m.picture = nn.Conv2d(24, 8, 3, padding=1, dtype=torch.float64)
+    found = DiscriminativeDeepTaylor(m, LOW, HIGH).attribute(x, 1)
+    expected = DeepTaylor(m, LOW, HIGH).attribute(x[:, :, 3:4].expand_as(x), 1).sum(1)[:, 3]
+    torch.testing.assert_close(found.spatial[:, 3], expected)
+
+
+def test_a_maximum_whose_place_is_read_is_refused() -> None:
+    def body(m: Layers, x: Tensor) -> Tensor:
+        values, places = F.relu(m.stem(x)).max(2, keepdim=True)
+        return m.head(values * places)
+
+    with pytest.raises(UnsupportedOperationError, match="max"):
+        DeepTaylor(model(body), LOW, HIGH).attribute(clips(), 1)
+
+
+@pytest.mark.parametrize(
+    "stacked", [lambda x: x[:, 1, :3], lambda x: x.mean(1)[:, :3], lambda x: x[:, :, :1].flatten(1, 2)]
+)
+def test_so_may_frames_of_one_colour_or_all_that_a_clip_shows(stacked: Callable[[Tensor], Tensor]) -> None:
+    """Nothing is said of clips in another order."""
+    m, x = model(lambda m, x: m.fc(F.relu(m.picture(stacked(x))).mean((2, 3)))), clips()
+    plain = DeepTaylor(m, LOW, HIGH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = DiscriminativeDeepTaylor(m, LOW, HIGH).attribute(x, 1)
+    for time in (0, 1, 5):
+        expected = plain.attribute(x[:, :, time : time + 1].expand_as(x), 1).sum(1)[:, time]
+        torch.testing.assert_close(found.spatial[:, time], expected)
+
+
 # ------------------------------------------------------------------------------------------------ in and around the forward
 
 
@@ -1336,6 +1455,7 @@ TOGETHER: dict[str, Callable[[Tensor], Tensor]] = {
     "a softmax over examples": lambda y: y * y.softmax(0),
     "neighbours": lambda y: y + y.roll(1, 0),
     "the larger ones first": lambda y: y + y.sort(0)[0],
+    "a place of one example": lambda y: y.index_put((torch.tensor([0]),), torch.zeros((), dtype=y.dtype)),
     "written over others": lambda y: (
         y
         + torch.zeros_like(y).scatter(
@@ -1536,6 +1656,17 @@ def test_a_model_of_so_many_examples_is_given_so_many(examples: int) -> None:
         torch.testing.assert_close(part, expected, rtol=1e-10, atol=1e-13)
 
 
+def chosen_frames(h: Tensor, way: int) -> Tensor:
+    """The two frames in which most happens, or the one."""
+    mass = h.sum((1, 3, 4))
+    places = mass.topk(2, 1)[1]
+    if way == 1:
+        return h.gather(2, places[:, None, :, None, None].expand(-1, 8, -1, *h.shape[3:]))
+    if way == 2:
+        return torch.take_along_dim(h, places[:, None, :, None, None], 2)
+    return h[torch.arange(h.shape[0]), :, mass.argmax(1)].unsqueeze(2)
+
+
 @pytest.mark.parametrize(
     ("body", "composite", "place"),
     [
@@ -1543,13 +1674,19 @@ def test_a_model_of_so_many_examples_is_given_so_many(examples: int) -> None:
         (lambda m, x: pictures(m, x).amax((2, 3)).view(len(x), x.shape[2], 5).mean(1), "dtd", None),
         (lambda m, x: m.head(F.max_pool3d(F.relu(m.stem(x)), 2)), "epsilon-gamma-box", "max_pool3d"),
         (lambda m, x: framewise(m, x).amax(1), "dtd", "maximum_over"),
-        (lambda m, x: framewise(m, x).topk(3, 1)[0].mean(1), "dtd", "gather"),
-        (lambda m, x: framewise(m, x).sort(1, descending=True)[0][:, :2].mean(1), "dtd", "gather"),
-        (lambda m, x: framewise(m, x).median(1)[0], "dtd", "gather"),
+        (lambda m, x: framewise(m, x).topk(3, 1)[0].mean(1), "dtd", "topk (test_user_models.py:"),
+        (lambda m, x: framewise(m, x).sort(1, descending=True)[0][:, :2].mean(1), "dtd", "sort (test_user_models.py:"),
+        (lambda m, x: framewise(m, x).sort(1)[0].mean(1), "dtd", None),
+        (lambda m, x: framewise(m, x).median(1)[0], "dtd", "median (test_user_models.py:"),
         (lambda m, x: framewise(m, x).mean(1).topk(5, 1)[0], "dtd", None),
+        (lambda m, x: m.head(chosen_frames(F.relu(m.stem(x)), 1)), "dtd", "topk (test_user_models.py:"),
+        (lambda m, x: m.head(chosen_frames(F.relu(m.stem(x)), 2)), "dtd", "topk (test_user_models.py:"),
+        (lambda m, x: m.head(chosen_frames(F.relu(m.stem(x)), 3)), "dtd", "argmax (test_user_models.py:"),
         (lambda m, x: m.head(F.max_pool3d(F.relu(m.stem(x)), 2)), "dtd", None),
         (lambda m, x: m.head(F.max_pool3d(F.relu(m.stem(x)), (1, 2, 2))), "epsilon-gamma-box", None),
         (lambda m, x: m.logits(F.relu(m.stem(x)).mean(2, keepdim=True)).amax((3, 4)).squeeze(2), "dtd", None),
+        (lambda m, x: m.fc(F.max_pool2d(F.relu(m.stem(x)).mean(1), 2).mean((2, 3))), "epsilon-gamma-box", None),
+        (lambda m, x: m.head(F.relu(m.stem(x[:, :, :1])).amax(2, keepdim=True)), "dtd", None),
     ],
 )
 def test_times_that_compete_in_a_frozen_clip_are_warned_of(
@@ -1560,7 +1697,7 @@ def test_times_that_compete_in_a_frozen_clip_are_warned_of(
         warnings.simplefilter("always")
         method.attribute(clips(), 1)
         method.attribute(clips(), 2)
-    told = [str(each.message) for each in caught if "largest of several times" in str(each.message)]
+    told = [str(each.message) for each in caught if "several times" in str(each.message)]
     assert len(told) == (place is not None)
     assert place is None or place in told[0]
 
@@ -1614,6 +1751,8 @@ def cascade(m: Layers, x: Tensor) -> Tensor:
         lambda m, x: m.head(F.relu(m.stem(x))).softmax(1) + m.head(F.relu(m.block(F.relu(m.stem(x))))),
         lambda m, x: m.head(F.relu(m.stem(x))).softmax(1) - m.head(F.relu(m.block(F.relu(m.stem(x))))).softmax(1),
         lambda m, x: m.head(F.relu(m.stem(x))).softmax(1) * -1.0,
+        lambda m, x: torch.add(m.head(m.stem(x).relu()).softmax(1), m.head(m.stem(x).abs()).softmax(1), alpha=-0.5),
+        lambda m, x: m.head(F.relu(m.stem(x))).softmax(1) + m.fc.bias,
         cascade,
     ],
 )
