@@ -27,6 +27,7 @@ from captum_dtd import (
     FrameCache,
     SpatioTemporalRelevance,
     collapse,
+    room,
     routes,
 )
 from captum_dtd.attribution import FrozenClips
@@ -825,8 +826,8 @@ def test_layers_without_a_kernel(layer: str) -> None:
 
 def test_times_that_nothing_reads_get_nothing_wherever_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results may lie in memory that was something else before."""
-    make = collapse.room.empty_like
-    monkeypatch.setattr(collapse.room, "empty_like", lambda x, size: make(x, size).fill_(torch.nan))
+    make = room.empty_like
+    monkeypatch.setattr(room, "empty_like", lambda x, size: make(x, size).fill_(torch.nan))
     torch.manual_seed(0)
     layers = [nn.Conv3d(2, 3, (3, 1, 1), padding=(1, 0, 0)), nn.ReLU(), nn.Conv3d(3, 3, 1, stride=(2, 1, 1)), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(3, 3)).double().eval()
