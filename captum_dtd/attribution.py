@@ -595,7 +595,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
                 traced = trace(model, (*inputs, *extra), count)
             except InputMismatchError as error:
                 shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
-                raise ValueError(f"inputs of shape {shapes}: {error}{layout_hint(model, inputs)}") from error
+                raise ValueError(f"inputs of shape {shapes}: {error}{layout_hint(model, inputs)}") from error.__cause__
             precision = None if self.backend == "reference" else self.precision
             network = Network(model, traced, len(inputs), self.composite, precision)
             key = (structure_of(model), *key[1:])  # a forward that counts its calls in its class has just been called

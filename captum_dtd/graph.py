@@ -173,7 +173,8 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
                 program = program.run_decompositions(DECOMPOSITIONS)
             spell_out(program.graph)
     except Exception as error:
-        raise _untraceable(model, arguments, error) from error
+        refusal = _untraceable(model, arguments, error)
+        raise refusal from refusal.__cause__
 
     _check_types(model, program.graph)
     if drawn is not None:
@@ -342,6 +343,13 @@ def _not_one_tensor(model: nn.Module) -> ValueError:
 
 
 def _untraceable(model: nn.Module, arguments: list[Any], error: Exception) -> ValueError:
+    """Why export fails; its cause is export's error, or the model's own, whose traceback is the shorter one."""
+    refusal = _refusal(model, arguments, error)
+    refusal.__cause__ = refusal.__cause__ or error
+    return refusal
+
+
+def _refusal(model: nn.Module, arguments: list[Any], error: Exception) -> ValueError:
     name = type(model).__name__
     if len(arguments) > 1 and not _binds(model, arguments) and _binds(model, [arguments]):
         return InputMismatchError(
@@ -352,7 +360,9 @@ def _untraceable(model: nn.Module, arguments: list[Any], error: Exception) -> Va
         output = model(*arguments)
     except Exception as own_error:
         reason = str(own_error).strip().splitlines()[0] if str(own_error).strip() else type(own_error).__name__
-        return InputMismatchError(f"{name} does not run on such inputs: {reason}")
+        mismatch = InputMismatchError(f"{name} does not run on such inputs: {reason}")
+        mismatch.__cause__ = own_error
+        return mismatch
     if not isinstance(output, Tensor):
         return _not_one_tensor(model)
     shapes = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else repr(a) for a in arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -517,3 +518,17 @@ def test_good_input_gives_no_warning(model: nn.Module) -> None:
         x[0, 0, 0, 0, 0], x[1, 2, 1, 3, 3] = 0, 1
         DeepTaylor(model, 0, 1).attribute(x, 1)
         DiscriminativeDeepTaylor(model, 0, 1).attribute(x, 1)
+
+
+def test_where_a_model_does_not_run_its_own_traceback_is_shown() -> None:
+    """Not that of torch.export, which is ten times as long and says the same."""
+    model = nn.Sequential(nn.Conv3d(3, 4, 3), nn.Flatten(), nn.Linear(7, 2)).eval()
+    with pytest.raises(ValueError, match="does not run on such inputs: mat1 and mat2") as caught:
+        DeepTaylor(model, 0.0, 1.0).attribute(torch.rand(2, 3, 4, 8, 8), 1)
+    chain, error = [], caught.value.__cause__
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    (own,) = chain
+    assert isinstance(own, RuntimeError)
+    assert not any("export" in frame.filename for frame in traceback.extract_tb(own.__traceback__))
