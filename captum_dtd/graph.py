@@ -173,7 +173,11 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
                 program = program.run_decompositions(DECOMPOSITIONS)
             spell_out(program.graph)
     except Exception as error:
-        refusal = _untraceable(model, arguments, error)
+        failure: Exception | None = error
+    else:
+        failure = None
+    if failure is not None:  # out here, since the model's own error is not one that came while export's was handled
+        refusal = _untraceable(model, arguments, failure)
         raise refusal from refusal.__cause__
 
     _check_types(model, program.graph)
