@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
-from weakref import WeakKeyDictionary, WeakMethod
+from weakref import WeakKeyDictionary, WeakMethod, WeakSet
 
 import torch
 from captum.attr import Attribution
@@ -27,7 +27,7 @@ from captum_dtd.advice import check_order, check_winners
 from captum_dtd.bounds import Bound, broadcast_bound, lies_within, without_repeats
 from captum_dtd.collapse import FrozenNetwork, Wanted
 from captum_dtd.composites import Composite, Selector, as_composite
-from captum_dtd.graph import InputMismatchError, trace
+from captum_dtd.graph import InputMismatchError, check_not_tracing, trace
 from captum_dtd.inputs import (
     Target,
     as_arguments,
@@ -44,6 +44,7 @@ from captum_dtd.inputs import (
     target_mask,
 )
 from captum_dtd.kernels import Precision
+from captum_dtd.modes import uncompiled
 from captum_dtd.nodes import operation_name, source_line
 from captum_dtd.propagate import Activations, Network, Observer, Step, Values
 from captum_dtd.replay import Choose, Replay
@@ -62,6 +63,19 @@ Backward: TypeAlias = Callable[
 
 # More traces than this are kept by nobody's use; a graph holds no weights, so each is small.
 _MOST_TRACES = 32
+
+
+_METHODS: WeakSet[DeepTaylor] = WeakSet()
+
+
+def _reset_after_fork() -> None:
+    """Where a process was forked while another thread traced, that thread's locks are its own."""
+    for method in _METHODS:
+        method._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_after_fork)
 
 
 class DeepTaylor(Attribution):  # type: ignore[misc]
@@ -139,6 +153,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
+        _METHODS.add(self)
         self._networks: OrderedDict[object, Network] = OrderedDict()
         self._frozen: OrderedDict[Network, FrozenNetwork] = OrderedDict()
         self._notes: WeakKeyDictionary[Network, list[str]] = WeakKeyDictionary()
@@ -160,6 +175,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         self.__dict__.update(state)
         self._forget()
 
+    @uncompiled
     @log_usage()  # type: ignore[untyped-decorator]
     @torch.inference_mode(False)
     def attribute(
@@ -208,6 +224,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         )
         return result
 
+    @uncompiled
     @torch.inference_mode(False)
     def attribute_targets(
         self,
@@ -246,6 +263,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         results = [(relevance if isinstance(inputs, tuple) else relevance[0], delta) for relevance, delta in explained]
         return list(results) if return_convergence_delta else [result for result, _ in results]
 
+    @uncompiled
     @torch.inference_mode(False)
     def logits(self, inputs: Tensor | tuple[Tensor, ...], additional_forward_args: Any = None) -> Tensor | None:
         """The scores that are explained where they are not what the model returns, since it ends in a softmax or sigmoid.
@@ -276,6 +294,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         with native.unchanging(weights.values()):
             return network.forward(weights, pytree.tree_leaves((*tensors, *extra))).output.detach()
 
+    @uncompiled
     def rule_table(self, inputs: Tensor | tuple[Tensor, ...], additional_forward_args: Any = None) -> RuleTable:
         """Which rule every operation would follow on such inputs, without explaining anything; print it.
 
@@ -344,6 +363,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         of_a_frame = [(low[:, :, :1], high[:, :, :1]) for low, high in bounds]
         return FrozenClips(self, frozen, self._weights_of(network), of_a_frame)
 
+    @uncompiled
     @torch.inference_mode(False)
     def ledger(
         self, inputs: Tensor | tuple[Tensor, ...], target: Target = None, additional_forward_args: Any = None
@@ -586,6 +606,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         count = len(inputs[0])
         options = (self.composite, self.backend, self.precision)
         key = (structure_of(model), options, len(inputs), signature_of((*inputs, *extra), count))
+        check_not_tracing()  # before it would wait for itself
         with self._lock:
             for known in (key, (key, count)):
                 if known in self._networks:

@@ -36,8 +36,8 @@ def pixel_bounds(mean: Sequence[float], std: Sequence[float], scale: float = 1.0
     """
     if len(mean) != len(std):
         raise ValueError(f"mean has {len(mean)} channels and std has {len(std)}; give one value per channel in both")
-    deviations = torch.tensor([float(value) for value in std], dtype=torch.float64)
-    means = torch.tensor([float(value) for value in mean], dtype=torch.float64)
+    deviations = torch.tensor([float(value) for value in std], dtype=torch.float64, device="cpu")
+    means = torch.tensor([float(value) for value in mean], dtype=torch.float64, device="cpu")
     if not bool(torch.isfinite(means).all()):
         raise ValueError(f"mean must be finite, got {tuple(mean)}")
     if not bool(((deviations > 0) & torch.isfinite(deviations)).all()) or not 0 < scale < math.inf:

@@ -41,6 +41,7 @@ from captum_dtd.inputs import (
     take_target,
 )
 from captum_dtd.kernels import Precision
+from captum_dtd.modes import uncompiled
 from captum_dtd.structure import ordinary, structure_of, unwrap, value_of
 from captum_dtd.tables import RuleTable
 
@@ -110,6 +111,7 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         self.readout = readout
         self.normalize = normalize
 
+    @uncompiled
     @log_usage()  # type: ignore[untyped-decorator]
     @torch.inference_mode(False)
     def attribute(
@@ -393,6 +395,7 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
     def model(self, model: nn.Module) -> None:
         self.method.model = model
 
+    @uncompiled
     @log_usage()  # type: ignore[untyped-decorator]
     @torch.inference_mode(False)
     def attribute(
@@ -437,6 +440,7 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
         )
         return result
 
+    @uncompiled
     @torch.inference_mode(False)
     def attribute_targets(
         self,
@@ -487,6 +491,7 @@ class DiscriminativeDeepTaylor(DiscriminativeRelevance):
                 show_progress,
             )
 
+    @uncompiled
     def rule_table(self, inputs: Tensor | tuple[Tensor, ...], additional_forward_args: Any = None) -> RuleTable:
         """As `DeepTaylor.rule_table`, with how many times of a frozen clip every operation computes.
 
@@ -700,7 +705,7 @@ def distinct_frames(clip: Tensor) -> Tensor:
     for t, total in enumerate(sums):
         earlier = (s for s in sorted(set(first)) if sums[s] == total and torch.equal(frames[s], frames[t]))
         first.append(next(earlier, t))
-    return torch.tensor(first)
+    return torch.tensor(first, device="cpu")
 
 
 def read_out(explanation: Tensor, times: Sequence[int], readout: Readout) -> Tensor:

@@ -11,6 +11,7 @@ import inspect
 import io
 import itertools
 import logging
+import os
 import sys
 import threading
 import warnings
@@ -30,13 +31,46 @@ from torch.utils import _pytree as pytree
 
 from captum_dtd.decompositions import DECOMPOSITIONS, RECURRENT
 from captum_dtd.functional import drawn_numbers, functionalize, step_over_aliases
-from captum_dtd.modes import plain_modes
+from captum_dtd.modes import plain_modes, readable_switches
 from captum_dtd.nodes import chosen_along, depending, operation_name, source_line, spell_out
 from captum_dtd.operations import CHOICES, CONVOLUTIONS, SOFTMAX, aten
 from captum_dtd.structure import structural_copy, tensor_of
 
 # torch.export patches process-wide state while it runs, so two traces never overlap.
 _EXPORT_LOCK = threading.Lock()
+_tracing: int | None = None  # the thread that does
+
+
+def _reset_after_fork() -> None:
+    """A process that was forked while another thread traced has that thread's lock, and not that thread."""
+    global _EXPORT_LOCK, _tracing
+    _EXPORT_LOCK, _tracing = threading.Lock(), None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_after_fork)
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    global _tracing
+    check_not_tracing()
+    with _EXPORT_LOCK:
+        _tracing = threading.get_ident()
+        try:
+            yield
+        finally:
+            _tracing = None
+
+
+def check_not_tracing() -> None:
+    """Raise RuntimeError if this thread traces a model already: its forward, or a hook, asks for an explanation."""
+    if _tracing == threading.get_ident():
+        raise RuntimeError(
+            "a model cannot be explained while another is traced: a forward, or a hook of all modules, asks for an "
+            "explanation; explain before or after it"
+        )
+
 
 # torch.export treats sizes 0 and 1 as special.
 _FREE_BATCH = 2
@@ -106,7 +140,7 @@ def trace(model: nn.Module, arguments: Sequence[Any], batch: int) -> TracedModel
 
 
 def _trace(model: nn.Module, arguments: Sequence[Any], batch: int) -> TracedModel:
-    with _EXPORT_LOCK, plain_modes(), _failed_attempts_untold():
+    with _one_at_a_time(), plain_modes(), readable_switches(), _failed_attempts_untold():
         double = structural_copy(model)
         try:
             with_free_batch = _export(double, [_example(a, batch) for a in arguments], _FREE_BATCH)
@@ -205,12 +239,20 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     tensors: dict[fx.Node, str] = {}
     constants: dict[fx.Node, Tensor] = {}
+    named_tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    names = {_memory_of(tensor): name for name, tensor in named_tensors if not is_lazy(tensor) and tensor.numel() > 0}
     for spec in signature.input_specs:
         if spec.kind == InputKind.USER_INPUT or not isinstance(spec.arg, TensorArgument) or spec.target is None:
             continue
         node = placeholders[spec.arg.name]
         if spec.kind == InputKind.CONSTANT_TENSOR and not _has_tensor(model, spec.target):
-            constants[node] = program.constants[spec.target]
+            constant = program.constants[spec.target]
+            # A forward that was wrapped calls the model that it was taken from, whose tensors export knows by no name.
+            name = names.get(_memory_of(constant), "") if isinstance(constant, Tensor) else ""
+            if name:
+                tensors[node] = name
+            else:
+                constants[node] = constant
         else:
             tensors[node] = spec.target
     inputs = tuple(
@@ -330,6 +372,13 @@ def _is_free(size: int | torch.SymInt, constraints: Mapping[Any, Any]) -> bool:
         return False
     limits = constraints.get(size.node.expr)
     return limits is None or bool(limits.lower <= _FREE_BATCH and limits.upper >= _ANY)
+
+
+def _memory_of(tensor: Tensor) -> object:
+    """What tensors have in common that are the same numbers in the same memory; None where that cannot be told."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.numel() == 0:
+        return None
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
 
 
 def _has_tensor(model: nn.Module, name: str) -> bool:

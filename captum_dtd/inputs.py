@@ -101,7 +101,7 @@ def check_evaluation_mode(model: nn.Module) -> None:
     """
 
     def matters(module: nn.Module) -> bool:
-        own = not type(module).__module__.startswith(("torch.nn.modules.", "torch.fx.", "torch.export."))
+        own = not type(module).__module__.startswith(("torch.nn.modules.", "torch.fx.", "torch.export.", "torch.ao."))
         return own or isinstance(module, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RReLU))
 
     training = [name or type(model).__name__ for name, m in model.named_modules() if m.training and matters(m)]

@@ -398,7 +398,7 @@ class Sum(LinearMap):
         return any(self._weights(call, part))
 
     def _weights(self, call: Call, part: WeightPart) -> list[float]:
-        weights = torch.tensor([1.0, self.sign * float(call.kwargs.get("alpha", 1))], dtype=torch.float64)
+        weights = torch.tensor([1.0, self.sign * float(call.kwargs.get("alpha", 1))], dtype=torch.float64, device="cpu")
         return weight_part(weights, part).tolist()
 
 

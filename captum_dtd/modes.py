@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["exact_modes", "exact_products", "plain_modes"]
+__all__ = ["exact_modes", "exact_products", "plain_modes", "readable_switches", "uncompiled"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def uncompiled(function: _Function) -> _Function:
+    """The same, which torch.compile leaves alone where a function calls it that is compiled: models are traced in here.
+
+    `torch.compiler.disable` would import the compiler at once; this does where it is called, as a trace does.
+    """
+    disable: Any = torch._disable_dynamo  # type: ignore[attr-defined]
+    disabled: _Function = disable(function)
+    return disabled
 
 
 @contextmanager
@@ -35,6 +48,36 @@ def exact_modes() -> Iterator[None]:
 _lock = threading.Lock()
 _inside = 0
 _restore: list[Callable[[], None]] = []
+
+
+def _reset_after_fork() -> None:
+    """A forked process has one thread, which is not inside: forking there is the business of the threads that are gone."""
+    global _lock, _inside
+    _lock, _inside = threading.Lock(), 0
+    while _restore:
+        _restore.pop()()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_after_fork)
+
+
+@contextmanager
+def readable_switches() -> Iterator[None]:
+    """Where the newer of torch's two interfaces was used it refuses to read the older one, as torch.export does."""
+    cudnn: Any = torch.backends.cudnn
+    try:
+        _ = cudnn.allow_tf32
+    except RuntimeError:
+        precisions = [(switch, switch.fp32_precision) for switch in (cudnn.conv, cudnn.rnn)]
+        torch._C._set_cudnn_allow_tf32(False)
+        try:
+            yield
+        finally:
+            for switch, precision in precisions:
+                switch.fp32_precision = precision
+    else:
+        yield
 
 
 @contextmanager

@@ -152,7 +152,7 @@ class Route:
         """What is read, by one operation however many stretches it has."""
         indices = self._indices.get(x.device)
         if indices is None:
-            rows = torch.tensor(self.rows)
+            rows = torch.tensor(self.rows, device="cpu")
             # Waited for, this once: other streams read them later.
             indices = self._indices[x.device] = tuple(each.to(x.device) for each in (rows.clamp(min=0), rows < 0))
         index, missing = (

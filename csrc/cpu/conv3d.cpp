@@ -314,7 +314,7 @@ void run_directly(const Task& task, const Sweep& sweep, const Engine<Operand, Su
                   const Epilogue& epilogue, ParallelFor parallel_for) {
   const DirectKernel<Sum>& kernel = *engine.direct;
   const DirectPlan plan = make_direct_plan(ascending(sweep), task.input_parts, task.output_parts, kernel.lanes, sizeof(Sum));
-  const auto weights = direct_weights(task.filter, task.use, plan, *engine.loops);
+  const auto weights = direct_weights(task.filter, task.use, plan, *engine.loops, parallel_for);
   const DirectRunner<Sum, Epilogue> runner(plan, kernel, task.source, weights->template as<Sum>(), start, epilogue);
   parallel(parallel_for, runner.items(), [&](int64_t begin, int64_t end) { runner.run(begin, end); });
 }

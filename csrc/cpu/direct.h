@@ -68,30 +68,31 @@ inline DirectPlan make_direct_plan(const Sweep& sweep, int input_parts, int outp
 
 template <typename Sum>
 std::shared_ptr<const Buffer> direct_weights(const Filter& filter, const Use& use, const DirectPlan& plan,
-                                             const Loops<Sum>& loops) {
+                                             const Loops<Sum>& loops, ParallelFor parallel_for) {
   constexpr int64_t kDirectly = -2;  // where other descriptions have how many channels are packed together
   const int parts = plan.input_parts * plan.output_parts;
   Description how{kDirectly, plan.lanes, parts, static_cast<int64_t>(sizeof(Sum))};
   const Sweep& sweep = plan.sweep;
   describe(filter, use, sweep, how);
-  return kept(how, static_cast<size_t>(parts * plan.of_part()) * sizeof(Sum), [&](const Buffer& buffer) {
-    const FilterStrides stride(filter, use);
-    const int64_t of_group = plan.of_group(), next_group = filter.c_out * filter.c_in * filter.volume;
-    Sum* to = buffer.as<Sum>();
-    for (int part = 0; part < parts; ++part)
-      for (int64_t vector = 0; vector < plan.vectors(); ++vector)
-        for (int64_t tap = 0; tap < plan.taps(); ++tap)
-          for (int64_t channel = 0; channel < of_group; ++channel, to += plan.lanes) {
-            const int64_t at = plan.first_channel(vector) / of_group * next_group + channel * stride.depth +
-                               filter_tap(sweep, tap / (sweep.taps[1] * sweep.taps[2]), tap / sweep.taps[2] % sweep.taps[1],
-                                          tap % sweep.taps[2]);
-            loops.load(filter.element, static_cast<const char*>(filter.data) + at * element_bytes(filter.element), next_group,
-                       stride.lane, plan.lanes / of_group, of_group, to, of_group);
-            if (use.split) loops.lift(Lift::Signed, part, 1, plan.lanes, to, nullptr, to, plan.lanes);
-            // -v- times -x is v- times x, and kernels read x as it is.
-            if (part > 0 && plan.input_parts > 1) std::transform(to, to + plan.lanes, to, std::negate<Sum>());
-          }
-  });
+  return kept(filter, loops, parallel_for, how, static_cast<size_t>(parts * plan.of_part()) * sizeof(Sum),
+              [&](const Buffer& buffer) {
+                const FilterStrides stride(filter, use);
+                const int64_t of_group = plan.of_group(), next_group = filter.c_out * filter.c_in * filter.volume;
+                Sum* to = buffer.as<Sum>();
+                for (int part = 0; part < parts; ++part)
+                  for (int64_t vector = 0; vector < plan.vectors(); ++vector)
+                    for (int64_t tap = 0; tap < plan.taps(); ++tap)
+                      for (int64_t channel = 0; channel < of_group; ++channel, to += plan.lanes) {
+                        const int64_t at = plan.first_channel(vector) / of_group * next_group + channel * stride.depth +
+                                           filter_tap(sweep, tap / (sweep.taps[1] * sweep.taps[2]),
+                                                      tap / sweep.taps[2] % sweep.taps[1], tap % sweep.taps[2]);
+                        loops.load(filter.element, static_cast<const char*>(filter.data) + at * element_bytes(filter.element),
+                                   next_group, stride.lane, plan.lanes / of_group, of_group, to, of_group);
+                        if (use.split) loops.lift(Lift::Signed, part, 1, plan.lanes, to, nullptr, to, plan.lanes);
+                        // -v- times -x is v- times x, and kernels read x as it is.
+                        if (part > 0 && plan.input_parts > 1) std::transform(to, to + plan.lanes, to, std::negate<Sum>());
+                      }
+              });
 }
 
 // Epilogue: as of a SweepRunner.

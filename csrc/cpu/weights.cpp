@@ -236,19 +236,27 @@ void describe(const Filter& filter, const Use& use, const Sweep& sweep, Descript
   for (int a = 0; a < 3; ++a) how.insert(how.end(), {sweep.filter[a], sweep.taps[a], sweep.first_tap[a], sweep.tap_skip[a]});
 }
 
-std::shared_ptr<const Buffer> kept(const Description& how, size_t bytes, const std::function<void(const Buffer&)>& fill) {
+template <typename Sum>
+std::shared_ptr<const Buffer> kept(const Filter& filter, const Loops<Sum>& loops, ParallelFor parallel_for,
+                                   const Description& how, size_t bytes, const std::function<void(const Buffer&)>& fill) {
   if (auto found = cache().find(how)) return found;
   const auto buffer = std::make_shared<const Buffer>(bytes);
   fill(*buffer);
-  cache().insert(how, buffer);
+  const Hash now = hash_now(loops, filter.data, filter.count * element_bytes(filter.element), parallel_for);
+  if (now.low == filter.hash.low && now.high == filter.hash.high) cache().insert(how, buffer);
   return buffer;
 }
+
+template std::shared_ptr<const Buffer> kept<float>(const Filter&, const Loops<float>&, ParallelFor, const Description&, size_t,
+                                                   const std::function<void(const Buffer&)>&);
+template std::shared_ptr<const Buffer> kept<double>(const Filter&, const Loops<double>&, ParallelFor, const Description&, size_t,
+                                                    const std::function<void(const Buffer&)>&);
 
 template <typename Operand, typename Sum>
 std::shared_ptr<const Buffer> packed_weights(const Filter& filter, const Use& use, const Plan& plan, const Loops<Sum>& loops,
                                              ParallelFor parallel_for) {
   const size_t bytes = static_cast<size_t>(plan.packed_weights()) * sizeof(Operand);
-  return kept(description(filter, use, plan), bytes, [&](const Buffer& buffer) {
+  return kept(filter, loops, parallel_for, description(filter, use, plan), bytes, [&](const Buffer& buffer) {
     const Packer<Operand, Sum> packer(filter, use, plan, loops, buffer.as<Operand>());
     parallel(parallel_for, plan.bundles() * plan.channel_blocks, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) packer.pack(i / plan.channel_blocks, i % plan.channel_blocks);
@@ -272,7 +280,7 @@ std::shared_ptr<const Buffer> rounded_weights(const Filter& filter, const Loops<
                         static_cast<int64_t>(filter.element),
                         rows,
                         columns};
-  return kept(how, static_cast<size_t>(filter.count) * sizeof(bfloat16), [&](const Buffer& buffer) {
+  return kept(filter, loops, parallel_for, how, static_cast<size_t>(filter.count) * sizeof(bfloat16), [&](const Buffer& buffer) {
     parallel(parallel_for, rows, [&](int64_t begin, int64_t end) {
       std::vector<Sum> row(static_cast<size_t>(columns));
       for (int64_t i = begin; i < end; ++i) {

@@ -65,8 +65,11 @@ using Description = std::vector<int64_t>;
 // Adds which filter and what of it; the rest is the caller's.
 void describe(const Filter& filter, const Use& use, const Sweep& sweep, Description& how);
 
-// The buffer that is kept under this description, or a new one of so many bytes that `fill` has filled.
-std::shared_ptr<const Buffer> kept(const Description& how, size_t bytes, const std::function<void(const Buffer&)>& fill);
+// The buffer that is kept under this description of a filter, or a new one of so many bytes that `fill` has filled. It is kept if
+// nobody wrote to the filter meanwhile, as another thread may that does not know of the promise.
+template <typename Sum>
+std::shared_ptr<const Buffer> kept(const Filter& filter, const Loops<Sum>& loops, ParallelFor parallel_for,
+                                   const Description& how, size_t bytes, const std::function<void(const Buffer&)>& fill);
 
 // Packed as plan says: [group][block of channels][chunk][tap][depth / pair][channels][pair], zero where nothing is.
 template <typename Operand, typename Sum>

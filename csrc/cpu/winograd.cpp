@@ -187,12 +187,13 @@ std::shared_ptr<const Buffer> winograd_weights(const Filter& filter, const Use& 
                                                ParallelFor parallel_for) {
   Description how{Winograd::kPlanes, plan.lanes, plan.tiling.operand_bytes, plan.input_parts, plan.output_parts, plan.depth};
   describe(filter, use, plan.sweep, how);
-  return kept(how, static_cast<size_t>(plan.packed_weights()) * sizeof(Operand), [&](const Buffer& buffer) {
-    const Packer<Operand> packer(filter, use, plan, transforms, loops, buffer.as<Operand>());
-    parallel(parallel_for, plan.sweep.groups * plan.channel_blocks, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) packer.pack(i / plan.channel_blocks, i % plan.channel_blocks);
-    });
-  });
+  return kept(filter, loops, parallel_for, how, static_cast<size_t>(plan.packed_weights()) * sizeof(Operand),
+              [&](const Buffer& buffer) {
+                const Packer<Operand> packer(filter, use, plan, transforms, loops, buffer.as<Operand>());
+                parallel(parallel_for, plan.sweep.groups * plan.channel_blocks, [&](int64_t begin, int64_t end) {
+                  for (int64_t i = begin; i < end; ++i) packer.pack(i / plan.channel_blocks, i % plan.channel_blocks);
+                });
+              });
 }
 
 template std::shared_ptr<const Buffer> winograd_weights(const Filter&, const Use&, const WinogradPlan&,

@@ -1,0 +1,208 @@
+"""What else goes on in a process, before an explanation, around it and beside it, changes nothing of it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, pixel_bounds
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv3d(3, 16, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv3d(16, 32, 3, padding=1, bias=False), nn.BatchNorm3d(32), nn.ReLU())
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.stem(x).relu()).mean((2, 3, 4)))  # type: ignore[no-any-return]
+
+
+def net(seed: int = 0) -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Net().eval()
+
+
+def clips() -> Tensor:
+    return torch.rand((2, 3, 4, 8, 8), generator=torch.Generator().manual_seed(1))
+
+
+def explained(model: nn.Module) -> Tensor:
+    return DeepTaylor(model, 0.0, 1.0).attribute(clips(), 2)  # type: ignore[no-any-return]
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    assert bool((wanted != 0).any())
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+def wrapped(model: nn.Module) -> None:
+    """Its forward, by a function that calls the old one."""
+    forward = model.forward
+    model.forward = lambda *args: forward(*args)  # type: ignore[method-assign]
+
+
+REPLACED: dict[str, Callable[[Net, Net], Any]] = {
+    "assigned": lambda model, other: model.load_state_dict(other.state_dict(), assign=True),
+    "parameters": lambda model, other: (
+        setattr(model, "stem", other.stem),
+        setattr(model.head, "weight", other.head.weight),
+    ),
+    "data": lambda model, other: [
+        setattr(p, "data", q.data) for p, q in zip(model.parameters(), other.parameters(), strict=True)
+    ],
+    "in place": lambda model, other: model.load_state_dict(other.state_dict()),
+}
+
+
+@pytest.mark.parametrize("how", REPLACED)
+@pytest.mark.parametrize("what", ["all", "a part"])
+def test_weights_are_read_anew_where_a_forward_is_wrapped(how: str, what: str) -> None:
+    model, other = net(), net(1)
+    wrapped(model if what == "all" else model.block)
+    method = DeepTaylor(model, 0.0, 1.0)
+    method.attribute(clips(), 2)
+    REPLACED[how](model, other)
+    plain = net()
+    REPLACED[how](plain, other)
+    close(method.attribute(clips(), 2), explained(plain))
+
+
+def test_who_writes_to_weights_meanwhile_spoils_no_later_explanation() -> None:
+    """Packed weights are found by contents: those that another thread has just changed must not be kept under the old ones'."""
+    model, untouched = net(), net()
+
+    class Racy(DeepTaylor):
+        """Something writes to the weights, as another thread may, between the way forward and the way back."""
+
+        def seed_of(self, output: Tensor, chosen: Tensor) -> Tensor:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
+            return super().seed_of(output, chosen)
+
+    reference = DeepTaylor(untouched, 0.0, 1.0, backend="reference").attribute(clips(), 2)
+    for precision in ("ieee", "float32", "bfloat16"):
+        model.load_state_dict(untouched.state_dict())
+        # Of other weights than any before, so that nothing of them has been kept.
+        with torch.no_grad():
+            for one, other in zip(model.parameters(), untouched.parameters(), strict=True):
+                other.mul_(1.25)
+                one.copy_(other)
+        reference = DeepTaylor(untouched, 0.0, 1.0, backend="reference").attribute(clips(), 2)
+        Racy(model, 0.0, 1.0, precision=precision).attribute(clips(), 2)
+        found = DeepTaylor(untouched, 0.0, 1.0, precision=precision).attribute(clips(), 2)
+        tolerance = 5e-2 if precision == "bfloat16" else 1e-4
+        torch.testing.assert_close(found, reference, rtol=0, atol=tolerance * reference.abs().max().item())
+
+
+@pytest.mark.timeout(60)
+def test_an_explanation_inside_of_a_trace_is_refused() -> None:
+    other = net(1)
+
+    class Explains(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            explained(other)
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match="cannot be explained while another is traced"):
+        explained(Explains().eval())
+    close(explained(net()), explained(copy.deepcopy(net())))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork processes")
+def test_a_process_forked_while_another_thread_traces_has_locks_of_its_own() -> None:
+    tracing, forked = threading.Event(), threading.Event()
+
+    class Waits(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            tracing.set()
+            forked.wait(30)
+            return super().forward(x)
+
+    method = DeepTaylor(Waits().eval(), 0.0, 1.0)
+    thread = threading.Thread(target=lambda: method.attribute(clips(), 2))
+    thread.start()
+    assert tracing.wait(30)
+    child = os.fork()
+    if child == 0:
+        import captum_dtd.graph
+        import captum_dtd.modes
+
+        locks = (captum_dtd.graph._EXPORT_LOCK, captum_dtd.modes._lock, method._lock)
+        free = all(lock.acquire(timeout=5) for lock in locks)
+        os._exit(0 if free and captum_dtd.modes._inside == 0 else 1)
+    forked.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize(
+    "switch", ["fp32_precision", "cudnn.conv.fp32_precision", "mkldnn.fp32_precision", "mkldnn.matmul.fp32_precision"]
+)
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_the_newer_switches_of_precision(switch: str, precision: str) -> None:
+    owner: Any = torch.backends
+    *path, name = switch.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    if precision == "bf16" and "cudnn" in switch:
+        precision = "tf32"
+    wanted, before = explained(net()), getattr(owner, name)
+    switches = (
+        torch.backends.cudnn.conv,
+        torch.backends.cudnn.rnn,
+        torch.backends.mkldnn.conv,
+        torch.backends.mkldnn.matmul,
+    )
+    try:
+        setattr(owner, name, precision)
+        set_so = getattr(owner, name), [each.fp32_precision for each in switches]
+        found = explained(net())
+        assert (getattr(owner, name), [each.fp32_precision for each in switches]) == set_so
+    finally:
+        setattr(owner, name, before)
+    close(found, wanted)
+
+
+def test_inside_of_a_compiled_function() -> None:
+    model = net()
+    for method in (DeepTaylor(model, 0.0, 1.0), DiscriminativeDeepTaylor(model, 0.0, 1.0)):
+        found = torch.compile(lambda x, method=method: method.attribute(x, 2), backend="eager")(clips())
+        torch.testing.assert_close(found, method.attribute(clips(), 2))
+
+
+def test_another_default_device() -> None:
+    wanted = DiscriminativeDeepTaylor(net(), 0.0, 1.0, composite="epsilon-gamma-box").attribute(clips(), 2)
+    model, x = net(), clips()
+    with torch.device("meta"):
+        low, high = pixel_bounds((0.5,), (0.5,))
+        found = DiscriminativeDeepTaylor(model, 0.0, 1.0, composite="epsilon-gamma-box").attribute(x, 2)
+    assert (low.item(), high.item()) == (-1.0, 1.0)
+    for one, other in zip(found, wanted, strict=True):
+        close(one, other)
+
+
+def test_layers_that_torch_fused() -> None:
+    class Fusible(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.relu = nn.Conv3d(3, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU()
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.relu(self.norm(self.conv(x))).mean((2, 3, 4)))  # type: ignore[no-any-return]
+
+    model = Fusible().eval()
+    fused = torch.ao.quantization.fuse_modules(model, [["conv", "norm", "relu"]])
+    close(explained(fused), explained(model))
