@@ -16,7 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,6 +210,8 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
         failure: Exception | None = error
     else:
         failure = None
+    if failure is not None and (interrupt := _interrupt(failure)) is not None:
+        raise interrupt
     if failure is not None:  # out here, since the model's own error is not one that came while export's was handled
         refusal = _untraceable(model, arguments, failure)
         raise refusal from refusal.__cause__
@@ -339,19 +341,43 @@ def _check_types(model: nn.Module, graph: fx.Graph) -> None:
                 )
 
 
+class _HeldBack:
+    """A stream that keeps what this thread writes until it is let go, and hands everything else on."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self._text = stream, io.StringIO()
+        self._thread: int | None = threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return int((self._text if threading.get_ident() == self._thread else self.stream).write(text))
+
+    def let_go(self) -> str:
+        """What was kept; from now on nothing is, for whoever has this object still."""
+        self._thread = None
+        return self._text.getvalue()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 @contextmanager
 def _partial_graph_unprinted() -> Iterator[None]:
-    """Where export fails it prints the graph so far to stderr; what else was written there meanwhile is passed on."""
-    written, graph = io.StringIO(), ""
+    """Where export fails it prints the graph so far to stderr; what else this thread writes there is passed on afterwards."""
+    if sys.stderr is None:  # a program without a console has none
+        yield
+        return
+    held, graph = _HeldBack(sys.stderr), ""
+    sys.stderr = held
     try:
-        with redirect_stderr(written):
-            yield
+        yield
     except Exception as error:
         if hasattr(error, "partial_fx_graph"):
             graph = f"{error.partial_fx_graph}\n"
         raise
     finally:
-        print(written.getvalue().replace(graph, ""), end="", file=sys.stderr)
+        if sys.stderr is held:  # another thread may have put its own there
+            sys.stderr = held.stream
+        print(held.let_go().replace(graph, ""), end="", file=held.stream)
 
 
 class _DataIsDetached(TorchFunctionMode):
@@ -393,6 +419,13 @@ def _not_one_tensor(model: nn.Module) -> ValueError:
         f"{type(model).__name__} must return one tensor of scores, (N,) or (N, classes, ...), not a tuple, list, dict or "
         "another object; wrap it in a module that returns the one to explain"
     )
+
+
+def _interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The user's wish to stop, which torch may have lost while it tidied up after itself."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _untraceable(model: nn.Module, arguments: list[Any], error: Exception) -> ValueError:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -206,3 +209,47 @@ def test_layers_that_torch_fused() -> None:
     model = Fusible().eval()
     fused = torch.ao.quantization.fuse_modules(model, [["conv", "norm", "relu"]])
     close(explained(fused), explained(model))
+
+
+def test_other_threads_write_to_stderr_while_a_model_is_traced(capfd: pytest.CaptureFixture[str]) -> None:
+    traced, written = threading.Event(), threading.Event()
+    handlers: list[logging.Handler] = []
+
+    class Waits(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            print("from the model", file=sys.stderr)
+            traced.set()
+            assert written.wait(30)
+            return super().forward(x)
+
+    def writes() -> None:
+        assert traced.wait(30)
+        before = sys.stderr
+        print("from beside it", file=sys.stderr)
+        assert before.fileno() >= 0
+        handlers.append(logging.StreamHandler())
+        written.set()
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stderr(stack.enter_context(os.fdopen(os.dup(2), "w", buffering=1))))
+        stream, thread = sys.stderr, threading.Thread(target=writes)
+        thread.start()
+        explained(Waits().eval())
+        thread.join()
+        assert sys.stderr is stream
+        handlers[0].emit(logging.makeLogRecord({"msg": "from a handler that was made meanwhile"}))
+    said = capfd.readouterr().err
+    for text in ("from the model", "from beside it", "from a handler that was made meanwhile"):
+        assert text in said
+
+
+def test_an_interrupt_that_torch_turned_into_another_error_is_one() -> None:
+    class Interrupted(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                raise RuntimeError("Trying to pop empty mode stack")  # noqa: B904
+
+    with pytest.raises(KeyboardInterrupt):
+        explained(Interrupted().eval())

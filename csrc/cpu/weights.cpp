@@ -108,7 +108,7 @@ class Cache {
 
   static size_t limit() {
     const char* given = std::getenv("CAPTUM_DTD_WEIGHT_CACHE_MB");
-    if (given == nullptr) return size_t{2048} << 20;
+    if (given == nullptr || *given == '\0') return size_t{2048} << 20;
     char* end = nullptr;
     const unsigned long long megabytes = std::strtoull(given, &end, 10);
     if (end == given || *end != '\0' || *given == '-' || megabytes >= (1ull << 40))
