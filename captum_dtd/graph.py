@@ -53,6 +53,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
+    """Wait for another thread's trace to end, and let others wait for this one's."""
     global _tracing
     check_not_tracing()
     with _EXPORT_LOCK:
@@ -241,18 +242,19 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     tensors: dict[fx.Node, str] = {}
     constants: dict[fx.Node, Tensor] = {}
-    named_tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    names = {_memory_of(tensor): name for name, tensor in named_tensors if not is_lazy(tensor) and tensor.numel() > 0}
+    names = {
+        _memory_of(tensor): name for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
+    }
     for spec in signature.input_specs:
         if spec.kind == InputKind.USER_INPUT or not isinstance(spec.arg, TensorArgument) or spec.target is None:
             continue
         node = placeholders[spec.arg.name]
         if spec.kind == InputKind.CONSTANT_TENSOR and not _has_tensor(model, spec.target):
             constant = program.constants[spec.target]
+            memory = _memory_of(constant)
             # A forward that was wrapped calls the model that it was taken from, whose tensors export knows by no name.
-            name = names.get(_memory_of(constant), "") if isinstance(constant, Tensor) else ""
-            if name:
-                tensors[node] = name
+            if memory is not None and memory in names:
+                tensors[node] = names[memory]
             else:
                 constants[node] = constant
         else:
@@ -402,7 +404,12 @@ def _is_free(size: int | torch.SymInt, constraints: Mapping[Any, Any]) -> bool:
 
 def _memory_of(tensor: Tensor) -> object:
     """What tensors have in common that are the same numbers in the same memory; None where that cannot be told."""
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.numel() == 0:
+    if (
+        type(tensor) not in (Tensor, nn.Parameter)
+        or tensor.layout != torch.strided
+        or tensor.is_meta
+        or not tensor.numel()
+    ):
         return None
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
 
