@@ -6,9 +6,11 @@ import contextlib
 import copy
 import logging
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,32 +152,42 @@ def test_a_process_forked_while_another_thread_traces_has_locks_of_its_own() -> 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-@pytest.mark.parametrize(
-    "switch", ["fp32_precision", "cudnn.conv.fp32_precision", "mkldnn.fp32_precision", "mkldnn.matmul.fp32_precision"]
-)
-@pytest.mark.parametrize("precision", ["ieee", "bf16"])
-def test_the_newer_switches_of_precision(switch: str, precision: str) -> None:
-    owner: Any = torch.backends
-    *path, name = switch.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    if precision == "bf16" and "cudnn" in switch:
-        precision = "tf32"
-    wanted, before = explained(net()), getattr(owner, name)
-    switches = (
-        torch.backends.cudnn.conv,
-        torch.backends.cudnn.rnn,
-        torch.backends.mkldnn.conv,
-        torch.backends.mkldnn.matmul,
+SWITCHES = [
+    f"{switch} = '{precision}'"
+    for switch, other in (
+        ("fp32_precision", "bf16"),
+        ("cudnn.conv.fp32_precision", "tf32"),
+        ("mkldnn.fp32_precision", "bf16"),
+        ("mkldnn.matmul.fp32_precision", "bf16"),
     )
-    try:
-        setattr(owner, name, precision)
-        set_so = getattr(owner, name), [each.fp32_precision for each in switches]
-        found = explained(net())
-        assert (getattr(owner, name), [each.fp32_precision for each in switches]) == set_so
-    finally:
-        setattr(owner, name, before)
-    close(found, wanted)
+    for precision in ("ieee", other)
+]
+
+UNDER_SWITCHES = """
+import os, sys
+import torch
+from test_process import explained, net
+
+wanted = torch.load(sys.argv[1])
+switches = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul)
+# They are the process's, and not all can be turned back: each setting has a process of its own.
+for setting in sys.argv[2:]:
+    child = os.fork()
+    if child == 0:
+        exec(f"torch.backends.{setting}")
+        before = [each.fp32_precision for each in switches]
+        torch.testing.assert_close(explained(net()), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+        assert [each.fp32_precision for each in switches] == before, setting
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, setting
+"""
+
+
+def test_the_newer_switches_of_precision(tmp_path: Path) -> None:
+    torch.save(explained(net()), tmp_path / "wanted.pt")
+    command = [sys.executable, "-c", UNDER_SWITCHES, str(tmp_path / "wanted.pt"), *SWITCHES]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_inside_of_a_compiled_function() -> None:
