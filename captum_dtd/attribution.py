@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import numbers
 import os
-import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
-from weakref import WeakKeyDictionary, WeakMethod, WeakSet
+from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
 from captum.attr import Attribution
@@ -44,6 +43,7 @@ from captum_dtd.inputs import (
     target_mask,
 )
 from captum_dtd.kernels import Precision
+from captum_dtd.locks import Lock
 from captum_dtd.modes import uncompiled
 from captum_dtd.nodes import operation_name, source_line
 from captum_dtd.propagate import Activations, Network, Observer, Step, Values
@@ -63,19 +63,6 @@ Backward: TypeAlias = Callable[
 
 # More traces than this are kept by nobody's use; a graph holds no weights, so each is small.
 _MOST_TRACES = 32
-
-
-_METHODS: WeakSet[DeepTaylor] = WeakSet()
-
-
-def _reset_after_fork() -> None:
-    """Where a process was forked while another thread traced, that thread's locks are its own."""
-    for method in _METHODS:
-        method._lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_after_fork)
 
 
 class DeepTaylor(Attribution):  # type: ignore[misc]
@@ -152,8 +139,7 @@ class DeepTaylor(Attribution):  # type: ignore[misc]
         self._forget()
 
     def _forget(self) -> None:
-        self._lock = threading.Lock()
-        _METHODS.add(self)
+        self._lock = Lock()
         self._networks: OrderedDict[object, Network] = OrderedDict()
         self._frozen: OrderedDict[Network, FrozenNetwork] = OrderedDict()
         self._notes: WeakKeyDictionary[Network, list[str]] = WeakKeyDictionary()

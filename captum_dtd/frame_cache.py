@@ -8,7 +8,6 @@ windows need no bookkeeping: the same frame in another clip, at another time or 
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from functools import lru_cache
@@ -21,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from captum_dtd import native
+from captum_dtd.locks import Lock
 from captum_dtd.structure import own_classes, tensors_in
 
 # How many different methods and models a cache tells apart at once; of others it only forgets that it knew them.
@@ -69,7 +69,7 @@ class FrameCache:
         self._kept: OrderedDict[bytes, tuple[Tensor, ...]] = OrderedDict()
         self._numbers: OrderedDict[Hashable, int] = OrderedDict()
         self._numbered = 0
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def __len__(self) -> int:
         """How many explanations are kept."""

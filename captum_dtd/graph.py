@@ -11,7 +11,6 @@ import inspect
 import io
 import itertools
 import logging
-import os
 import sys
 import threading
 import warnings
@@ -31,42 +30,19 @@ from torch.utils import _pytree as pytree
 
 from captum_dtd.decompositions import DECOMPOSITIONS, RECURRENT
 from captum_dtd.functional import drawn_numbers, functionalize, step_over_aliases
+from captum_dtd.locks import Lock
 from captum_dtd.modes import plain_modes, readable_switches
 from captum_dtd.nodes import chosen_along, depending, operation_name, source_line, spell_out
 from captum_dtd.operations import CHOICES, CONVOLUTIONS, SOFTMAX, aten
 from captum_dtd.structure import structural_copy, tensor_of
 
 # torch.export patches process-wide state while it runs, so two traces never overlap.
-_EXPORT_LOCK = threading.Lock()
-_tracing: int | None = None  # the thread that does
-
-
-def _reset_after_fork() -> None:
-    """A process that was forked while another thread traced has that thread's lock, and not that thread."""
-    global _EXPORT_LOCK, _tracing
-    _EXPORT_LOCK, _tracing = threading.Lock(), None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_after_fork)
-
-
-@contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Wait for another thread's trace to end, and let others wait for this one's."""
-    global _tracing
-    check_not_tracing()
-    with _EXPORT_LOCK:
-        _tracing = threading.get_ident()
-        try:
-            yield
-        finally:
-            _tracing = None
+_EXPORT_LOCK = Lock()
 
 
 def check_not_tracing() -> None:
     """Raise RuntimeError if this thread traces a model already: its forward, or a hook, asks for an explanation."""
-    if _tracing == threading.get_ident():
+    if _EXPORT_LOCK.held_here:
         raise RuntimeError(
             "a model cannot be explained while another is traced: a forward, or a hook of all modules, asks for an "
             "explanation; explain before or after it"
@@ -141,7 +117,7 @@ def trace(model: nn.Module, arguments: Sequence[Any], batch: int) -> TracedModel
 
 
 def _trace(model: nn.Module, arguments: Sequence[Any], batch: int) -> TracedModel:
-    with _one_at_a_time(), plain_modes(), readable_switches(), _failed_attempts_untold():
+    with _EXPORT_LOCK, plain_modes(), readable_switches(), _failed_attempts_untold():
         double = structural_copy(model)
         try:
             with_free_batch = _export(double, [_example(a, batch) for a in arguments], _FREE_BATCH)
@@ -211,11 +187,8 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
         failure: Exception | None = error
     else:
         failure = None
-    if failure is not None and (interrupt := _interrupt(failure)) is not None:
-        raise interrupt
     if failure is not None:  # out here, since the model's own error is not one that came while export's was handled
-        refusal = _untraceable(model, arguments, failure)
-        raise refusal from refusal.__cause__
+        raise _interrupt(failure) or _untraceable(model, arguments, failure)
 
     _check_types(model, program.graph)
     if drawn is not None:
@@ -242,21 +215,18 @@ def _export(model: nn.Module, arguments: list[Any], batch: int | None) -> Traced
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     tensors: dict[fx.Node, str] = {}
     constants: dict[fx.Node, Tensor] = {}
-    names = {
-        _memory_of(tensor): name for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers())
-    }
     for spec in signature.input_specs:
         if spec.kind == InputKind.USER_INPUT or not isinstance(spec.arg, TensorArgument) or spec.target is None:
             continue
         node = placeholders[spec.arg.name]
         if spec.kind == InputKind.CONSTANT_TENSOR and not _has_tensor(model, spec.target):
             constant = program.constants[spec.target]
-            memory = _memory_of(constant)
             # A forward that was wrapped calls the model that it was taken from, whose tensors export knows by no name.
-            if memory is not None and memory in names:
-                tensors[node] = names[memory]
-            else:
+            name = _name_of(model, constant)
+            if name is None:
                 constants[node] = constant
+            else:
+                tensors[node] = name
         else:
             tensors[node] = spec.target
     inputs = tuple(
@@ -400,6 +370,13 @@ def _is_free(size: int | torch.SymInt, constraints: Mapping[Any, Any]) -> bool:
         return False
     limits = constraints.get(size.node.expr)
     return limits is None or bool(limits.lower <= _FREE_BATCH and limits.upper >= _ANY)
+
+
+def _name_of(model: nn.Module, tensor: Tensor) -> str | None:
+    """Which of a model's parameters or buffers a tensor is another view of, in all of its memory; None if of none."""
+    memory = _memory_of(tensor)
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    return None if memory is None else next((name for name, own in named if _memory_of(own) == memory), None)
 
 
 def _memory_of(tensor: Tensor) -> object:

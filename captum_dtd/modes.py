@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
+
+from captum_dtd.locks import Lock
 
 __all__ = ["exact_modes", "exact_products", "plain_modes", "readable_switches", "uncompiled"]
 
@@ -45,15 +46,15 @@ def exact_modes() -> Iterator[None]:
         yield
 
 
-_lock = threading.Lock()
+_lock = Lock()
 _inside = 0
 _restore: list[Callable[[], None]] = []
 
 
 def _reset_after_fork() -> None:
-    """A forked process has one thread, which is not inside: forking there is the business of the threads that are gone."""
-    global _lock, _inside
-    _lock, _inside = threading.Lock(), 0
+    """A forked process has one thread: those that were inside are gone, and leave no more."""
+    global _inside
+    _inside = 0
     while _restore:
         _restore.pop()()
 

@@ -6,7 +6,6 @@ graph holds them all and is launched at once, on tensors that keep their place: 
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from captum_dtd.locks import Lock
 
 Choose: TypeAlias = Callable[[Tensor], list[Tensor]]
 """Gives masks of an output's shape, for every target one."""
@@ -32,7 +33,7 @@ _MOST_KNOWN = 64
 
 
 # Torch records one graph at a time.
-_recording = threading.Lock()
+_recording = Lock()
 
 
 class CudaGraph:
@@ -99,7 +100,7 @@ class Replay:
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn = warn
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._computations = 0
         self._known: OrderedDict[Hashable, Tensor] = OrderedDict()  # an output of each
         self._recorded: dict[Hashable, _Recording] = {}
