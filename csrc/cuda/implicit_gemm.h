@@ -174,6 +174,25 @@ __device__ __forceinline__ float load_element(const void* data, int64_t offset, 
   return widen_bits(load_bits(data, offset, element), element);
 }
 
+// Elements at some offsets, zero where one is negative: all are asked for before the first is needed.
+template <int kCount>
+__device__ __forceinline__ void load_elements(const void* data, const int64_t (&at)[kCount], Element element,
+                                              float (&values)[kCount]) {
+  const auto load = [&](Element known) {
+    uint32_t bits[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) bits[i] = at[i] >= 0 ? load_bits(data, at[i], known) : 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = widen_bits(bits[i], known);
+  };
+  if (element == Element::Float32)
+    load(Element::Float32);
+  else if (element == Element::BFloat16)
+    load(Element::BFloat16);
+  else
+    load(Element::Float16);
+}
+
 // Four neighbours, aligned to as many.
 __device__ __forceinline__ void load_quad(const void* data, int64_t offset, Element element, float (&values)[4]) {
   if (element == Element::Float32) {

@@ -93,20 +93,12 @@ __global__ void __launch_bounds__(256, 4) pack_weights(const __grid_constant__ W
   float values[kElements] = {};
   if (!phase.adds_taps) {
     const int64_t from = start + (phase.first_tap[0] + t * phase.tap_skip[0]) * plane;
-    const auto read = [&](Element element) {  // all are asked for before the first is needed
-      uint32_t bits[kElements] = {};
+    int64_t at[kElements];
 #pragma unroll
-      for (int e = 0; e < kElements; ++e)
-        if (is_there(e)) bits[e] = load_bits(weights.data, from + channel_of(e) * weights.depth_stride, element);
+    for (int e = 0; e < kElements; ++e) at[e] = is_there(e) ? from + channel_of(e) * weights.depth_stride : -1;
+    load_elements(weights.data, at, weights.element, values);
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) values[e] = is_there(e) ? part_of(e, widen_bits(bits[e], element)) : 0;
-    };
-    if (weights.element == Element::Float32)
-      read(Element::Float32);
-    else if (weights.element == Element::BFloat16)
-      read(Element::BFloat16);
-    else
-      read(Element::Float16);
+    for (int e = 0; e < kElements; ++e) values[e] = part_of(e, values[e]);
   } else {
     for (int of_filter = 0; of_filter < weights.filter[0]; ++of_filter) {
       if (tap >= taps || !(phase.sets[t] >> of_filter & 1)) continue;
@@ -158,7 +150,7 @@ __global__ void __launch_bounds__(256, 1) arrange_input(const __grid_constant__ 
   int w = static_cast<int>(p - row * arrange.size[2]);
   int group = static_cast<int>(first_channel + channel) / arrange.padded;
   int of_group = static_cast<int>(first_channel + channel) - group * arrange.padded;
-  int64_t at[kRounds];  // of what is read alone; -1 where nothing is
+  int64_t at[kRounds];  // -1 where nothing is
   float values[kRounds] = {};
   int64_t from_position = 0, from_channel = 0;
 #pragma unroll
@@ -167,7 +159,7 @@ __global__ void __launch_bounds__(256, 1) arrange_input(const __grid_constant__ 
     if (kAlongChannels || k == 0) from_position = n * arrange.x.stride[0] + h * arrange.x.stride[3] + w * arrange.x.stride[4];
     if (!kAlongChannels || k == 0) from_channel = group * arrange.group_stride + of_group * arrange.x.stride[1];
     const int64_t from = from_position + from_channel;
-    at[k] = there && arrange.members.data == nullptr ? from + t * arrange.x.stride[2] : -1;
+    at[k] = there ? from + t * arrange.x.stride[2] : -1;
     if (there && arrange.members.data != nullptr) {
       const int16_t* members = arrange.members.row(static_cast<int>(n)) + int64_t(t) * arrange.most;
       for (int i = 0; i < arrange.most && members[i] >= 0; ++i)
@@ -182,20 +174,7 @@ __global__ void __launch_bounds__(256, 1) arrange_input(const __grid_constant__ 
     }
     for (of_group += across; !kAlongChannels && of_group >= arrange.padded; of_group -= arrange.padded) ++group;
   }
-  const auto read = [&](Element element) {  // all are asked for before the first is needed
-    uint32_t bits[kRounds];
-#pragma unroll
-    for (int k = 0; k < kRounds; ++k) bits[k] = at[k] >= 0 ? load_bits(arrange.x.data, at[k], element) : 0;
-#pragma unroll
-    for (int k = 0; k < kRounds; ++k)
-      if (at[k] >= 0) values[k] = widen_bits(bits[k], element);
-  };
-  if (arrange.element == Element::Float32)
-    read(Element::Float32);
-  else if (arrange.element == Element::BFloat16)
-    read(Element::BFloat16);
-  else
-    read(Element::Float16);
+  if (arrange.members.data == nullptr) load_elements(arrange.x.data, at, arrange.element, values);
 #pragma unroll
   for (int k = 0; k < kRounds; ++k) square[position + k * down][channel + k * across] = values[k];
   __syncthreads();
