@@ -87,9 +87,12 @@ class Cache {
     return found->second->buffer;
   }
 
+  // Whether there is room for a buffer, if others go.
+  bool takes(const Buffer& buffer) const { return buffer.bytes() <= limit_; }
+
   void insert(const Description& how, const std::shared_ptr<const Buffer>& buffer) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (buffer->bytes() > limit_ || entries_.count(how) != 0) return;
+    if (!takes(*buffer) || entries_.count(how) != 0) return;
     recent_.push_front({how, buffer});
     entries_[how] = recent_.begin();
     bytes_ += buffer->bytes();
@@ -242,6 +245,7 @@ std::shared_ptr<const Buffer> kept(const Filter& filter, const Loops<Sum>& loops
   if (auto found = cache().find(how)) return found;
   const auto buffer = std::make_shared<const Buffer>(bytes);
   fill(*buffer);
+  if (!cache().takes(*buffer)) return buffer;
   const Hash now = hash_now(loops, filter.data, filter.count * element_bytes(filter.element), parallel_for);
   if (now.low == filter.hash.low && now.high == filter.hash.high) cache().insert(how, buffer);
   return buffer;
