@@ -112,14 +112,16 @@ def check_winners(network: Network, frames: int) -> str | None:
 
 def _chosen(node: fx.Node) -> tuple[int, fx.Node] | None:
     """Along which dimension some values are read that were found by comparing, and what found them; None where that is not so."""
-    found: list[tuple[Any, Any]] = []
-    if node.target in (aten.gather.default, aten.take_along_dim.default):
-        _, *others = args_of(node)
-        index, dim = sorted(others, key=lambda each: isinstance(each, int))
-        found = [(dim, index)]
+    indices: list[tuple[Any, Any]] = []
+    if node.target is aten.gather.default:
+        _, dim, index = args_of(node)
+        indices = [(dim, index)]
+    elif node.target is aten.take_along_dim.default:
+        _, index, dim = args_of(node)
+        indices = [(dim, index)]
     elif node.target is aten.index.Tensor:
-        found = list(enumerate(args_of(node)[1]))
-    for dim, index in found:
+        indices = list(enumerate(args_of(node)[1]))
+    for dim, index in indices:
         origin = _compared(index)
         if origin is not None and isinstance(dim, int):
             dim %= len(shape_of(node.args[0]))

@@ -71,9 +71,8 @@ def canonize(graph: fx.Graph, inputs: Collection[fx.Node], explained: Collection
         elif node.target is aten.type_as.default:
             become(node, aten.to.dtype, node.args[0], node.meta["val"].dtype)
         elif node.target is aten.rrelu.default:
-            x, lower, upper, training, *_ = args_of(node)
-            if not training:
-                become(node, aten.leaky_relu.default, x, (lower + upper) / 2)
+            x, lower, upper, *_ = args_of(node)  # in training it is refused before, since it draws numbers
+            become(node, aten.leaky_relu.default, x, (lower + upper) / 2)
         elif node.target is aten.addmm.default and node.kwargs:
             become(node, node.target, *_scaled(graph, node))
         elif node.target is aten.zero.default:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from captum_dtd import __version__, doctor
 from captum_dtd.kernels import Precision
-from captum_dtd.recipe import Explainer, Recipe, class_index, read_classes, usable_device
+from captum_dtd.recipe import Explainer, Recipe, class_index, read_classes
 from captum_dtd.video import (
     Clip,
     Preprocessing,
@@ -294,9 +294,8 @@ def _explain(args: argparse.Namespace) -> int:
     source = _Source.find(args.video)
     directory: Path = args.output or Path(f"captum_dtd_{source.stem}")
     with _staging(directory) as staging:
-        device = usable_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        explainer = _recipe(args).load(device)
-        classes, prepare = explainer.classes, explainer.prepare
+        explainer = _recipe(args).load(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        classes, prepare, device = explainer.classes, explainer.prepare, explainer.device
 
         video, clip = source.clip(prepare, args.start)
         inputs = prepare(clip.frames)[None].to(device)

@@ -16,7 +16,7 @@ from captum_dtd.discriminate import DiscriminativeDeepTaylor
 from captum_dtd.models import load_model
 from captum_dtd.video import Preprocessing
 
-__all__ = ["Explainer", "Recipe", "class_index", "device_named", "read_classes", "usable_device"]
+__all__ = ["Explainer", "Recipe", "class_index", "device_named", "read_classes"]
 
 
 def device_named(name: str | torch.device) -> torch.device:
@@ -29,24 +29,6 @@ def device_named(name: str | torch.device) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device must be cpu, cuda, cuda:1, ..., not {name!r}") from error
-
-
-def usable_device(name: str | torch.device) -> torch.device:
-    """A device that this machine computes on.
-
-    Raises:
-        ValueError: if there is none of that name; the message says why.
-
-    Example:
-        >>> usable_device("cpu")
-        device(type='cpu')
-    """
-    device = device_named(name)
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # builds of torch without CUDA raise the latter
-        raise ValueError(f"device {str(name)!r} does not compute here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 @dataclass(frozen=True)
@@ -94,7 +76,11 @@ class Recipe:
             ValueError, TypeError, OSError, ImportError: as ``load_model``, :class:`Preprocessing` and
                 `DiscriminativeDeepTaylor` do, no preprocessing is known for the model, or there is no such device.
         """
-        device = usable_device(device)
+        device = device_named(device)
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError) as error:  # builds of torch without CUDA raise the latter
+            raise ValueError(f"device {str(device)!r} does not compute here: {str(error).splitlines()[0]}") from error
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             named = len(self.classes) if self.classes else None
