@@ -111,7 +111,6 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
         self.readout = readout
         self.normalize = normalize
 
-    @uncompiled
     @log_usage()  # type: ignore[untyped-decorator]
     @torch.inference_mode(False)
     def attribute(

@@ -42,7 +42,9 @@ def instructions(isa: str) -> list[str]:
     """The flags of an instruction set, if the compiler knows it."""
     command = [compiler(), *FLAGS[isa], "-fsyntax-only", "-xc++", "-"]
     if subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode != 0:
-        pytest.skip(f"cannot be compiled: {compiler()} does not know the flags of {isa}, {' '.join(FLAGS[isa])}")
+        pytest.skip(
+            f"cannot be compiled: {compiler()} does not know the flags of {isa}, {' '.join(FLAGS[isa])}; a newer one does"
+        )
     return FLAGS[isa]
 
 
