@@ -233,10 +233,10 @@ Filter filter(const Loops<Sum>& loops, const Conv3d& conv, Element element, cons
   return filter;
 }
 
-// The bias, or zeros, as the accumulator's numbers.
+// The bias, or zeros, as the accumulator's numbers; more zeros follow, so that every block of channels is a whole one.
 template <typename Sum>
 std::vector<Sum> bias_of(const Loops<Sum>& loops, const Conv3d& conv, Element element, const void* bias) {
-  std::vector<Sum> values(static_cast<size_t>(conv.c_out), Sum(0));
+  std::vector<Sum> values(static_cast<size_t>(conv.c_out + kMostChannels), Sum(0));
   if (bias != nullptr) loops.load(element, bias, 0, 1, 1, conv.c_out, values.data(), 0);
   return values;
 }

@@ -38,9 +38,9 @@ struct Sums {
 
 constexpr int kEpilogueBlocks = 3;
 
-// What a sweep makes of slabs that are packed. `start` has what each output channel's sum begins with, or is null.
-// Epilogue: void(const Spot&, const Sums<Sum>&), the spot being what is written, and approach(const Spot&), called a while
-// before.
+// What a sweep makes of slabs that are packed. `start` has what each output channel's sum begins with, and as many numbers more
+// as a block has channels, or is null. Epilogue: void(const Spot&, const Sums<Sum>&), the spot being what is written, and
+// approach(const Spot&), called a while before.
 template <typename Kernel, typename Operand, typename Sum, typename Epilogue>
 class SweepRunner {
  public:
@@ -386,10 +386,10 @@ class SweepRunner {
     if (chunk > 0) return true;
     if (start_ == nullptr && !taps.empty()) return false;
     const int64_t channels = plan_.tiling.channels;
-    std::fill_n(sums, count * channels, Sum(0));
-    if (start_ != nullptr)
-      for (int64_t i = 0; i < count; ++i)
-        std::copy_n(start_ + first_channel(here, block), valid(here, block), sums + i * channels);
+    if (start_ == nullptr)
+      std::fill_n(sums, count * channels, Sum(0));
+    else
+      loops_.load(element_of<Sum>(), start_ + first_channel(here, block), 0, 1, count, channels, sums, channels);
     return true;
   }
 

@@ -44,6 +44,8 @@ class Approach {
   int64_t each_step_;
 };
 
+constexpr int kMostChannels = 64;  // of one block, of any kernel
+
 // `Operand` is what is multiplied (float, double, bfloat16), `Sum` what is added up in (float, or double).
 //
 //   sum[p][o] = (accumulate ? sum[p][o] : 0)

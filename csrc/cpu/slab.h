@@ -288,8 +288,10 @@ class SlabPacker {
       }
       if (source_.element != Element::BFloat16 || digit != Digit::High) return false;
       const int64_t row_bytes = from.row_stride * static_cast<int64_t>(sizeof(Operand));
-      for (int64_t row = 0; row < spot.rows(); ++row)
-        std::memcpy(to + row * pitch, from.data + row * row_bytes, static_cast<size_t>(spot.columns()) * sizeof(Operand));
+      const bool is_dense = from.row_stride == spot.columns() && pitch == spot.columns();
+      const int64_t rows = is_dense ? 1 : spot.rows(), columns = is_dense ? spot.rows() * spot.columns() : spot.columns();
+      for (int64_t row = 0; row < rows; ++row)
+        std::memcpy(to + row * pitch, from.data + row * row_bytes, static_cast<size_t>(columns) * sizeof(Operand));
       return true;
     }
   }

@@ -424,15 +424,41 @@ inline bool streamed(int64_t rows, int64_t columns, Sum* to, int64_t pitch, Body
   return true;
 }
 
+// The same of narrower numbers, line by line.
+template <typename Sum, typename Target>
+inline bool stream_narrowed(const Sum* from, int64_t pitch, int64_t rows, int64_t columns, Target* to, int64_t to_pitch) {
+  constexpr int64_t kLine = kLineBytes / sizeof(Target), kStep = kVectorBytes / sizeof(Target);
+  const bool is_aligned = reinterpret_cast<uintptr_t>(to) % kLineBytes == 0 && (rows == 1 || to_pitch % kLine == 0);
+  if (!is_aligned || columns % kLine != 0) return false;
+  using Bits = typename VectorOf<uint16_t, kStep>::Register;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = 0; column < columns; column += kLine) {
+      alignas(kLineBytes) Target line[kLine];
+      for (int64_t i = 0; i < kLine; ++i) narrow(from[row * pitch + column + i], line[i]);
+      for (int64_t i = 0; i < kLine; i += kStep) {
+        Bits bits;
+        std::memcpy(&bits, line + i, sizeof(bits));
+        stream_vector(bits, to + row * to_pitch + column + i);
+      }
+    }
+  return true;
+}
+
 template <typename Sum>
 void store(Element type, const Sum* from, int64_t pitch, int64_t rows, int64_t columns, void* to, int64_t row_stride,
            int64_t column_stride, bool stream) {
-  constexpr Element own = element_of<Sum>();
-  if (stream && type == own && column_stride == 1 &&
-      streamed(rows, columns, static_cast<Sum*>(to), row_stride,
-               [=](int64_t row, int64_t column) { return load_vector(from + row * pitch + column); }))
-    return;
-  typed<Sum>(type, to, [&](auto* data) { copy<Sum>(from, pitch, 1, rows, columns, data, row_stride, column_stride); });
+  typed<Sum>(type, to, [&](auto* data) {
+    using Target = std::remove_pointer_t<decltype(data)>;
+    if (stream && column_stride == 1) {
+      if constexpr (std::is_same_v<Target, Sum>) {
+        const auto vector = [=](int64_t row, int64_t column) { return load_vector(from + row * pitch + column); };
+        if (streamed(rows, columns, data, row_stride, vector)) return;
+      } else {
+        if (stream_narrowed(from, pitch, rows, columns, data, row_stride)) return;
+      }
+    }
+    copy<Sum>(from, pitch, 1, rows, columns, data, row_stride, column_stride);
+  });
 }
 
 // ------------------------------------------------------------------------------------------------ arithmetic
@@ -443,6 +469,34 @@ inline void each(int64_t rows, int64_t columns, Body body) {
   for (int64_t row = 0; row < rows; ++row)
 #pragma GCC ivdep
     for (int64_t column = 0; column < columns; ++column) body(row, column);
+}
+
+// Rows of few columns are too short for vectors: so many numbers are put next to each other, or apart, on their way.
+constexpr int64_t kGathered = 1024;
+
+template <typename T>
+inline bool has_few(int64_t rows, int64_t columns) {
+  return rows > 1 && columns > 0 && 2 * columns < kLanes<T>;
+}
+
+// Calls body(first, count) for as many rows at a time as can be gathered.
+template <typename Body>
+inline void each_gathered(int64_t rows, int64_t columns, Body body) {
+  const int64_t most = kGathered / columns;
+  for (int64_t row = 0; row < rows; row += most) body(row, rows - row < most ? rows - row : most);
+}
+
+// to[row * to_pitch + column] = from[row * from_pitch + column], of few columns.
+template <typename T, int kColumns = 4>
+inline void move_rows(int64_t rows, int64_t columns, const T* from, int64_t from_pitch, T* to, int64_t to_pitch) {
+  if (columns == kColumns) {
+    for (int64_t row = 0; row < rows; ++row) std::memcpy(to + row * to_pitch, from + row * from_pitch, kColumns * sizeof(T));
+  } else if constexpr (kColumns > 1) {
+    move_rows<T, kColumns - 1>(rows, columns, from, from_pitch, to, to_pitch);
+  } else {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t column = 0; column < columns; ++column) to[row * to_pitch + column] = from[row * from_pitch + column];
+  }
 }
 
 template <typename Sum>
@@ -471,6 +525,12 @@ void lift(Lift lift, int part, int64_t rows, int64_t columns, const Sum* x, cons
 template <typename Sum>
 void round(Digit digit, int64_t rows, int64_t columns, const Sum* from, int64_t from_pitch, bfloat16* to, int64_t to_pitch) {
   join_rows(rows, columns, from_pitch, to_pitch);
+  if (has_few<Sum>(rows, columns) && from_pitch == columns)
+    return each_gathered(rows, columns, [=](int64_t row, int64_t count) {
+      bfloat16 rounded[kGathered];
+      round(digit, 1, count * columns, from + row * columns, 0, rounded, 0);
+      move_rows(count, columns, rounded, columns, to + row * to_pitch, to_pitch);
+    });
   if (digit == Digit::High) {
     each(rows, columns,
          [=](int64_t r, int64_t c) { narrow(static_cast<float>(from[r * from_pitch + c]), to[r * to_pitch + c]); });
@@ -520,6 +580,13 @@ void multiply(int64_t rows, int64_t columns, const Sum* sums, int64_t sums_pitch
         return load_vector(u + row * pitch + column) * load_vector(sums + row * sums_pitch + column);
       }))
     return;
+  join_rows(rows, columns, sums_pitch, pitch, to_pitch);
+  if (has_few<Sum>(rows, columns) && pitch == columns && to_pitch == columns)
+    return each_gathered(rows, columns, [=](int64_t row, int64_t count) {
+      Sum gathered[kGathered];
+      move_rows(count, columns, sums + row * sums_pitch, sums_pitch, gathered, columns);
+      multiply(1, count * columns, gathered, 0, u + row * columns, 0, add, to + row * columns, 0, false);
+    });
   if (add) {
     each(rows, columns, [=](int64_t r, int64_t c) { to[r * to_pitch + c] += u[r * pitch + c] * sums[r * sums_pitch + c]; });
   } else {
@@ -731,6 +798,8 @@ void spread(Element type, const void* weights, int64_t rows, int64_t columns, Si
 template <typename Sum>
 constexpr Loops<Sum> kLoops{load<Sum>,     store<Sum>, regroup<Sum>, lift<Sum>, round<Sum>, divide<Sum>,
                             multiply<Sum>, share<Sum>, digest,       add<Sum>,  dot<Sum>,   spread<Sum>};
+
+static_assert(kLanes<float> * kVectors <= kMostChannels);
 
 template <typename T>
 constexpr MicroKernel<T, T> kTile{CAPTUM_DTD_ISA, kMaxPositions, kLanes<T> * kVectors, 1, run_tile<T>};
