@@ -60,12 +60,14 @@ from captum_dtd.operations import (
     maximum_over,
 )
 from captum_dtd.patterns import (
+    MIXTURES,
     PARTS,
     RESHAPED,
     SUMMARIES,
     averages_by,
     comes_from,
     divided,
+    gates_itself,
     holds_numbers,
     is_centred_to_be_divided,
 )
@@ -337,11 +339,17 @@ def input_parts(signals: Sequence[Tensor], part: str, bounds: Limits | None) -> 
 
 @dataclass(frozen=True)
 class Weighted(LinearMap):
-    """Convolutions and linear layers: the arguments at positions ``weight`` and ``bias`` are its weights and its bias."""
+    """Convolutions and linear layers: the arguments at positions ``weight`` and ``bias_position`` are its weights and its bias.
+
+    A kernel that is made of the input, a dynamic convolution's, is taken as it is and gets nothing, as attention's weights do.
+    """
 
     weight: int
     bias_position: int | None = None
     channel_dim: int = 1
+
+    def carriers(self, signals: Sequence[int]) -> tuple[int, ...]:
+        return tuple(signal for signal in signals if signal not in (self.weight, self.bias_position))
 
     def apply(self, call: Call, inputs: Sequence[Tensor], part: WeightPart) -> Tensor:
         replaced: dict[int, Any] = {self.weight: weight_part(call.arguments[self.weight], part)}
@@ -604,10 +612,11 @@ def _only_first(layer: Layer) -> LayerFactory:
     return lambda node, signals: layer if tuple(signals) == (0,) else None
 
 
-covers(*CONVOLUTIONS)(_only_first(Weighted(weight=1, bias_position=2)))
-covers(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)(
-    _only_first(Weighted(weight=1, bias_position=2))
-)
+@covers(*CONVOLUTIONS, aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+def _convolution(node: fx.Node, signals: Sequence[int]) -> Layer | None:
+    return Weighted(weight=1, bias_position=2) if 0 in signals else None
+
+
 covers(aten.linear.default)(_only_first(Weighted(weight=1, bias_position=2, channel_dim=-1)))
 covers(*AVERAGE_POOLS, *ADAPTIVE_AVERAGES, *REDUCTIONS)(_only_first(Average()))
 covers(*MAX_POOLS)(_only_first(MaxPool(_pool_sums)))
@@ -688,7 +697,9 @@ def _multiplication(node: fx.Node, signals: Sequence[int]) -> Layer | None:
             other = node.args[1 - gates[0]]
             is_plain = comes_from(other, kinds, PARTS) or not comes_from(other, kinds, SUMMARIES)
             return Gate(signal=1 - gates[0]) if len(gates) == 1 and is_plain else None
-    return None
+    # The activated half of a gated linear unit is its gate (Shazeer 2020, GLU variants improve transformer).
+    gates = [position for position in signals if gates_itself(node.args[position])]
+    return Gate(signal=1 - gates[0]) if len(gates) == 1 else None
 
 
 @covers(aten.div.Tensor)
@@ -716,8 +727,11 @@ def _product(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     constant = set(factors).difference(signals)
     if constant:
         return Weighted(weight=constant.pop(), channel_dim=-1)
-    weights = [i for i in factors if comes_from(leaves[i], ATTENTION, SUMMARIES)]
-    return Attention(weights[0], sum(factors) - weights[0]) if len(weights) == 1 else None
+    for moved in (SUMMARIES, MIXTURES):
+        weights = [i for i in factors if comes_from(leaves[i], ATTENTION, moved)]
+        if weights:
+            return Attention(weights[0], sum(factors) - weights[0]) if len(weights) == 1 else None
+    return None
 
 
 @covers(aten.addmm.default)

@@ -18,6 +18,7 @@ from captum_dtd.operations import (
     ADDITIONS,
     CASTS,
     CLAMPS,
+    CONVOLUTIONS,
     NEAREST,
     REDUCTIONS,
     SHAPE_ONLY,
@@ -41,6 +42,9 @@ PARTS = (
 
 SUMMARIES = PARTS | REDUCTIONS | CLAMPS | {maximum_over, aten.pow.Tensor_Scalar}
 """Operations that leave a gate a gate: sums, means, maxima, limits and powers of what is bounded."""
+
+MIXTURES = SUMMARIES | CONVOLUTIONS | {aten.linear.default}
+"""Operations that leave attention's weights weights: a layer may mix its heads (Shazeer et al. 2020, *Talking-heads*)."""
 
 
 def holds_numbers(node: fx.Node) -> bool:
@@ -78,6 +82,20 @@ def comes_from(node: Any, targets: Collection[Any], moved: Collection[Any]) -> b
     elif node.target is aten.mul.Tensor:
         parts = node.args
     return bool(parts) and all(comes_from(part, targets, moved) for part in parts)
+
+
+def gates_itself(node: Any) -> bool:
+    """Whether a value is SiLU's or GELU's, perhaps in part: a signal times a sigmoid or erf of itself, or by name."""
+    node = _stepped(node, PARTS, _SCALED)
+    if node.target is not aten.mul.Tensor:
+        return node.target in (aten.silu.default, aten.gelu.default)
+    for x, gate in (node.args, node.args[::-1]):
+        if varies(x) and varies(gate):
+            gate = _stepped(gate, (), _SCALED | _SHIFTED)
+            is_gate = gate.target in (aten.sigmoid.default, aten.hardsigmoid.default, aten.erf.default)
+            if is_gate and _stepped(gate.args[0], (), _SCALED) is _stepped(x, (), _SCALED):
+                return True
+    return False
 
 
 def averages_by(gates: Collection[Any], dividend: Any, divisor: Any) -> bool:

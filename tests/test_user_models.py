@@ -901,6 +901,119 @@ def test_gates_that_are_sliced_or_joined() -> None:
         torch.testing.assert_close(gated(spread), expected)
 
 
+def _explained_with_a_constant(made: Callable[[Layers, Tensor], Tensor], used: Callable[..., Tensor]) -> None:
+    """What is made of the input and gets no relevance is as good as a constant, in a clip and in its frozen ones."""
+    frozen = clips(1)[:, :, 3:4].expand(-1, -1, 8, -1, -1).contiguous()
+
+    def rectified(m: Layers, x: Tensor) -> Tensor:
+        return F.relu(m.stem(x))
+
+    m = model(lambda m, x: m.head(F.relu(used(m, rectified(m, x), made(m, rectified(m, x))))))
+    for x in (clips(1), frozen):
+        with torch.no_grad():
+            constant = made(m, rectified(m, x))
+        fixed = model(lambda m, x: m.head(F.relu(used(m, rectified(m, x), m.constant))))
+        fixed.register_buffer("constant", constant)
+        expected = DeepTaylor(fixed, LOW, HIGH).attribute(x, 1)
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(DeepTaylor(m, LOW, HIGH).attribute(x, 1), expected)
+    spatial = DiscriminativeDeepTaylor(m, LOW, HIGH).attribute(clips(1), 1).spatial
+    torch.testing.assert_close(spatial[:, 3], expected.sum(1)[:, 3])
+
+
+ACTIVATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu, approximately": lambda g: F.gelu(g, approximate="tanh"),
+    "silu by hand": lambda g: g * torch.sigmoid(g),
+    "gelu by sigmoid": lambda g: torch.sigmoid(1.702 * g) * g,
+    "gelu by erf": lambda g: 0.5 * g * (1 + torch.erf(g / 2**0.5)),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATED)
+@pytest.mark.parametrize("is_first", [False, True])
+def test_the_activated_half_of_a_gated_linear_unit_is_its_gate(activation: str, is_first: bool) -> None:
+    """As in SwiGLU and GEGLU (Shazeer 2020): the gate gets nothing, whichever factor it is."""
+    _explained_with_a_constant(
+        lambda m, h: ACTIVATED[activation](m.block(h)),
+        lambda m, h, gate: (gate * (h - 0.1)) if is_first else ((h - 0.1) * gate),
+    )
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda a, b: F.silu(a) * F.gelu(b),
+        lambda a, b: F.relu(a) * b,
+        lambda a, b: a * torch.sigmoid(a.mean((2, 3, 4), keepdim=True)) * b,
+    ],
+    ids=["two gates", "a rectified signal", "a squeezed and excited signal"],
+)
+def test_no_gated_linear_unit(product: Callable[[Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(UnsupportedOperationError, match="mul"):
+        DeepTaylor(model(lambda m, x: m.head(product(m.stem(x), m.block(F.relu(m.stem(x)))))), LOW, HIGH).attribute(
+            clips(), 1
+        )
+
+
+def test_heads_of_attention_that_are_mixed() -> None:
+    """Before the softmax and behind it, as in CaiT: what a layer makes of the weights are weights."""
+
+    def weights(m: Layers, h: Tensor) -> Tensor:
+        tokens = h.mean((3, 4)).unflatten(1, (4, 2)).transpose(2, 3)
+        scores = (tokens @ tokens.mT).permute(0, 2, 3, 1)
+        return F.linear(F.linear(scores, WEIGHT[:4, :4]).softmax(2), WEIGHT[4:, 4:]).permute(0, 3, 1, 2)
+
+    def attended(m: Layers, h: Tensor, mixed: Tensor) -> Tensor:
+        values = h.unflatten(1, (4, 2)).transpose(2, 3).flatten(3)
+        return (mixed @ values).unflatten(3, (2, 10, 10)).transpose(2, 3).flatten(1, 2)
+
+    _explained_with_a_constant(weights, attended)
+
+
+KERNELS: dict[str, tuple[Callable[[Layers, Tensor], Tensor], Callable[..., Tensor]]] = {
+    "of each channel, along time": (
+        lambda m, h: torch.softmax(m.block(h).mean((3, 4))[..., :3], -1).view(-1, 1, 3, 1, 1),
+        lambda m, h, kernel: F.conv3d(h.flatten(0, 1)[None], kernel, padding=(1, 0, 0), groups=len(kernel)).view(
+            h.shape
+        ),
+    ),
+    "of signed numbers": (
+        lambda m, h: m.block(h).mean((2, 3, 4)).view(1, 8, 1, 1, 1) * m.block.weight,
+        lambda m, h, kernel: F.conv3d(h, kernel, m.block.bias, padding=1),
+    ),
+    "of two dimensions, by each example": (
+        lambda m, h: m.block(h).mean((2, 3, 4)).view(-1, 1, 1, 1).expand(-1, 1, 3, 3),
+        lambda m, h, kernel: (
+            F.conv2d(h.flatten(0, 1).transpose(0, 1), kernel, padding=1, groups=len(kernel))
+            .transpose(0, 1)
+            .unflatten(0, (-1, 8))
+            .reshape(h.shape)
+        ),
+    ),
+    "transposed": (
+        lambda m, h: torch.sigmoid(m.block(h)).mean((2, 3, 4)).view(8, 1, 1, 1, 1).expand(8, 8, 1, 1, 1),
+        lambda m, h, kernel: F.conv_transpose3d(h, kernel),
+    ),
+}
+"""Kernels made of what they are applied to, as in dynamic convolutions, and how they are applied."""
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_that_is_made_of_the_input_gets_nothing(name: str) -> None:
+    _explained_with_a_constant(*KERNELS[name])
+
+
+def test_a_kernel_of_every_example_s_own() -> None:
+    """As in TANet: examples and channels are groups of one convolution."""
+    made, used = KERNELS["of each channel, along time"]
+    m = model(lambda m, x: m.head(F.relu(used(m, F.relu(m.stem(x)), made(m, F.relu(m.stem(x)))))))
+    method = DeepTaylor(m, LOW, HIGH)
+    together = method.attribute(clips(2), 1)
+    torch.testing.assert_close(together, torch.cat([method.attribute(one[None], 1) for one in clips(2)]))
+
+
 def test_a_part_of_a_sigmoid_s_output_beside_a_gate_is_a_signal() -> None:
     """As in a network whose activations are sigmoids."""
 
