@@ -618,7 +618,7 @@ def _convolution(node: fx.Node, signals: Sequence[int]) -> Layer | None:
 
 
 covers(aten.linear.default)(_only_first(Weighted(weight=1, bias_position=2, channel_dim=-1)))
-covers(*AVERAGE_POOLS, *ADAPTIVE_AVERAGES, *REDUCTIONS)(_only_first(Average()))
+covers(*AVERAGE_POOLS, *ADAPTIVE_AVERAGES, *REDUCTIONS, aten.col2im.default)(_only_first(Average()))
 covers(*MAX_POOLS)(_only_first(MaxPool(_pool_sums)))
 covers(*ADAPTIVE_MAXIMA)(_only_first(MaxPool(_average_sums)))
 covers(maximum_over)(_only_first(MaxPool(_reduction_sums)))
@@ -654,7 +654,7 @@ covers(*CASTS, batch_norm, aten.neg.default, aten.rsub.Scalar)(_only_first(Eleme
     *(aten.slice_scatter.default, aten.select_scatter.default, aten.fill.Scalar, aten.fill.Tensor),
     *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
     *(aten.gather.default, aten.repeat_interleave.self_int, aten.pixel_unshuffle.default, aten.rot90.default),
-    aten.take_along_dim.default,
+    *(aten.take_along_dim.default, aten.im2col.default),
     *NEAREST,
 )
 def _rearrangement(node: fx.Node, signals: Sequence[int]) -> Layer | None:

@@ -209,6 +209,10 @@ def _unshuffled(h: Tensor) -> Tensor:
     return blocks.permute(0, 1, 2, 4, 6, 3, 5).flatten(2, 4)[:, :, :8].transpose(1, 2)
 
 
+def _frames(h: Tensor) -> Tensor:
+    return h.transpose(1, 2).flatten(0, 1)
+
+
 def _repeated(h: Tensor) -> Tensor:
     return torch.stack([h, h], 3).flatten(2, 3)
 
@@ -259,6 +263,18 @@ SAME: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] =
     "pixel_unshuffle": (
         lambda h: F.pixel_unshuffle(h.transpose(1, 2), 2)[:, :, :8].transpose(1, 2),
         _unshuffled,
+    ),
+    "unfold": (
+        lambda h: F.unfold(_frames(h), 3, padding=1).unflatten(1, (8, 9)).sum(2).view(-1, 8, 8, 10, 10).transpose(1, 2),
+        lambda h: torch.stack(
+            [F.pad(h, (1, 1, 1, 1))[..., i : i + 10, j : j + 10] for i in range(3) for j in range(3)]
+        ).sum(0),
+    ),
+    "fold": (
+        lambda h: (
+            F.fold(F.unfold(_frames(h), 3, padding=1), (10, 10), 3, padding=1).view(-1, 8, 8, 10, 10).transpose(1, 2)
+        ),
+        lambda h: h * F.conv2d(torch.ones_like(h[:1, :1, 0]), torch.ones_like(h[:1, :1, 0, :3, :3]), padding=1),
     ),
     "rot90": (lambda h: torch.rot90(h, 1, (3, 4)), _turned),
     "gather": (
