@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,19 +85,23 @@ def broadcast_bound(name: str, bound: Bound, like: Tensor) -> Tensor:
         ValueError: if it neither has one value per channel nor broadcasts, or is not finite.
     """
     try:
-        value = torch.as_tensor(bound, dtype=like.dtype, device=like.device)
+        numbers = (
+            np.ascontiguousarray(bound) if isinstance(bound, np.ndarray) else bound
+        )  # torch takes none that run backwards
+        value = torch.as_tensor(numbers, dtype=like.dtype, device=like.device)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"{name} must be a number, one number per channel, or a tensor, got the {type(bound).__name__} {bound!r}"
         ) from None
     if not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name} must be finite, got {bound}")
+    shape = tuple(value.shape)
     if value.ndim == 1 and like.ndim > 2:
         value = value.view(-1, *[1] * (like.ndim - 2))
     try:
         return value.expand(like.shape)
     except RuntimeError:
         raise ValueError(
-            f"{name} of shape {tuple(torch.as_tensor(bound).shape)} does not fit the input {tuple(like.shape)}; give a number, "
+            f"{name} of shape {shape} does not fit the input {tuple(like.shape)}; give a number, "
             f"one per channel ({like.shape[1] if like.ndim > 1 else 1}), or a tensor that broadcasts against the input"
         ) from None

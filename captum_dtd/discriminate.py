@@ -131,8 +131,7 @@ class DiscriminativeRelevance(Attribution):  # type: ignore[misc]
             target: which output is explained, in any of Captum's forms; a clip's target is that of all its frozen clips.
             additional_forward_args: further arguments of the model's forward; tensors with N rows are batched along.
             return_convergence_delta: also return the method's convergence delta of the total, before any normalisation.
-            internal_batch_size: how many frozen clips are explained at once; by default as many as free memory allows, at
-                most 4.
+            internal_batch_size: how many frozen clips are explained at once; by default 4.
             show_progress: show a progress bar.
             **kwargs: handed to the method's own ``attribute``. Tensors with N rows (baselines, feature masks) belong to their
                 clips, and so to these clips' frozen clips; the baselines of methods that draw from them are for all.

@@ -153,7 +153,7 @@ def weights_of(model: nn.Module) -> bytes:
     and a hash of their contents, since writes through ``.data`` are not counted.
     """
     known: list[Any] = []
-    held = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    held: dict[int, Tensor] = {}
     for module in model.modules():
         for each in (module, *own_classes(type(module))):
             held.update((id(leaf), leaf) for value in vars(each).values() for leaf in tensors_in(value))

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from captum.attr import Attribution, NoiseTunnel
@@ -259,6 +260,7 @@ def test_forms_of_the_bounds() -> None:
     forms: list[tuple[Any, Any]] = [
         (tuple(low), high_tensor),
         (low_tensor.reshape(3, 1, 1, 1), high_tensor.reshape(1, 3, 1, 1, 1).expand_as(x)),
+        (np.array(low[::-1])[::-1], np.array(high)[:, None, None, None]),
     ]
     for low_form, high_form in forms:
         close(DeepTaylor(model, low_form, high_form).attribute(x, 1), expected)

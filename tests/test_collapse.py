@@ -588,6 +588,7 @@ OTHER_RULES: dict[str, Any] = {
     "bias": {nn.Conv3d: ZPlus(bias="absorbed", stabilizer=0.1), "0": ZBeta(bias="absorbed")},
     "alpha-beta": {nn.Conv3d: AlphaBeta(2.0, 1.0), "0": WSquare()},
     "flat": {nn.Conv3d: Flat()},
+    "stabilized pools": {nn.MaxPool3d: Proportional(stabilizer=0.1)},
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from captum.attr import (
     Attribution,
+    DeepLiftShap,
     FeatureAblation,
     GradientShap,
     InputXGradient,
@@ -188,6 +189,16 @@ def test_frozen_clips_take_their_own_arguments_along(
         all_close(method.attribute(x, targets, weight, internal_batch_size=size), expected)
 
 
+def test_the_rule_table_is_of_a_model_with_its_arguments() -> None:
+    class Shifted(Clips):
+        def forward(self, x: Tensor, by: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x) + by.unsqueeze(1)
+
+    method = DiscriminativeDeepTaylor(Shifted().double().eval(), LOW, HIGH)
+    rows = method.rule_table(pixels(2, 3, 4, 8, 8), torch.zeros(2, dtype=torch.float64)).rows
+    assert {row.module: row.times for row in rows}["conv1"] == "1 -> 3 of 4"
+
+
 class TwoStreams(nn.Module):
     """Colour and flow of one clip."""
 
@@ -280,6 +291,18 @@ def test_a_clip_without_motion_has_none_when_normalised(clips: Clips, normalize:
     result = method.attribute(frozen(pixels(2, 3, 5, 8, 8), 1), 1)
     assert result.total.abs().max() > 0
     assert (result.temporal == 0).all()
+
+
+@pytest.mark.parametrize("normalize", ["none", "max"])
+@pytest.mark.parametrize("readout", READOUTS)
+def test_a_clip_without_motion_is_read_out_like_any_other(
+    clips: Clips, dtd: DeepTaylor, readout: Any, normalize: Any
+) -> None:
+    """One explanation serves as both; of it too, slice 0 or the mean is what every frame alone earns."""
+    x, options = frozen(pixels(2, 3, 5, 8, 8), 1), {"readout": readout, "normalize": normalize}
+    expected = by_definition(lambda clip: dtd.attribute(clip, [1, 4]).sum(1), x, readout, normalize)
+    for method in (DiscriminativeDeepTaylor(clips, LOW, HIGH, **options), DiscriminativeRelevance(dtd, **options)):
+        all_close(method.attribute(x, [1, 4]), expected)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -377,6 +400,12 @@ def test_preset_beside_a_conflicting_argument_is_an_error(clips: Clips, argument
     assert value in str(error.value)
 
 
+def test_preset_beside_what_it_stands_for_is_no_error(clips: Clips) -> None:
+    settings: dict[str, Any] = {"readout": "first", "normalize": "max", "seed": "one"}
+    method = DiscriminativeDeepTaylor(clips, LOW, HIGH, preset="hiley2019", **settings)
+    assert (method.preset, method.readout, method.normalize, method.method.seed) == ("hiley2019", "first", "max", "one")
+
+
 def test_preset_is_a_name_for_its_settings(clips: Clips) -> None:
     x = pixels(2, 3, 4, 8, 8)
     settings = DiscriminativeDeepTaylor(clips, LOW, HIGH, readout="first", normalize="max", seed="one")
@@ -444,11 +473,12 @@ def test_what_belongs_to_a_clip_belongs_to_its_frozen_clips(clips: Clips, count:
                 close(part[i : i + 1], expected)
 
 
-def test_a_sample_of_baselines_is_for_every_clip(clips: Clips) -> None:
+@pytest.mark.parametrize("base", [GradientShap, DeepLiftShap])
+def test_a_sample_of_baselines_is_for_every_clip(clips: Clips, base: Any) -> None:
     """Also where it has as many rows as there are clips."""
     seen: list[int] = []
 
-    class Shap(GradientShap):  # type: ignore[misc]
+    class Shap(base):  # type: ignore[misc]
         @log_usage()  # type: ignore[untyped-decorator]
         def attribute(self, inputs: Any, baselines: Any, **options: Any) -> Any:
             (drawn_from,) = baselines if isinstance(baselines, tuple) else (baselines,)
@@ -526,6 +556,56 @@ def test_inputs_are_as_found_when_a_method_fails(clips: Clips) -> None:
     assert not x.requires_grad
 
 
+class Doubled(Attribution):  # type: ignore[misc]
+    """Notes what it is given, and gives twice that."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.given: list[Any] = []
+
+    def attribute(self, inputs: Any, target: Any = None, **options: Any) -> Any:
+        self.given.append(inputs)
+        return tuple(2 * part for part in inputs) if isinstance(inputs, tuple) else 2 * inputs
+
+
+def test_a_method_is_given_a_few_frozen_clips_at_once(clips: Clips) -> None:
+    """Four, where it is not said how many."""
+    for size, expected in ((None, [1, 4, 4, 2]), (5, [1, 5, 5]), (100, [1, 10])):
+        method = Doubled(clips)
+        DiscriminativeRelevance(method).attribute(pixels(1, 3, 10, 6, 6), 1, internal_batch_size=size)
+        assert [len(given) for given in method.given] == expected
+
+
+def test_a_method_is_given_inputs_in_the_form_in_which_they_came(clips: Clips) -> None:
+    x = pixels(1, 3, 4, 6, 6)
+    for inputs in (x, (x,)):
+        method = Doubled(clips)
+        result = DiscriminativeRelevance(method).attribute(inputs, 1)
+        assert isinstance(result, SpatioTemporalRelevance)
+        assert {type(given) for given in method.given} == {type(inputs)}
+
+
+@pytest.mark.filterwarnings("ignore:Input Tensor .* did not already require gradients")
+def test_any_method_explains_clips_that_were_made_in_inference_mode(clips: Clips) -> None:
+    """Gradients cannot be asked of such tensors: the method is given others."""
+    method, x = DiscriminativeRelevance(Saliency(clips)), pixels(1, 3, 4, 8, 8)
+    with torch.inference_mode():
+        inferred = x.clone()
+    all_close(method.attribute(inferred, 1), method.attribute(x, 1))
+
+
+def test_progress_ends_where_all_clips_and_frozen_clips_are_explained(
+    dtd: DeepTaylor, discriminative: DiscriminativeDeepTaylor, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also of what needs no explanation of its own: the frames of a still clip, and a frame that is shown again."""
+    x = pixels(3, 3, 4, 8, 8)
+    x[1] = frozen(x, 2)[1]
+    x[2, :, 3] = x[2, :, 0]
+    for method in (discriminative, DiscriminativeRelevance(dtd)):
+        method.attribute(x, 1, show_progress=True)
+        assert "15/15" in capfd.readouterr().err
+
+
 def test_only_an_attribution_can_be_wrapped(clips: Clips) -> None:
     with pytest.raises(TypeError, match="method"):
         DiscriminativeRelevance(clips)  # type: ignore[arg-type]
@@ -592,6 +672,12 @@ def test_equal_frames_do_not_change_at_any_sigma(dtype: torch.dtype) -> None:
         assert result.dtype == dtype
         assert (result[:, 1:-1] == 0).all()
         assert torch.equal(result[:, [0, -1]], still[:, [0, -1]])
+
+
+def test_half_precision_does_not_overflow_while_changes_are_found() -> None:
+    relevance = torch.zeros((1, 8, 6, 6), dtype=torch.float16)
+    relevance[0, 3:5, 2:4, 2:4] = 60000.0  # times 9, as the derivative sums, is more than the type can hold
+    assert torch.equal(SelectiveRelevance()(relevance), relevance)
 
 
 def test_low_precision_is_selected_as_float32_is() -> None:

@@ -225,8 +225,10 @@ def test_discrimination_wants_clips() -> None:
     images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, CLASSES)).eval()
     x = clip(2, 3, 8, 8)
     assert DeepTaylor(images, 0, 1).attribute(x, 1).shape == x.shape
-    for still in (DiscriminativeDeepTaylor(images, 0, 1), DiscriminativeRelevance(Saliency(images))):
+    direct = DiscriminativeDeepTaylor(images, 0, 1)
+    for still in (direct, DiscriminativeRelevance(Saliency(images))):
         refused(partial(still.attribute, x, 1), "(N, C, T, H, W)", "2, 3, 8, 8", model=images, tensors=(x,))
+    refused(partial(direct.rule_table, x), "(N, C, T, H, W)", "2, 3, 8, 8", model=images, tensors=(x,))
 
 
 # --- targets -----------------------------------------------------------------------------------------------------
@@ -345,6 +347,7 @@ class OfAnotherShape(Attribution):  # type: ignore[misc]
         (lambda x: torch.cat([x, x], 2), r"\(1, 3, 8, 6, 6\)"),
         (lambda x: x[:, :, :1], r"\(1, 3, 1, 6, 6\)"),
         (lambda x: x[:, :, :, ::2], r"\(1, 3, 4, 3, 6\)"),
+        (lambda x: torch.cat([x, x]), r"\(2, 3, 4, 6, 6\)"),
         (lambda x: None, "NoneType"),
     ],
 )
@@ -356,6 +359,15 @@ def test_maps_of_another_shape_are_no_maps_of_the_clip(
         TypeError, match=rf"shaped like its inputs, \(1, 3, 4, 6, 6\); Of Another Shape returned {shapes}"
     ):
         method.attribute(torch.rand(1, 3, 4, 6, 6), target=1)
+
+
+def test_there_must_be_a_map_of_every_input() -> None:
+    x = torch.rand(1, 3, 4, 6, 6)
+    method = DiscriminativeRelevance(OfAnotherShape(build(TwoInputs), lambda inputs: inputs[0]))
+    with pytest.raises(
+        TypeError, match=r"\(1, 3, 4, 6, 6\), \(1, 3, 4, 6, 6\); Of Another Shape returned \(1, 3, 4, 6, 6\) \("
+    ):
+        method.attribute((x, x), target=1)
 
 
 def test_maps_may_have_one_channel(model: nn.Module) -> None:
@@ -424,6 +436,20 @@ def test_bad_settings_of_pixel_bounds(settings: dict[str, Any], words: list[str]
 def test_bad_bounds(cls: type, model: nn.Module, low: Any, high: Any, words: list[str]) -> None:
     x = clip()
     refused(lambda: cls(model, low, high).attribute(x, 1), *words, model=model, tensors=(x, low, high))
+
+
+@pytest.mark.parametrize("name", ["low", "high"])
+def test_bounds_of_each_example_are_none_of_its_frozen_clips(name: str) -> None:
+    """Of one input or of several; those that are the same for all examples are taken."""
+    x, box = clip(), {"low": torch.zeros(1, 3, 4, 8, 8), "high": torch.ones(1, 3, 4, 8, 8)}
+    for model, inputs in ((build(), x), (build(TwoInputs), (x, x))):
+        several = isinstance(inputs, tuple)
+        fine = {end: (bound, bound) if several else bound for end, bound in box.items()}
+        of_each = box[name].expand(2, -1, -1, -1, -1)
+        wrong = fine | {name: (box[name], of_each) if several else of_each}
+        DiscriminativeDeepTaylor(model, **fine).attribute(inputs, 1)
+        explain = partial(DiscriminativeDeepTaylor(model, **wrong).attribute, inputs, 1)
+        refused(explain, f"{name} of shape (2, 3, 4, 8, 8) differs from example to example", model=model)
 
 
 UNKNOWN = [

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import sys
+import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import between
@@ -97,7 +101,17 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize(
     "change",
-    ["optimiser step", "data", "one number of the data", "plain tensor", "parameter", "composite", "bounds", "seed"],
+    [
+        "optimiser step",
+        "data",
+        "one number of the data",
+        "plain tensor",
+        "parameter",
+        "composite",
+        "low",
+        "high",
+        "seed",
+    ],
 )
 def test_nothing_stale_is_found(video: Tensor, change: str) -> None:
     model, cache = build(), FrameCache()
@@ -118,8 +132,10 @@ def test_nothing_stale_is_found(video: Tensor, change: str) -> None:
         model[3].weight = build(1)[3].weight
     elif change == "composite":
         options["composite"] = EPSILON_GAMMA_BOX
-    elif change == "bounds":
+    elif change == "low":
         options["low"] = LOW - 1
+    elif change == "high":
+        options["high"] = HIGH + 1
     else:
         options["seed"] = "one"
     changed = DiscriminativeDeepTaylor(scaled, **options)
@@ -405,3 +421,148 @@ def test_bounds_may_be_large_arrays(video: Tensor) -> None:
         low[0, 1, 0, 20:40] -= change
         method = DiscriminativeDeepTaylor(build(), low, HIGH)
         assert_same(method.attribute(clip, 1, frame_cache=cache), method.attribute(clip, 1))
+
+
+def test_frames_are_those_of_all_inputs(video: Tensor) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.fc = nn.Conv3d(6, 4, 3, padding=1), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.fc(torch.relu(self.stem(torch.cat([x, y], 1))).mean((2, 3, 4)))
+
+    method, cache = DiscriminativeDeepTaylor(Both().double().eval(), (LOW, LOW), (HIGH, HIGH)), FrameCache()
+    x, y, z = (video[:, :, start : start + 4] for start in (0, 4, 8))
+    for inputs in ((x, y), (x, z), (z, y)):
+        found, expected = method.attribute(inputs, 1, frame_cache=cache), method.attribute(inputs, 1)
+        for maps, wanted in zip(found, expected, strict=True):
+            assert_same(maps, wanted)
+    assert cache.hits == 0
+
+
+def test_arguments_and_bounds_may_lie_in_memory_as_they_like(video: Tensor) -> None:
+    """Expanded and transposed ones, and those that want gradients."""
+
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = build()
+
+        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+            return self.net(x) + weight.sum((1, 2)).unsqueeze(1)  # type: ignore[no-any-return]
+
+    clip = video[:, :, :8]
+    low = np.full((6, 6, 1, 3, 1), LOW).T
+    high = torch.full((6, 6), HIGH, dtype=torch.float64, requires_grad=True).t().expand(1, 3, 1, 6, 6)
+    weight = torch.ones(1, 2, 3, dtype=torch.float64, requires_grad=True).transpose(1, 2)
+    method, cache = DiscriminativeDeepTaylor(Weighted().eval(), low, high), FrameCache()
+    for hits in (0, 8):
+        assert_same(method.attribute(clip, 1, weight, frame_cache=cache), method.attribute(clip, 1, weight))
+        assert cache.hits == hits
+
+
+def test_a_model_that_was_built_in_inference_mode_has_weights_too(video: Tensor) -> None:
+    """Torch does not count who writes to them; their contents are looked at all the same."""
+    with torch.inference_mode():
+        model = build()
+    method, cache, clip = DiscriminativeDeepTaylor(model, LOW, HIGH), FrameCache(), video[:, :, :8]
+    for hits in (0, 8):
+        assert_same(method.attribute(clip, 1, frame_cache=cache), method.attribute(clip, 1))
+        assert cache.hits == hits
+    with torch.inference_mode():
+        model[3].weight.mul_(-1)
+    assert_same(method.attribute(clip, 1, frame_cache=cache), method.attribute(clip, 1))
+    assert cache.hits == 8
+
+
+def test_a_large_explanation_takes_the_room_of_several() -> None:
+    cache = FrameCache(max_bytes=4 * 16)
+    for key in (b"a", b"b", b"c", b"d"):
+        cache.put(key, (torch.zeros(4),))
+    cache.put(b"large", (torch.zeros(12),))
+    assert (len(cache), cache.bytes) == (2, 16 + 48)
+    assert cache.get(b"d") is not None and cache.get(b"large") is not None and cache.get(b"c") is None
+    cache.put(b"too large", (torch.zeros(17),))
+    assert (len(cache), cache.bytes) == (0, 0)
+
+
+def test_counts_outlive_what_is_kept(method: DiscriminativeDeepTaylor, video: Tensor) -> None:
+    cache = FrameCache()
+    for _ in range(2):
+        method.attribute(video[:, :, :8], 1, frame_cache=cache)
+    cache.clear()
+    assert (len(cache), cache.hits, cache.misses) == (0, 8, 8)
+
+
+def test_a_cache_holds_a_gibibyte_by_default_and_says_what_it_holds() -> None:
+    cache = FrameCache()
+    assert cache.max_bytes == 2**30
+    cache.put(b"a", (torch.zeros(2**18),))
+    cache.get(b"a")
+    assert repr(cache) == "FrameCache(1 frames, 1.0 of 1024.0 MiB, 1 hits, 0 misses)"
+
+
+def test_methods_that_were_not_seen_for_long_are_let_go() -> None:
+    class Context:
+        """Something that explanations depend on."""
+
+    cache, first = FrameCache(), Context()
+    gone = weakref.ref(first)
+    cache.number_of(first)
+    del first
+    for other in range(40):
+        cache.number_of(other)
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("change", ["neighbours", "rows"])
+def test_large_weights_without_kernels_are_told_apart_by_where_they_lie(
+    monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Of a hash that looks at 2**15 words at once: also those that only moved, within these or to others."""
+    monkeypatch.delitem(native.loaded, "cpu", raising=False)
+    module = nn.Module()
+    module.weight = torch.randn((3, 2**15), generator=torch.Generator().manual_seed(0))
+    before = weights_of(module)
+    module.weight.data[:2] = module.weight[:2].flip(1 if change == "neighbours" else 0).clone()
+    assert weights_of(module) != before
+
+
+class Interrupted(bytes):
+    """A key that lets another thread go first when it is looked up for the so-many-th time, if that may."""
+
+    def __new__(cls, name: bytes, at: int, meanwhile: Callable[[], Any]) -> Interrupted:
+        key = super().__new__(cls, name)
+        key.left, key.meanwhile = at, meanwhile
+        return key
+
+    def __hash__(self) -> int:
+        self.left -= 1
+        if self.left == 0:
+            other = threading.Thread(target=self.meanwhile)
+            other.start()
+            other.join(0.2)  # it waits for the lock, and so goes last
+            self.started = other
+        return super().__hash__()
+
+
+def test_what_one_thread_does_with_a_cache_is_whole_to_others() -> None:
+    one, cache = torch.zeros(4), FrameCache()
+    key = Interrupted(b"a", 1, lambda: cache.put(b"b", (one,)))
+    cache.put(key, (one,))
+    key.started.join()
+    assert (len(cache), cache.bytes) == (2, 32)
+
+    key = Interrupted(b"a", 2, cache.clear)
+    assert cache.get(key) is not None
+    key.started.join()
+    assert len(cache) == 0
+
+    numbers: list[int] = []
+    key = Interrupted(b"c", 2, lambda: numbers.append(cache.number_of(b"c")))
+    numbers.append(cache.number_of(key))
+    key.started.join()
+    assert numbers[0] == numbers[1]

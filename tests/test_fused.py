@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_dtd import DeepTaylor, doctor, fused, kernels, native
+from captum_dtd import DeepTaylor, DiscriminativeDeepTaylor, doctor, fused, kernels, native
 from captum_dtd.fused import FUSED
 from captum_dtd.layers import Call
 from captum_dtd.rules import Proportional, WinnerTakesAll, ZBeta, ZPlus
@@ -208,6 +208,52 @@ def test_stabilizer_of_an_average_is_not_that_of_a_sum() -> None:
     method = DeepTaylor(model, LOW, HIGH, composite={"layer": ZPlus(stabilizer=0.5)})
     table = method.rule_table(torch.zeros(1, 3, 4, 4, 4))
     assert {row.module: row.kernel for row in table.rows}["layer"] == "reference"
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_stabilizer_of_a_max_pool_takes_its_share(backend: Any) -> None:
+    """Of relevance R of a window with the positive sum u, R * u / (u + stabilizer) arrives."""
+    model = nn.Sequential(nn.Conv3d(3, 4, 1), nn.ReLU(), nn.MaxPool3d(2), nn.Flatten(), nn.Linear(4 * 8, 3)).eval()
+    x = between(LOW, HIGH, (2, 3, 4, 4, 4), 3, torch.float32)
+    with torch.no_grad():
+        entered = model[:2](x)
+        shares = model[2:4](entered) * model[4].weight[1].clamp(min=0)
+        arriving = model(x)[:, 1:2] * shares / shares.sum(1, keepdim=True)
+        sums = 8 * nn.functional.avg_pool3d(entered, 2).flatten(1)
+        expected = (arriving * sums / (sums + 0.5)).sum(1)
+        assert ((expected - arriving.sum(1)).abs() > 0.01 * expected.abs()).all()
+    method = DeepTaylor(model, LOW, HIGH, composite={"2": Proportional(stabilizer=0.5)}, backend=backend)
+    torch.testing.assert_close(method.attribute(x, 1).flatten(1).sum(1), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_mixed_precision_is_of_the_walk_back_only(monkeypatch: pytest.MonkeyPatch, cpu_kernels: Any) -> None:
+    choose, asked = kernels.choose, set()
+
+    def noted(op: str, device: str, dtype: torch.dtype, precision: kernels.Precision, *shape: Any) -> str:
+        asked.add((op in ("conv3d", "max_pool3d"), precision))
+        return choose(op, device, dtype, precision, *shape)
+
+    monkeypatch.setattr(kernels, "choose", noted)
+    model = nn.Sequential(nn.Conv3d(3, 4, 1), nn.ReLU(), nn.MaxPool3d(2), nn.Flatten(), nn.Linear(4 * 8, 3)).eval()
+    DeepTaylor(model, LOW, HIGH, precision="mixed").attribute(torch.rand(1, 3, 4, 4, 4), 1)
+    assert asked == {(True, "float32"), (False, "mixed")}
+
+
+def test_signed_inputs_join_in_where_denominators_are_shared(cpu_kernels: Any) -> None:
+    """Negative inputs with negative weights, in a layer whose input nothing rectifies: of several targets at once."""
+    torch.manual_seed(0)
+    layers = [nn.Conv3d(3, 4, 3, padding=1), nn.Conv3d(4, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool3d(1)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 3)).eval()
+    x = between(LOW, HIGH, (1, 3, 8, 6, 6), 3, torch.float32)
+    method = DeepTaylor(model, LOW, HIGH, seed="one")
+    assert {row.module: row.kernel for row in method.rule_table(x).rows}["1"] != "reference"
+    for found, target in zip(method.attribute_targets(x, [1, 2]), (1, 2), strict=True):
+        expected = DeepTaylor(model, LOW, HIGH, seed="one", backend="reference").attribute(x, target)
+        assert_agrees(found, expected, 1e-4)
+    both = DiscriminativeDeepTaylor(model, LOW, HIGH, seed="one").attribute_targets(x, [1, 2])
+    definition = DiscriminativeDeepTaylor(model, LOW, HIGH, seed="one", backend="reference")
+    for maps, target in zip(both, (1, 2), strict=True):
+        assert_agrees(maps.spatial, definition.attribute(x, target).spatial, 1e-4)
 
 
 def test_forward_on_a_gpu_takes_tensor_units_where_torch_would_not(monkeypatch: pytest.MonkeyPatch) -> None:

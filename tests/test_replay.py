@@ -173,6 +173,163 @@ def test_recordings_are_few_and_go_only_when_they_are_idle() -> None:
     assert Repeated.finished == 1
 
 
+def test_a_recording_that_is_in_use_stays_and_the_one_that_was_idle_longest_goes() -> None:
+    made: list[Tensor] = []
+
+    def run(inputs: Any, choose: replay.Choose) -> Tensor:
+        return choose(inputs)[0] * inputs
+
+    def compute(key: str) -> None:
+        made.append(kept(key, run, torch.ones(2), lambda output: [torch.full_like(output, 3.0)], []))
+
+    kept = replay.Replay(pytest.fail)
+    for key in "ABCD" * 2 + "EE":
+        compute(key)
+    for _ in range(15):  # B, C and D are in use as long as E waits for a place; A last was as the fifth computation
+        compute("B"), compute("C"), compute("D"), compute("E")
+        if kept._computations <= 5 + replay._IDLE:
+            assert Repeated.made == 4
+    assert (Repeated.made, Repeated.finished) == (5, 1)
+    for key in "BCDE":
+        compute(key)
+    assert Repeated.made == 5
+    compute("A")
+    assert Repeated.made == 5, "nothing has to go for it yet"
+    assert all(torch.equal(each, torch.full((2,), 3.0)) for each in made)
+
+
+def test_a_recording_goes_after_so_many_computations_and_no_sooner() -> None:
+    kept = replay.Replay(pytest.fail)
+
+    def compute(key: Any) -> None:
+        kept(
+            key,
+            lambda inputs, choose: choose(inputs)[0] * inputs,
+            torch.ones(2),
+            lambda output: [torch.full_like(output, 3.0)],
+            [],
+        )
+
+    for key in "ABCDABCD":
+        compute(key)
+    for _ in range(replay._IDLE - 3):  # after A three others were
+        compute("E")
+    assert (Repeated.made, Repeated.finished) == (4, 0)
+    compute("E")
+    assert (Repeated.made, Repeated.finished) == (5, 1)
+
+
+def test_computations_that_are_remembered_are_few_and_the_oldest_are_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def compute(key: int) -> None:
+        kept(
+            key,
+            lambda inputs, choose: choose(inputs)[0] * inputs,
+            torch.ones(2),
+            lambda output: [torch.full_like(output, 3.0)],
+            [],
+        )
+
+    kept = replay.Replay(pytest.fail)
+    for key in range(2 * replay._MOST_KNOWN):
+        compute(key)
+    assert len(kept._known) == replay._MOST_KNOWN
+    compute(0)  # forgotten: this is its first time again
+    assert Repeated.made == 0
+    compute(2 * replay._MOST_KNOWN - 1)
+    assert Repeated.made == 1
+
+    def refuse(self: Any, function: Any, device: Any) -> None:
+        raise RuntimeError("not permitted")
+
+    monkeypatch.setattr(Repeated, "__init__", refuse)
+    kept, told = replay.Replay(lambda _: None), replay._MOST_KNOWN
+    for key in range(told + 10):
+        compute(key), compute(key)
+    assert len(kept._refused) <= told
+
+
+def test_what_is_worked_out_once_is_worked_out_before_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a number back from a GPU, say, which nothing that is recorded may do; it may have been forgotten since."""
+    recording, worked_out = [False], [False]
+
+    class Strict(Repeated):
+        def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
+            recording[0] = True
+            super().__init__(function, device)
+            recording[0] = False
+
+    monkeypatch.setattr(replay, "CudaGraph", Strict)
+
+    def run(inputs: Any, choose: replay.Choose) -> Tensor:
+        if not worked_out[0]:
+            assert not recording[0]
+            worked_out[0] = True
+        return choose(inputs)[0] * inputs
+
+    kept = replay.Replay(pytest.fail)
+    for _ in range(3):
+        assert_equal(
+            kept("key", run, torch.ones(2), lambda output: [torch.full_like(output, 3.0)], []), torch.full((2,), 3.0)
+        )
+        worked_out[0] = recording[0]
+    assert Repeated.made == 1
+
+
+def test_what_is_made_on_the_way_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Once:
+        """Holds no more than a CUDA graph does: what its function made, in memory of its own."""
+
+        device_type = "cpu"
+
+        def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
+            self._made = function()
+
+        def replay(self, load: Callable[[], None]) -> Any:
+            load()
+            return self._made.clone()
+
+    monkeypatch.setattr(replay, "CudaGraph", Once)
+    on_the_way: list[Any] = []
+
+    def run(inputs: Any, choose: replay.Choose) -> Tensor:
+        doubled = inputs * 2
+        on_the_way.append(weakref.ref(doubled))
+        return choose(doubled)[0] + doubled.exp()
+
+    kept = replay.Replay(pytest.fail)
+    for _ in range(2):
+        kept("key", run, torch.ones(2), lambda output: [torch.zeros_like(output)], [])
+    gc.collect()
+    assert len(on_the_way) >= 2 and all(each() is None for each in on_the_way)
+
+
+def test_bounds_that_change_in_kind_from_one_call_to_the_next() -> None:
+    """Numbers, then one per pixel, and back: of one method, whose recordings copy what differs to their places."""
+    recording, plain = explainers(c3d_mini().eval())
+    x = clips(2, 3, 4, 16, 16)
+    per_pixel = x.amin(0, keepdim=True) - 0.1, x.amax(0, keepdim=True) + 0.1
+    for low, high in ((LOW, HIGH), (LOW, HIGH), per_pixel, per_pixel, (LOW, HIGH), per_pixel):
+        for method in (recording, plain):
+            method.low, method.high = low, high
+        assert_equal(recording.attribute(x, 1), plain.attribute(x, 1))
+
+
+def test_weights_that_are_read_in_another_order() -> None:
+    """In the same place, of the same shape: a square matrix, transposed."""
+    model = nn.Sequential(nn.Conv3d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    model = model.extend([nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)]).eval()
+    for layer in (model[0], model[4], model[6]):
+        layer.weight.data.uniform_(0.1, 1.0)  # of positive sums, so that something is left of every score
+    recording, plain = explainers(model)
+    x = clips(1, 3, 4, 8, 8)
+    for _ in range(3):
+        for _ in range(3):
+            assert_equal(recording.attribute(x, 1), plain.attribute(x, 1))
+        model[4].weight.data = model[4].weight.data.t()
+
+
 def test_what_a_recording_reads_stays_while_it_lives() -> None:
     reads = [torch.rand(3), torch.rand(3)]
     gone = [weakref.ref(tensor) for tensor in reads]
