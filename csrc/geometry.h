@@ -14,6 +14,9 @@ namespace captum_dtd {
 
 struct TimeSums;
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
+
 // A grouped 3D convolution; triples are in the order T, H, W. Padding is what lies before the input: what lies behind it
 // follows from the output's size, so asymmetric padding needs no further number.
 struct Conv3d {

@@ -22,6 +22,12 @@ struct View {
 struct TimeTable {
   const int64_t* data = nullptr;  // null: times are read as stride and padding say
   bool of_each_example = false;
+
+  // That of an example, of a convolution or a pooling; null where there is none.
+  template <typename Windows>
+  const int64_t* row(const Windows& windows, int64_t n) const {
+    return data + (of_each_example ? n * windows.out[0] * windows.kernel[0] : 0);
+  }
 };
 
 // Relevance of x, given relevance of the convolution's output. `x`, `weight` (c_out, c_in / groups, kT, kH, kW) and `bias`

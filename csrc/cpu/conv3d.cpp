@@ -486,15 +486,11 @@ struct InTime {
   std::vector<int64_t> stored;  // at which time of the input each time of the result is kept
 };
 
-const int64_t* row_of(const TimeTable& table, const Conv3d& conv, int64_t n) {
-  return table.data + (table.of_each_example ? n * conv.out[0] * conv.kernel[0] : 0);
-}
-
 // How many examples from n on have the same rows of tables.
 int64_t alike(const Conv3d& conv, const TimeTable& reads, const TimeTable& gives, int64_t n) {
   const auto is_like_it = [&](const TimeTable& table, int64_t other) {
-    const int64_t* const row = row_of(table, conv, n);
-    return row == nullptr || std::equal(row, row + conv.out[0] * conv.kernel[0], row_of(table, conv, other));
+    const int64_t* const row = table.row(conv, n);
+    return row == nullptr || std::equal(row, row + conv.out[0] * conv.kernel[0], table.row(conv, other));
   };
   int64_t end = n + 1;
   while (end < conv.n && is_like_it(reads, end) && is_like_it(gives, end)) ++end;
@@ -503,7 +499,7 @@ int64_t alike(const Conv3d& conv, const TimeTable& reads, const TimeTable& gives
 
 InTime in_time(const Conv3d& conv, const TimeTable& reads, const TimeTable& gives, int64_t n) {
   InTime found;
-  const int64_t* const read = row_of(reads, conv, n);
+  const int64_t* const read = reads.row(conv, n);
   std::vector<Reach> reaches;
   for (int64_t out = 0; out < conv.out[0]; ++out)
     for (int64_t tap = 0; tap < conv.kernel[0]; ++tap)
@@ -511,7 +507,7 @@ InTime in_time(const Conv3d& conv, const TimeTable& reads, const TimeTable& give
   found.reads = time_sums(reaches, conv.kernel[0], conv.out[0]);
   if (gives.data == nullptr) return found;
 
-  const int64_t* const given = row_of(gives, conv, n);
+  const int64_t* const given = gives.row(conv, n);
   found.stored.assign(static_cast<size_t>(conv.in[0]), 0);  // what is read where nothing is given does not matter
   reaches.clear();
   for (int64_t out = 0; out < conv.out[0]; ++out)
@@ -598,7 +594,7 @@ void relevance(const Conv3dRelevance& problem, const Engine<Operand, Sum>& engin
     times[n] = in_time(problem.conv, problem.reads, problem.gives, static_cast<int64_t>(n));
   const Element kept = !problem.divided && reads_rounded_shares(problem, times, arithmetic, engine) ? Element::BFloat16 : sum;
   // Positions begin with cache lines.
-  const int64_t of_line = kLineBytes / element_bytes(kept), pitch = (c_out + of_line - 1) / of_line * of_line;
+  const int64_t of_line = kLineBytes / element_bytes(kept), pitch = round_up(c_out, of_line);
   const int64_t example_bytes = std::max<int64_t>(positions * pitch * element_bytes(kept), 1);
   const bool stream = is_big(problem.conv.n * problem.conv.c_in, problem.conv.in, sum);
   const int64_t together = problem.divided

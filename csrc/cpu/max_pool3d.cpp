@@ -132,10 +132,8 @@ class Axis {
 std::vector<Axis> axes_of_time(const MaxPool3d& pool, const TimeTable& reads, const TimeTable& gives) {
   if (reads.data == nullptr) return {Axis(pool, 0)};
   std::vector<Axis> axes;
-  const int64_t row = pool.out[0] * pool.kernel[0];
   for (int64_t n = 0; n < (reads.of_each_example || gives.of_each_example ? pool.n : 1); ++n)
-    axes.emplace_back(pool, reads.data + (reads.of_each_example ? n * row : 0),
-                      gives.data + (gives.of_each_example ? n * row : 0));
+    axes.emplace_back(pool, reads.row(pool, n), gives.row(pool, n));
   return axes;
 }
 

@@ -20,9 +20,6 @@ constexpr int64_t kGroupRows = 16;     // of all lanes, in a chunk of a position
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kAliasing = 512;  // positions a multiple of this apart share too few lines of the first-level cache
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
-
 // Sizes into which `size` can be cut evenly: ceil(size / 1), ceil(size / 2), ... without repetitions.
 std::vector<int64_t> even_cuts(int64_t size) {
   std::vector<int64_t> cuts;

@@ -18,8 +18,6 @@ constexpr double kStreamed = 20;         // tiles that could be multiplied while
 
 constexpr int64_t kAliasing = 512;  // bytes; patches a multiple of this apart share too few lines of the first-level cache
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
 int64_t tiles(int64_t size) { return ceil_div(size, Winograd::kTile); }
 
 // Outputs of the last tile, at least as many as there are to compute.

@@ -181,7 +181,7 @@ struct Pass {
 
   int64_t tap_chunks() const { return padded * operand_bytes(arithmetic) / kChunk; }
   int64_t stages(const Sweep& s) const { return ceil_div(volume(s.taps) * tap_chunks(), stage_chunks); }
-  int64_t packed_columns() const { return ceil_div(columns, choice.tiling.columns) * choice.tiling.columns; }
+  int64_t packed_columns() const { return round_up(columns, choice.tiling.columns); }
   int64_t weight_chunks(const Sweep& s) const { return s.groups * stages(s) * packed_columns() * stage_chunks; }
   int64_t rows(const Sweep& s) const { return s.n * volume(s.grid); }
   int64_t work(const Sweep& s) const { return rows(s) * stages(s); }
@@ -247,8 +247,8 @@ Pass make_pass(const Layer& layer, bool is_adjoint, bool warpgroups, Arithmetic 
   const std::vector<Choice> all = choices(warpgroups, arithmetic, lifts);
   pass.stage_chunks = all.front().stage_chunks;  // of all of them
   pass.columns = any.c_out * pass.column_parts;
-  pass.width = ceil_div(pass.columns, width_multiple) * width_multiple;
-  pass.padded = ceil_div(any.c_in * pass.depth_parts, together) * together;
+  pass.width = round_up(pass.columns, width_multiple);
+  pass.padded = round_up(any.c_in * pass.depth_parts, together);
   int64_t most_stages = 0;
   for (const Sweep& s : pass.sweeps) most_stages = std::max(most_stages, pass.stages(s));
   if (std::max({pass.width, pass.padded, most_stages}) > INT32_MAX / pass.stage_chunks)

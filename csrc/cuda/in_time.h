@@ -79,10 +79,9 @@ TimeTables time_tables(const Windows& windows, const TimeTable& reads, const Tim
   tables.outputs = tables.frames = windows.out[0];
   tables.times = windows.in[0];
   const int64_t size = tables.outputs * tables.taps;
-  const auto row_of = [&](const TimeTable& table, int64_t row) { return table.data + (table.of_each_example ? row * size : 0); };
   for (int64_t row = 0; row < tables.rows; ++row)
     for (int64_t i = 0; i < size; ++i) {
-      const int64_t time = row_of(reads, row)[i];
+      const int64_t time = reads.row(windows, row)[i];
       tables.reads.push_back(detail::number(time));
       tables.times_of_x = std::max(tables.times_of_x, time + 1);
     }
@@ -92,7 +91,7 @@ TimeTables time_tables(const Windows& windows, const TimeTable& reads, const Tim
   tables.gathers.assign(static_cast<size_t>(tables.rows * tables.times * tables.taps), -1);
   const auto each = [&](int64_t row, auto visit) {
     for (int64_t i = 0; i < size; ++i)
-      if (const int64_t read = row_of(reads, row)[i], given = row_of(gives, row)[i]; read >= 0 && given >= 0) {
+      if (const int64_t read = reads.row(windows, row)[i], given = gives.row(windows, row)[i]; read >= 0 && given >= 0) {
         tables.stored[row * tables.times + given] = detail::number(read);
         visit(i / tables.taps, (row * tables.times + given) * tables.taps + i % tables.taps);
       }

@@ -11,8 +11,6 @@
 
 namespace captum_dtd::cuda {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline dim3 blocks_for(int64_t count, int64_t each) {
   const int64_t blocks = ceil_div(count, each);
   if (blocks > INT32_MAX) throw std::invalid_argument("this convolution is too large for one launch of its CUDA kernels");
@@ -35,7 +33,7 @@ inline bool has_quads(const View& view, Element element) {
 // Where so many more bytes of a workspace begin, of which `taken` are taken.
 inline int64_t reserve_bytes(int64_t& taken, int64_t bytes) {
   constexpr int64_t kAlignment = 256;
-  return std::exchange(taken, taken + ceil_div(bytes, kAlignment) * kAlignment);
+  return std::exchange(taken, taken + round_up(bytes, kAlignment));
 }
 
 }  // namespace captum_dtd::cuda

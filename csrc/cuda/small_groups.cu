@@ -226,10 +226,6 @@ struct TimeLists {
   std::vector<int16_t> stored;  // of the adjoint: at which time of x each time of the result stands
 };
 
-const int64_t* row_of(const TimeTable& table, const Conv3d& conv, int64_t row) {
-  return table.data + (table.of_each_example ? row * conv.out[0] * conv.kernel[0] : 0);
-}
-
 // Forward, an output time reads times of x; in the adjoint, a time of the result reads what output times left, perhaps several by
 // the same tap. `reads` is null where there are no tables.
 TimeLists time_lists(const Conv3d& conv, const TimeTable& reads, const TimeTable& gives, bool is_adjoint) {
@@ -242,11 +238,11 @@ TimeLists time_lists(const Conv3d& conv, const TimeTable& reads, const TimeTable
   for (int64_t row = 0; row < lists.rows; ++row)
     for (int64_t out = 0; out < conv.out[0]; ++out)
       for (int64_t tap = 0; tap < conv.kernel[0]; ++tap) {
-        const int64_t from = row_of(reads, conv, row)[out * conv.kernel[0] + tap];
+        const int64_t from = reads.row(conv, row)[out * conv.kernel[0] + tap];
         if (from < 0) continue;
         if (!is_adjoint) {
           read[row * size + out].emplace_back(from, tap);
-        } else if (const int64_t to = row_of(gives, conv, row)[out * conv.kernel[0] + tap]; to >= 0) {
+        } else if (const int64_t to = gives.row(conv, row)[out * conv.kernel[0] + tap]; to >= 0) {
           read[row * size + to].emplace_back(out, tap);
           lists.stored[row * size + to] = detail::number(from);
         }
