@@ -60,14 +60,14 @@ from captum_dtd.operations import (
     maximum_over,
 )
 from captum_dtd.patterns import (
-    MIXTURES,
     PARTS,
     RESHAPED,
     SUMMARIES,
+    are_weights,
     averages_by,
     comes_from,
     divided,
-    gates_itself,
+    gated_linear_unit,
     holds_numbers,
     is_centred_to_be_divided,
 )
@@ -697,9 +697,8 @@ def _multiplication(node: fx.Node, signals: Sequence[int]) -> Layer | None:
             other = node.args[1 - gates[0]]
             is_plain = comes_from(other, kinds, PARTS) or not comes_from(other, kinds, SUMMARIES)
             return Gate(signal=1 - gates[0]) if len(gates) == 1 and is_plain else None
-    # The activated half of a gated linear unit is its gate (Shazeer 2020, GLU variants improve transformer).
-    gates = [position for position in signals if gates_itself(node.args[position])]
-    return Gate(signal=1 - gates[0]) if len(gates) == 1 else None
+    gate = gated_linear_unit(node)
+    return None if gate is None else Gate(signal=1 - gate)
 
 
 @covers(aten.div.Tensor)
@@ -727,11 +726,10 @@ def _product(node: fx.Node, signals: Sequence[int]) -> Layer | None:
     constant = set(factors).difference(signals)
     if constant:
         return Weighted(weight=constant.pop(), channel_dim=-1)
-    for moved in (SUMMARIES, MIXTURES):
-        weights = [i for i in factors if comes_from(leaves[i], ATTENTION, moved)]
-        if weights:
-            return Attention(weights[0], sum(factors) - weights[0]) if len(weights) == 1 else None
-    return None
+    weights = [i for i in factors if comes_from(leaves[i], ATTENTION, SUMMARIES)]
+    if not weights and node.target in (aten.matmul.default, aten.bmm.default):
+        weights = [i for i, dim in ((0, -1), (1, -2)) if are_weights(leaves[i], dim)]
+    return Attention(weights[0], sum(factors) - weights[0]) if len(weights) == 1 else None
 
 
 @covers(aten.addmm.default)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from captum_dtd.nodes import depending
+from captum_dtd.nodes import depending, shape_of
 from captum_dtd.operations import (
     ADDITIONS,
     CASTS,
@@ -24,6 +24,7 @@ from captum_dtd.operations import (
     SHAPE_ONLY,
     SHAPE_READERS,
     aten,
+    batch_norm,
     maximum_over,
 )
 
@@ -43,8 +44,8 @@ PARTS = (
 SUMMARIES = PARTS | REDUCTIONS | CLAMPS | {maximum_over, aten.pow.Tensor_Scalar}
 """Operations that leave a gate a gate: sums, means, maxima, limits and powers of what is bounded."""
 
-MIXTURES = SUMMARIES | CONVOLUTIONS | {aten.linear.default}
-"""Operations that leave attention's weights weights: a layer may mix its heads (Shazeer et al. 2020, *Talking-heads*)."""
+PROJECTIONS = CONVOLUTIONS | {aten.linear.default, aten.matmul.default, aten.addmm.default, batch_norm}
+"""Layers that make a signal of another one."""
 
 
 def holds_numbers(node: fx.Node) -> bool:
@@ -84,18 +85,68 @@ def comes_from(node: Any, targets: Collection[Any], moved: Collection[Any]) -> b
     return bool(parts) and all(comes_from(part, targets, moved) for part in parts)
 
 
-def gates_itself(node: Any) -> bool:
-    """Whether a value is SiLU's or GELU's, perhaps in part: a signal times a sigmoid or erf of itself, or by name."""
+def gated_linear_unit(node: fx.Node) -> int | None:
+    """Which factor of a product is the gate of a gated linear unit (Shazeer 2020, *GLU variants improve transformer*).
+
+    It is SiLU or GELU of a projection, and the other factor is a projection as it is, for each number of the gate one, that was
+    not made of the gate. Elsewhere the activated value may be the signal, as in large-kernel attention or squeeze-excitation.
+    """
+    for gate, signal in ((0, 1), (1, 0)):
+        activated = _activated(node.args[gate])
+        other: Any = node.args[signal]
+        if (
+            activated is not None
+            and shape_of(node.args[gate]) == shape_of(other) == shape_of(node)
+            and all(map(_is_projected, (activated[1], other)))
+            and activated[0] not in _ancestors(other)
+        ):
+            return gate
+    return None
+
+
+def _activated(node: Any) -> tuple[fx.Node, Any] | None:
+    """The SiLU or GELU of which a value is a part, and what it was applied to: by name, or times a sigmoid or erf of itself."""
     node = _stepped(node, PARTS, _SCALED)
     if node.target is not aten.mul.Tensor:
-        return node.target in (aten.silu.default, aten.gelu.default)
+        return (node, node.args[0]) if node.target in (aten.silu.default, aten.gelu.default) else None
     for x, gate in (node.args, node.args[::-1]):
         if varies(x) and varies(gate):
             gate = _stepped(gate, (), _SCALED | _SHIFTED)
             is_gate = gate.target in (aten.sigmoid.default, aten.hardsigmoid.default, aten.erf.default)
             if is_gate and _stepped(gate.args[0], (), _SCALED) is _stepped(x, (), _SCALED):
-                return True
-    return False
+                return node, x
+    return None
+
+
+def _is_projected(node: Any) -> bool:
+    """Whether a value is what a linear layer or convolution makes, perhaps in part, scaled, shifted, or joined with others."""
+    node = _stepped(node, PARTS, _SCALED | _SHIFTED)
+    if node.target in (aten.cat.default, aten.stack.default):
+        return all(map(_is_projected, node.args[0]))
+    return node.target in PROJECTIONS
+
+
+def are_weights(node: Any, dim: int) -> bool:
+    """Whether a value is attention's weights over a dimension: a softmax over it, whose other dimensions, those of heads, a layer
+    may have mixed since (Shazeer et al. 2020, *Talking-heads attention*)."""
+    dim %= len(shape_of(node))
+    while node.target not in (aten.softmax.int, aten._softmax.default):
+        rank = len(shape_of(node))
+        if node.target is aten.permute.default:
+            dim = int(node.args[1][dim]) % rank
+        elif node.target is aten.transpose.int:
+            one, other = (int(each) % rank for each in node.args[1:3])
+            dim = {one: other, other: one}.get(dim, dim)
+        elif node.target is aten.linear.default:
+            if dim == rank - 1:
+                return False
+        elif node.target in CONVOLUTIONS:
+            if dim < 2 or shape_of(node.args[1])[dim] != 1:
+                return False
+        elif node.target not in (CASTS | {aten.clone.default, aten.contiguous.default, aten.dropout.default}):
+            return False
+        node = node.args[0]
+    return int(node.args[1]) % len(shape_of(node)) == dim
 
 
 def averages_by(gates: Collection[Any], dividend: Any, divisor: Any) -> bool:

@@ -36,7 +36,6 @@ from captum_dtd.operations import (
     group_norm,
     maximum_over,
 )
-from captum_dtd.patterns import varies
 
 
 @dataclass(frozen=True)
@@ -423,8 +422,6 @@ def _convolution(node: fx.Node, times_of: TimesOf) -> InTime | None:
     if times is None or len(shape_of(node)) != 5 or times.dim != 2:
         return None
     x, weight, bias, stride, padding, dilation, groups = args_of(node)
-    if varies(weight) or varies(bias):
-        return None  # made of all times, and of all examples
     taps = int(shape_of(weight)[2])
     steps, apart = _triple(stride), _triple(dilation)
     before = (

@@ -919,22 +919,30 @@ def test_gates_that_are_sliced_or_joined() -> None:
 
 def _explained_with_a_constant(made: Callable[[Layers, Tensor], Tensor], used: Callable[..., Tensor]) -> None:
     """What is made of the input and gets no relevance is as good as a constant, in a clip and in its frozen ones."""
-    frozen = clips(1)[:, :, 3:4].expand(-1, -1, 8, -1, -1).contiguous()
 
     def rectified(m: Layers, x: Tensor) -> Tensor:
         return F.relu(m.stem(x))
 
-    m = model(lambda m, x: m.head(F.relu(used(m, rectified(m, x), made(m, rectified(m, x))))))
-    for x in (clips(1), frozen):
+    def expected(x: Tensor) -> Tensor:
         with torch.no_grad():
             constant = made(m, rectified(m, x))
         fixed = model(lambda m, x: m.head(F.relu(used(m, rectified(m, x), m.constant))))
         fixed.register_buffer("constant", constant)
-        expected = DeepTaylor(fixed, LOW, HIGH).attribute(x, 1)
-        assert expected.abs().max() > 0
-        torch.testing.assert_close(DeepTaylor(m, LOW, HIGH).attribute(x, 1), expected)
-    spatial = DiscriminativeDeepTaylor(m, LOW, HIGH).attribute(clips(1), 1).spatial
-    torch.testing.assert_close(spatial[:, 3], expected.sum(1)[:, 3])
+        return DeepTaylor(fixed, LOW, HIGH).attribute(x, 1)
+
+    m, x = model(lambda m, x: m.head(F.relu(used(m, rectified(m, x), made(m, rectified(m, x)))))), clips(1)
+    relevance = expected(x)
+    assert relevance.abs().max() > 0
+    torch.testing.assert_close(DeepTaylor(m, LOW, HIGH).attribute(x, 1), relevance)
+    frozen = [expected(x[:, :, t : t + 1].expand_as(x).contiguous()).sum(1) for t in range(8)]
+    read_out: dict[Any, Callable[[int], Tensor]] = {
+        "own": lambda t: frozen[t][:, t],
+        "first": lambda t: frozen[t][:, 0],
+        "mean": lambda t: frozen[t].mean(1),
+    }
+    for readout, of in read_out.items():
+        spatial = DiscriminativeDeepTaylor(m, LOW, HIGH, readout=readout).attribute(x, 1).spatial
+        torch.testing.assert_close(spatial, torch.stack([of(t) for t in range(8)], 1))
 
 
 ACTIVATED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -953,39 +961,95 @@ def test_the_activated_half_of_a_gated_linear_unit_is_its_gate(activation: str, 
     """As in SwiGLU and GEGLU (Shazeer 2020): the gate gets nothing, whichever factor it is."""
     _explained_with_a_constant(
         lambda m, h: ACTIVATED[activation](m.block(h)),
-        lambda m, h, gate: (gate * (h - 0.1)) if is_first else ((h - 0.1) * gate),
+        lambda m, h, gate: gate * (_by_convolution(h) - 0.1) if is_first else (_by_convolution(h) - 0.1) * gate,
     )
 
 
+def test_both_halves_of_a_gated_linear_unit_may_be_parts_of_one_projection() -> None:
+    _explained_with_a_constant(
+        lambda m, h: 0.5 * F.silu(torch.cat([m.block(h), _by_convolution(h)], 1)).chunk(2, 1)[0],
+        lambda m, h, gate: gate * torch.cat([_by_convolution(h), m.block(h)], 1).chunk(2, 1)[0],
+    )
+
+
+def _gated_in_space(h: Tensor) -> Tensor:
+    signal, gate = F.gelu(torch.cat([h, _by_convolution(h)], 1)).chunk(2, 1)
+    return signal * _by_convolution(gate)
+
+
+NO_GATED_LINEAR_UNIT: dict[str, Callable[[Layers, Tensor], Tensor]] = {
+    "two gates": lambda m, h: F.silu(m.block(h)) * F.gelu(_by_convolution(h)),
+    "a rectified gate": lambda m, h: F.relu(m.block(h)) * _by_convolution(h),
+    "activations of two streams": lambda m, h: F.silu(m.block(h)) * F.relu(_by_convolution(h)),
+    "squeezed and excited": lambda m, h: (
+        m.block(h) * torch.sigmoid(m.block(h).mean((2, 3, 4), True)) * _by_convolution(h)
+    ),
+    "excited by a rectifier": lambda m, h: F.silu(m.block(h)) * (1 + F.relu(_by_convolution(h.mean((2, 3, 4), True)))),
+    "modulated by channel": lambda m, h: F.silu(m.block(h)) * (1 + _by_convolution(h.mean((2, 3, 4), True))),
+    "attention of large kernels": lambda m, h: (lambda u: u * _by_convolution(m.block(u)))(F.gelu(_by_convolution(h))),
+    "a spatial gating unit": lambda m, h: _gated_in_space(m.block(h)),
+}
+
+
+@pytest.mark.parametrize("name", NO_GATED_LINEAR_UNIT)
+def test_products_with_an_activation_that_may_be_the_signal_are_refused(name: str) -> None:
+    body = NO_GATED_LINEAR_UNIT[name]
+    with pytest.raises(UnsupportedOperationError, match=r"mul .*neither factor, or both"):
+        DeepTaylor(model(lambda m, x: m.head(body(m, F.relu(m.stem(x))))), LOW, HIGH).attribute(clips(), 1)
+
+
+def _tokens(h: Tensor) -> Tensor:
+    """Two numbers for each of four heads and eight times."""
+    return h.mean((3, 4)).unflatten(1, (4, 2)).transpose(2, 3)
+
+
+def _values(h: Tensor) -> Tensor:
+    return h.unflatten(1, (4, 2)).transpose(2, 3).flatten(3)
+
+
+def _in_place(values: Tensor) -> Tensor:
+    return values.unflatten(3, (2, 10, 10)).transpose(2, 3).flatten(1, 2)
+
+
+MIXED_HEADS: dict[str, tuple[Callable[[Layers, Tensor], Tensor], Callable[..., Tensor]]] = {
+    "by a linear layer, before and behind": (
+        lambda m, h: F.linear(
+            F.linear((_tokens(h) @ _tokens(h).mT).permute(0, 2, 3, 1), WEIGHT[:4, :4]).softmax(2), WEIGHT[4:, 4:]
+        ).permute(0, 3, 1, 2),
+        lambda m, h, mixed: _in_place(mixed @ _values(h)),
+    ),
+    "by a convolution, of weights behind the values": (
+        lambda m, h: F.conv2d((_tokens(h) @ _tokens(h).mT).softmax(2), WEIGHT[4:, 4:, None, None]),
+        lambda m, h, mixed: _in_place((_values(h).mT @ mixed).mT),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXED_HEADS)
+def test_heads_of_attention_that_are_mixed(name: str) -> None:
+    """As in CaiT and DeepViT: what a layer makes of the weights of several heads are weights."""
+    _explained_with_a_constant(*MIXED_HEADS[name])
+
+
 @pytest.mark.parametrize(
-    "product",
+    "weights",
     [
-        lambda a, b: F.silu(a) * F.gelu(b),
-        lambda a, b: F.relu(a) * b,
-        lambda a, b: a * torch.sigmoid(a.mean((2, 3, 4), keepdim=True)) * b,
+        lambda s: F.linear(s.softmax(3), WEIGHT),
+        lambda s: F.linear(s.softmax(1).permute(0, 2, 3, 1), WEIGHT[:4, :4]).permute(0, 3, 1, 2),
+        lambda s: F.conv2d(s.softmax(3), WEIGHT[:4, :4, None, None].expand(4, 4, 1, 3), padding=(0, 1)),
+        lambda s: F.linear(s.log_softmax(3).permute(0, 2, 3, 1), WEIGHT[:4, :4]).permute(0, 3, 1, 2),
     ],
-    ids=["two gates", "a rectified signal", "a squeezed and excited signal"],
+    ids=["over what was normalised", "over other heads", "over neighbours", "logarithms"],
 )
-def test_no_gated_linear_unit(product: Callable[[Tensor, Tensor], Tensor]) -> None:
-    with pytest.raises(UnsupportedOperationError, match="mul"):
-        DeepTaylor(model(lambda m, x: m.head(product(m.stem(x), m.block(F.relu(m.stem(x)))))), LOW, HIGH).attribute(
-            clips(), 1
-        )
+def test_what_a_layer_makes_of_normalised_numbers_is_no_attention(weights: Callable[[Tensor], Tensor]) -> None:
+    """A code book's words, say: a layer that adds up what a softmax normalised makes signals of it."""
 
+    def body(m: Layers, x: Tensor) -> Tensor:
+        h = F.relu(m.stem(x))
+        return m.head(F.relu(_in_place(weights(_tokens(h) @ _tokens(h).mT) @ _values(h))))
 
-def test_heads_of_attention_that_are_mixed() -> None:
-    """Before the softmax and behind it, as in CaiT: what a layer makes of the weights are weights."""
-
-    def weights(m: Layers, h: Tensor) -> Tensor:
-        tokens = h.mean((3, 4)).unflatten(1, (4, 2)).transpose(2, 3)
-        scores = (tokens @ tokens.mT).permute(0, 2, 3, 1)
-        return F.linear(F.linear(scores, WEIGHT[:4, :4]).softmax(2), WEIGHT[4:, 4:]).permute(0, 3, 1, 2)
-
-    def attended(m: Layers, h: Tensor, mixed: Tensor) -> Tensor:
-        values = h.unflatten(1, (4, 2)).transpose(2, 3).flatten(3)
-        return (mixed @ values).unflatten(3, (2, 10, 10)).transpose(2, 3).flatten(1, 2)
-
-    _explained_with_a_constant(weights, attended)
+    with pytest.raises(UnsupportedOperationError, match="not of two factors"):
+        DeepTaylor(model(body), LOW, HIGH).attribute(clips(), 1)
 
 
 KERNELS: dict[str, tuple[Callable[[Layers, Tensor], Tensor], Callable[..., Tensor]]] = {
@@ -995,18 +1059,13 @@ KERNELS: dict[str, tuple[Callable[[Layers, Tensor], Tensor], Callable[..., Tenso
             h.shape
         ),
     ),
-    "of signed numbers": (
+    "of signed numbers, the bias too": (
         lambda m, h: m.block(h).mean((2, 3, 4)).view(1, 8, 1, 1, 1) * m.block.weight,
-        lambda m, h, kernel: F.conv3d(h, kernel, m.block.bias, padding=1),
+        lambda m, h, kernel: F.conv3d(h, kernel, kernel.mean((1, 2, 3, 4)), padding=1),
     ),
-    "of two dimensions, by each example": (
+    "of two dimensions": (
         lambda m, h: m.block(h).mean((2, 3, 4)).view(-1, 1, 1, 1).expand(-1, 1, 3, 3),
-        lambda m, h, kernel: (
-            F.conv2d(h.flatten(0, 1).transpose(0, 1), kernel, padding=1, groups=len(kernel))
-            .transpose(0, 1)
-            .unflatten(0, (-1, 8))
-            .reshape(h.shape)
-        ),
+        lambda m, h, kernel: F.conv2d(_frames(h), kernel, padding=1, groups=8).unflatten(0, (-1, 8)).transpose(1, 2),
     ),
     "transposed": (
         lambda m, h: torch.sigmoid(m.block(h)).mean((2, 3, 4)).view(8, 1, 1, 1, 1).expand(8, 8, 1, 1, 1),
@@ -1021,13 +1080,16 @@ def test_a_kernel_that_is_made_of_the_input_gets_nothing(name: str) -> None:
     _explained_with_a_constant(*KERNELS[name])
 
 
-def test_a_kernel_of_every_example_s_own() -> None:
+@pytest.mark.parametrize("size", [None, 1, 3])
+def test_a_kernel_of_every_example_s_own(size: int | None) -> None:
     """As in TANet: examples and channels are groups of one convolution."""
     made, used = KERNELS["of each channel, along time"]
     m = model(lambda m, x: m.head(F.relu(used(m, F.relu(m.stem(x)), made(m, F.relu(m.stem(x)))))))
-    method = DeepTaylor(m, LOW, HIGH)
-    together = method.attribute(clips(2), 1)
-    torch.testing.assert_close(together, torch.cat([method.attribute(one[None], 1) for one in clips(2)]))
+    method = DiscriminativeDeepTaylor(m, LOW, HIGH, readout="mean")
+    together = method.attribute(clips(2), 1, internal_batch_size=size)
+    alone = [method.attribute(one[None], 1) for one in clips(2)]
+    for found, *expected in zip(together, *alone, strict=True):
+        torch.testing.assert_close(found, torch.cat(expected))
 
 
 def test_a_part_of_a_sigmoid_s_output_beside_a_gate_is_a_signal() -> None:

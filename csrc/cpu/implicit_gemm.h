@@ -39,8 +39,8 @@ struct Sums {
 constexpr int kEpilogueBlocks = 3;
 
 // What a sweep makes of slabs that are packed. `start` has what each output channel's sum begins with, and as many numbers more
-// as a block has channels, or is null. Epilogue: void(const Spot&, const Sums<Sum>&), the spot being what is written, and
-// approach(const Spot&), called a while before.
+// as a block has channels, or is null, as where there are two output parts. Epilogue: void(const Spot&, const Sums<Sum>&), the
+// spot being what is written, and approach(const Spot&), called a while before.
 template <typename Kernel, typename Operand, typename Sum, typename Epilogue>
 class SweepRunner {
  public:

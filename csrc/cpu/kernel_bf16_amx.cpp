@@ -243,6 +243,8 @@ void run_column(int positions, const bfloat16* a, int64_t position_stride, const
 // Loading four tiles and multiplying them takes 64 cycles, of however few rows: hence `spans_gaps`.
 constexpr int64_t kNearBytes = 36 << 10;  // of the first-level cache, 48 KB
 
+static_assert(kChannels <= kMostChannels);
+
 constexpr MicroKernel<bfloat16, float> kKernel = {"amx", kPositions, kChannels, 2, run, kTileDepth, begin, true, kNearBytes};
 constexpr MicroKernel<bfloat16, float> kColumnKernel = {"amx",      4 * kRows, kTileChannels, 2,         run_column,
                                                         kTileDepth, begin,     true,          kNearBytes};

@@ -143,6 +143,8 @@ constexpr int most(int channels) { return planar_vectors(kRegisters, channels); 
 
 constexpr PlanarKernel<bfloat16, float> kPlanar = {kLanes, {0, most(1), most(2), most(3), most(4), most(5), most(6)}, run_planar};
 
+static_assert(kChannels <= kMostChannels);
+
 constexpr MicroKernel<bfloat16, float> kKernel = {"avx512", kPositions, kChannels, 2, run};
 
 }  // namespace

@@ -66,6 +66,8 @@ void run_planar(int channels, int vectors, const bfloat16* a, int64_t plane, con
 
 constexpr PlanarKernel<bfloat16, float> kPlanar = {kLanes, {0, 4, 4, 4, 4, 4, 4}, run_planar};
 
+static_assert(kChannels <= kMostChannels);
+
 constexpr MicroKernel<bfloat16, float> kKernel = {"generic", kPositions, kChannels, 2, run};
 
 }  // namespace
