@@ -506,3 +506,37 @@ def test_workloads_are_the_networks() -> None:
 
 def geometries(layers: Any) -> set[tuple[Any, ...]]:
     return {(c.c_in, c.c_out, c.size, c.kernel, c.stride, c.padding) for c in layers}
+
+
+def test_the_model_zoo_says_what_arrives_and_what_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zoo = script("model_zoo")
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv3d(3, 4, 1), nn.Conv3d(3, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.a(x) * self.b(x)).mean((2, 3, 4))
+
+    def torch_() -> Any:
+        layers = nn.Conv3d(3, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 3)
+        layers[-1].weight.data.fill_(1.0)
+        yield zoo.Entry("torch", "plain", lambda: nn.Sequential(*layers), (2, 6, 5))
+        yield zoo.Entry("torch", "product", Product, (2, 6, 5))
+        yield zoo.Entry("torch", "left out", Product, (2, 6, 5))
+
+    torch_.__name__ = "torch"
+
+    def absent() -> Any:
+        raise AssertionError("it is not installed")
+
+    monkeypatch.setattr(zoo, "LIBRARIES", (torch_, absent))
+    zoo.main(["--only", "plain|product", "--out", str(tmp_path / "zoo.md")])
+    written = (tmp_path / "zoo.md").read_text()
+    assert written.strip() == capsys.readouterr().out.strip()
+    assert "| torch | plain | 2x6x5 | 100 % of the score |" in written
+    assert "| torch | product | 2x6x5 | refused: mul (1) |" in written
+    assert "left out" not in written and torch.__version__.split("+")[0] in written
