@@ -228,7 +228,7 @@ def table(rows: list[Row]) -> Iterator[str]:
     libraries = dict.fromkeys(row.entry.library for row in rows)
     versions = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", *libraries))
     about = machine()
-    yield f"One explanation each on {about['cpu']} ({about['feature_level']}), {about['threads']} thread(s), {about['date']}; "
+    yield f"One explanation each on {about['cpu']} ({about['feature_level']}), {about['threads']} thread(s), {about['date']};"
     yield f"commit {about['commit']}, {', '.join(versions)}. Seconds are of one run and include tracing."
     yield ""
     yield "| library | network | clip | arrives at the pixels | s |"
