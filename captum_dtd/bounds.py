@@ -84,10 +84,9 @@ def broadcast_bound(name: str, bound: Bound, like: Tensor) -> Tensor:
         TypeError: if the bound is not numbers.
         ValueError: if it neither has one value per channel nor broadcasts, or is not finite.
     """
+    # Torch takes no arrays that run backwards.
+    numbers = bound.copy() if isinstance(bound, np.ndarray) else bound
     try:
-        numbers = (
-            np.ascontiguousarray(bound) if isinstance(bound, np.ndarray) else bound
-        )  # torch takes none that run backwards
         value = torch.as_tensor(numbers, dtype=like.dtype, device=like.device)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(

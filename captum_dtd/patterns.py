@@ -24,7 +24,6 @@ from captum_dtd.operations import (
     SHAPE_ONLY,
     SHAPE_READERS,
     aten,
-    batch_norm,
     maximum_over,
 )
 
@@ -44,7 +43,7 @@ PARTS = (
 SUMMARIES = PARTS | REDUCTIONS | CLAMPS | {maximum_over, aten.pow.Tensor_Scalar}
 """Operations that leave a gate a gate: sums, means, maxima, limits and powers of what is bounded."""
 
-PROJECTIONS = CONVOLUTIONS | {aten.linear.default, aten.matmul.default, aten.addmm.default, batch_norm}
+PROJECTIONS = CONVOLUTIONS | {aten.linear.default, aten.matmul.default}
 """Layers that make a signal of another one."""
 
 
@@ -141,9 +140,9 @@ def are_weights(node: Any, dim: int) -> bool:
             if dim == rank - 1:
                 return False
         elif node.target in CONVOLUTIONS:
-            if dim < 2 or shape_of(node.args[1])[dim] != 1:
+            if shape_of(node.args[1])[dim] != 1:
                 return False
-        elif node.target not in (CASTS | {aten.clone.default, aten.contiguous.default, aten.dropout.default}):
+        elif node.target not in CASTS:
             return False
         node = node.args[0]
     return int(node.args[1]) % len(shape_of(node)) == dim

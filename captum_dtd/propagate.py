@@ -579,7 +579,8 @@ def _module_at(model: nn.Module, path: str) -> nn.Module | None:
 
 
 _AMBIGUOUS = {
-    "mul": "  neither factor, or both, comes from a sigmoid, tanh, erf, softmax, silu or gelu, or is one over what the other has",
+    "mul": "  neither factor, or both, comes from a sigmoid, tanh, erf or softmax, is the gate of a gated linear unit, or is one "
+    "over what is found in the other",
     "div": "  the divisor is no constant, nor found in the dividend or its weights alone",
     **dict.fromkeys(
         ("matmul", "bmm", "mm", "einsum", "tensordot"), "  not of two factors, one a constant or from a softmax"

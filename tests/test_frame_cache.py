@@ -190,15 +190,18 @@ def test_weights_are_told_apart_wherever_they_lie(dtype: torch.dtype) -> None:
     assert len(names) == 4
 
 
+class Weighted(nn.Module):
+    """Scores times weights that are given beside the clips, added up for each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = build()
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        return self.net(x) * weights.reshape(len(x), -1).sum(1, keepdim=True)  # type: ignore[no-any-return]
+
+
 def test_additional_arguments_are_part_of_what_is_explained(video: Tensor) -> None:
-    class Weighted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = build()
-
-        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-            return self.net(x) * weight.unsqueeze(1)  # type: ignore[no-any-return]
-
     method, cache = DiscriminativeDeepTaylor(Weighted().eval(), LOW, HIGH), FrameCache()
     clip = windows(video)[0]
     for weight in (torch.tensor([1.0], dtype=torch.float64), torch.tensor([3.0], dtype=torch.float64)):
@@ -444,15 +447,6 @@ def test_frames_are_those_of_all_inputs(video: Tensor) -> None:
 
 def test_arguments_and_bounds_may_lie_in_memory_as_they_like(video: Tensor) -> None:
     """Expanded and transposed ones, and those that want gradients."""
-
-    class Weighted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = build()
-
-        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-            return self.net(x) + weight.sum((1, 2)).unsqueeze(1)  # type: ignore[no-any-return]
-
     clip = video[:, :, :8]
     low = np.full((6, 6, 1, 3, 1), LOW).T
     high = torch.full((6, 6), HIGH, dtype=torch.float64, requires_grad=True).t().expand(1, 3, 1, 6, 6)

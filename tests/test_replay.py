@@ -12,7 +12,7 @@ import pickle
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import pytest
@@ -173,81 +173,66 @@ def test_recordings_are_few_and_go_only_when_they_are_idle() -> None:
     assert Repeated.finished == 1
 
 
+def times_a_mask(inputs: Tensor, choose: replay.Choose) -> Tensor:
+    return choose(inputs)[0] * inputs
+
+
+def compute(kept: replay.Replay, key: Hashable, run: Callable[..., Tensor] = times_a_mask) -> None:
+    """A computation under a key, whose result is three times its input."""
+    assert_equal(
+        kept(key, run, torch.ones(2), lambda output: [torch.full_like(output, 3.0)], []), torch.full((2,), 3.0)
+    )
+
+
 def test_a_recording_that_is_in_use_stays_and_the_one_that_was_idle_longest_goes() -> None:
-    made: list[Tensor] = []
-
-    def run(inputs: Any, choose: replay.Choose) -> Tensor:
-        return choose(inputs)[0] * inputs
-
-    def compute(key: str) -> None:
-        made.append(kept(key, run, torch.ones(2), lambda output: [torch.full_like(output, 3.0)], []))
-
     kept = replay.Replay(pytest.fail)
     for key in "ABCD" * 2 + "EE":
-        compute(key)
+        compute(kept, key)
     for _ in range(15):  # B, C and D are in use as long as E waits for a place; A last was as the fifth computation
-        compute("B"), compute("C"), compute("D"), compute("E")
+        for key in "BCDE":
+            compute(kept, key)
         if kept._computations <= 5 + replay._IDLE:
             assert Repeated.made == 4
     assert (Repeated.made, Repeated.finished) == (5, 1)
     for key in "BCDE":
-        compute(key)
+        compute(kept, key)
     assert Repeated.made == 5
-    compute("A")
+    compute(kept, "A")
     assert Repeated.made == 5, "nothing has to go for it yet"
-    assert all(torch.equal(each, torch.full((2,), 3.0)) for each in made)
 
 
 def test_a_recording_goes_after_so_many_computations_and_no_sooner() -> None:
     kept = replay.Replay(pytest.fail)
-
-    def compute(key: Any) -> None:
-        kept(
-            key,
-            lambda inputs, choose: choose(inputs)[0] * inputs,
-            torch.ones(2),
-            lambda output: [torch.full_like(output, 3.0)],
-            [],
-        )
-
     for key in "ABCDABCD":
-        compute(key)
+        compute(kept, key)
     for _ in range(replay._IDLE - 3):  # after A three others were
-        compute("E")
+        compute(kept, "E")
     assert (Repeated.made, Repeated.finished) == (4, 0)
-    compute("E")
+    compute(kept, "E")
     assert (Repeated.made, Repeated.finished) == (5, 1)
 
 
 def test_computations_that_are_remembered_are_few_and_the_oldest_are_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def compute(key: int) -> None:
-        kept(
-            key,
-            lambda inputs, choose: choose(inputs)[0] * inputs,
-            torch.ones(2),
-            lambda output: [torch.full_like(output, 3.0)],
-            [],
-        )
-
     kept = replay.Replay(pytest.fail)
     for key in range(2 * replay._MOST_KNOWN):
-        compute(key)
+        compute(kept, key)
     assert len(kept._known) == replay._MOST_KNOWN
-    compute(0)  # forgotten: this is its first time again
+    compute(kept, 0)  # forgotten: this is its first time again
     assert Repeated.made == 0
-    compute(2 * replay._MOST_KNOWN - 1)
+    compute(kept, 2 * replay._MOST_KNOWN - 1)
     assert Repeated.made == 1
 
     def refuse(self: Any, function: Any, device: Any) -> None:
         raise RuntimeError("not permitted")
 
     monkeypatch.setattr(Repeated, "__init__", refuse)
-    kept, told = replay.Replay(lambda _: None), replay._MOST_KNOWN
-    for key in range(told + 10):
-        compute(key), compute(key)
-    assert len(kept._refused) <= told
+    kept = replay.Replay(lambda _: None)
+    for key in range(replay._MOST_KNOWN + 10):
+        for _ in range(2):
+            compute(kept, key)
+    assert 0 < len(kept._refused) <= replay._MOST_KNOWN
 
 
 def test_what_is_worked_out_once_is_worked_out_before_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,18 +247,16 @@ def test_what_is_worked_out_once_is_worked_out_before_it_is_recorded(monkeypatch
 
     monkeypatch.setattr(replay, "CudaGraph", Strict)
 
-    def run(inputs: Any, choose: replay.Choose) -> Tensor:
+    def run(inputs: Tensor, choose: replay.Choose) -> Tensor:
         if not worked_out[0]:
             assert not recording[0]
             worked_out[0] = True
-        return choose(inputs)[0] * inputs
+        return times_a_mask(inputs, choose)
 
     kept = replay.Replay(pytest.fail)
     for _ in range(3):
-        assert_equal(
-            kept("key", run, torch.ones(2), lambda output: [torch.full_like(output, 3.0)], []), torch.full((2,), 3.0)
-        )
-        worked_out[0] = recording[0]
+        compute(kept, "key", run)
+        worked_out[0] = False
     assert Repeated.made == 1
 
 

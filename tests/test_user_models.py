@@ -972,6 +972,16 @@ def test_both_halves_of_a_gated_linear_unit_may_be_parts_of_one_projection() -> 
     )
 
 
+def test_halves_of_a_gated_linear_unit_may_be_matrix_products() -> None:
+    def projected(h: Tensor) -> Tensor:
+        return (WEIGHT @ h.flatten(2)).unflatten(2, h.shape[2:])
+
+    _explained_with_a_constant(
+        lambda m, h: F.silu(projected(h.flip(2))),
+        lambda m, h, gate: gate * F.linear(h.movedim(1, 4), WEIGHT).movedim(4, 1),
+    )
+
+
 def _gated_in_space(h: Tensor) -> Tensor:
     signal, gate = F.gelu(torch.cat([h, _by_convolution(h)], 1)).chunk(2, 1)
     return signal * _by_convolution(gate)
@@ -980,6 +990,7 @@ def _gated_in_space(h: Tensor) -> Tensor:
 NO_GATED_LINEAR_UNIT: dict[str, Callable[[Layers, Tensor], Tensor]] = {
     "two gates": lambda m, h: F.silu(m.block(h)) * F.gelu(_by_convolution(h)),
     "a rectified gate": lambda m, h: F.relu(m.block(h)) * _by_convolution(h),
+    "no projection is activated": lambda m, h: F.silu(F.max_pool3d(h, 3, 1, 1)) * _by_convolution(h),
     "activations of two streams": lambda m, h: F.silu(m.block(h)) * F.relu(_by_convolution(h)),
     "squeezed and excited": lambda m, h: (
         m.block(h) * torch.sigmoid(m.block(h).mean((2, 3, 4), True)) * _by_convolution(h)
@@ -1021,6 +1032,19 @@ MIXED_HEADS: dict[str, tuple[Callable[[Layers, Tensor], Tensor], Callable[..., T
     "by a convolution, of weights behind the values": (
         lambda m, h: F.conv2d((_tokens(h) @ _tokens(h).mT).softmax(2), WEIGHT[4:, 4:, None, None]),
         lambda m, h, mixed: _in_place((_values(h).mT @ mixed).mT),
+    ),
+    "in another type, laid out anew, with dropout": (
+        lambda m, h: (
+            F.dropout(
+                F.linear((_tokens(h) @ _tokens(h).mT).softmax(3).transpose(1, 3), WEIGHT[4:, 4:]), 0.1, training=False
+            )
+            .float()
+            .transpose(3, 1)
+            .contiguous()
+            .clone()
+            .double()
+        ),
+        lambda m, h, mixed: _in_place(mixed @ _values(h)),
     ),
 }
 
