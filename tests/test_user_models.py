@@ -923,14 +923,17 @@ def _explained_with_a_constant(made: Callable[[Layers, Tensor], Tensor], used: C
     def rectified(m: Layers, x: Tensor) -> Tensor:
         return F.relu(m.stem(x))
 
+    m, x = model(lambda m, x: m.head(F.relu(used(m, rectified(m, x), made(m, rectified(m, x)))))), clips(1)
+    fixed = model(lambda m, x: m.head(F.relu(used(m, rectified(m, x), m.constant))))
+    with torch.no_grad():
+        fixed.register_buffer("constant", made(m, rectified(m, x)).clone())
+    method = DeepTaylor(fixed, LOW, HIGH)
+
     def expected(x: Tensor) -> Tensor:
         with torch.no_grad():
-            constant = made(m, rectified(m, x))
-        fixed = model(lambda m, x: m.head(F.relu(used(m, rectified(m, x), m.constant))))
-        fixed.register_buffer("constant", constant)
-        return DeepTaylor(fixed, LOW, HIGH).attribute(x, 1)
+            fixed.constant.copy_(made(m, rectified(m, x)))
+        return method.attribute(x, 1)
 
-    m, x = model(lambda m, x: m.head(F.relu(used(m, rectified(m, x), made(m, rectified(m, x)))))), clips(1)
     relevance = expected(x)
     assert relevance.abs().max() > 0
     torch.testing.assert_close(DeepTaylor(m, LOW, HIGH).attribute(x, 1), relevance)
