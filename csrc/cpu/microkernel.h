@@ -64,7 +64,7 @@ struct MicroKernel {
   int step = 1;               // of depth, at which weights come nearer
   void (*begin)() = nullptr;  // what a thread does before its calls, if anything
   bool spans_gaps = false;    // a call takes as long however few its positions: those between rows may as well be among them
-  int64_t near_bytes = 0;     // weights that had better stay in the first-level cache from call to call; 0: however many
+  int64_t near_bytes = 0;     // weights that had better stay in a cache from call to call; 0: however many
 };
 
 // Each instruction set is compiled in a file of its own, with its own flags. Null where this machine cannot run it.

@@ -120,6 +120,19 @@ class Planner {
     if (cut != Cut::Fitting) plan_.block_n = 1;
     plan_.count(plan_.sweep.n, plan_.sweep.grid);
     for (int a = 0; a < 3; ++a) plan_.extent[a] = plan_.extent_of(a, plan_.block[a]);
+    plan_.shared_padding = find_shared_padding();
+    plan_.extent[2] -= plan_.shared_padding;
+  }
+
+  // How many positions of padding at the end of a row can be the next row's beginning, too: no more than lie between two rows of
+  // the grid. So a kernel spans less there.
+  int64_t find_shared_padding() const {
+    const Sweep& sweep = plan_.sweep;
+    if (plan_.windows() || plan_.stride[2] > 1 || plan_.block[2] < sweep.grid[2]) return 0;
+    const int64_t width = plan_.extent[2], grain = plan_.grain[2];
+    const int64_t left = ceil_div(std::max<int64_t>(-sweep.base[2], 0), grain);
+    const int64_t right = width - ceil_div(std::max<int64_t>(sweep.in[2] - sweep.base[2], 0), grain);
+    return std::clamp<int64_t>(std::min(left, right), 0, width - sweep.grid[2]);
   }
 
   // Whole rows where they fit, then the block of T and H that packs the fewest positions for each it serves.

@@ -70,7 +70,8 @@ struct Plan : Blocks {
 
   // The slab holds every grain-th position of the input; a block's taps and positions are these many of them apart.
   int64_t grain[3], stride[3], step[3], taps[3];
-  int64_t extent[3];  // of a block's slab
+  int64_t extent[3];       // of a block's slab, from row to row and plane to plane
+  int64_t shared_padding;  // positions that are the end of a row and the beginning of the next one: zeros
 
   int64_t together;  // groups that share a slab: one, but where lanes are of several
 
@@ -104,7 +105,7 @@ struct Plan : Blocks {
     if (a == 0 && sweep.in_time != nullptr) return sweep.in_time->slab_frames();
     return (positions - 1) * stride[a] + (taps[a] > 1 ? (taps[a] - 1) * step[a] : 0) + 1;
   }
-  int64_t slab_positions() const { return block_n * extent[0] * extent[1] * extent[2]; }
+  int64_t slab_positions() const { return block_n * extent[0] * extent[1] * extent[2] + shared_padding; }
   int64_t tap_volume() const { return taps[0] * taps[1] * taps[2]; }
   int64_t packed_block() const { return chunks * tap_volume() * chunk * tiling.channels; }  // weights of a block of channels
   int64_t packed_weights() const { return bundles() * channel_blocks * packed_block(); }
