@@ -62,16 +62,20 @@ class SweepRunner {
       if (kernel_.begin != nullptr) kernel_.begin();
   }
 
-  // A block of channels.
-  void run(int64_t slab, int64_t block, const Scratch& mine) const {
+  // Blocks of channels.
+  void run(int64_t slab, int64_t first, int64_t last, const Scratch& mine) const {
     const Region here = region(plan_, slab);
     if (here.positions() == 0) return;  // another sweep's grid reaches further
-    if constexpr (kPlanar) {
-      run_planar_block(here, block, mine);
-    } else if (plan_.sweep.in_time != nullptr) {
-      run_block_in_time(here, block, mine);
-    } else {
-      run_block(here, block, mine);
+    if constexpr (!kPlanar)
+      if (take_turns(last - first)) return run_in_turns(here, first, last, mine);
+    for (int64_t block = first; block < last; ++block) {
+      if constexpr (kPlanar) {
+        run_planar_block(here, block, mine);
+      } else if (plan_.sweep.in_time != nullptr) {
+        run_block_in_time(here, block, mine);
+      } else {
+        run_block(here, block, mine);
+      }
     }
   }
 
@@ -231,6 +235,34 @@ class SweepRunner {
       }
       weights += plan_.tap_volume() * plan_.chunk * channels;
     }
+  }
+
+  // Whether the weights of so many blocks stay near, all together. Each has all that its sums need in one call then.
+  bool take_turns(int64_t blocks) const {
+    const int64_t bytes = plan_.packed_block() * static_cast<int64_t>(sizeof(Operand));
+    return plan_.sweep.in_time == nullptr && plan_.chunks == 1 && blocks > 1 && blocks * bytes <= 2 * kernel_.near_bytes;
+  }
+
+  // Call by call: what a call reads of the slab comes to the first-level cache once for all blocks, and all channels of its
+  // positions end together.
+  void run_in_turns(const Region& here, int64_t first, int64_t last, const Scratch& mine) const {
+    const int64_t channels = plan_.tiling.channels;
+    const Calls calls = calls_of(here);
+    Sum* const sums = mine.sums.as<Sum>();
+    for (int64_t block = first; block < last; ++block) approach_end(here, block, calls.line, calls.each.front());
+    for (const Call& call : calls.each)
+      for (int64_t block = first; block < last; ++block) {
+        if (&call != &calls.each.back()) approach_end(here, block, calls.line, (&call)[1]);
+        bool accumulate = begin_sums(here, block, 0, sums, call.count, call.taps);
+        each_stretch(call.taps, [&](int64_t tap, int64_t tap_count) {
+          const Operand* const own = block_weights(here, block) + tap * plan_.kernel_depth * channels;
+          kernel_.run(static_cast<int>(call.count), mine.slab.as<Operand>() + call.slab_at,
+                      plan_.stride[2] * plan_.position_pitch, plan_.offsets.data() + tap, tap_count, plan_.kernel_depth, own,
+                      sums, accumulate, Ahead<Operand>{own, 0});
+          accumulate = true;
+        });
+        finish(here, block, calls.line, call, sums, mine);
+      }
   }
 
   // What comes nearer while weights are multiplied: those a little further on.
@@ -563,10 +595,13 @@ class SlabRunner {
     for (const Runner& sweep : sweeps_) sweep.reserve(mine);
     sweeps_[0].begin();
     SlabPacker<Operand, Sum> packer(slab_, loops_, source_, mine.slab.template as<Operand>());
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t slab = item / of_slab(), of_this = item % of_slab();
-      if ((item == begin || of_this == 0) && slab_.tap_volume() > 0) packer.pack(region(slab_, slab));
-      sweeps_[static_cast<size_t>(of_this % count())].run(slab, of_this / count(), mine);
+    for (int64_t item = begin; item < end;) {
+      const int64_t slab = item / of_slab(), first = item % of_slab(), last = std::min(of_slab(), first + end - item);
+      if (slab_.tap_volume() > 0) packer.pack(region(slab_, slab));
+      // Item i is of sweep i % count().
+      for (int64_t i = 0; i < count(); ++i)
+        sweeps_[static_cast<size_t>(i)].run(slab, ceil_div(first - i, count()), ceil_div(last - i, count()), mine);
+      item += last - first;
     }
     settle_streams();
   }
