@@ -66,15 +66,14 @@ class SweepRunner {
   void run(int64_t slab, int64_t first, int64_t last, const Scratch& mine) const {
     const Region here = region(plan_, slab);
     if (here.positions() == 0) return;  // another sweep's grid reaches further
-    if constexpr (!kPlanar)
-      if (take_turns(last - first)) return run_in_turns(here, first, last, mine);
-    for (int64_t block = first; block < last; ++block) {
+    const int64_t together = take_turns(last - first) ? last - first : 1;
+    for (int64_t block = first; block < last; block += together) {
       if constexpr (kPlanar) {
         run_planar_block(here, block, mine);
       } else if (plan_.sweep.in_time != nullptr) {
         run_block_in_time(here, block, mine);
       } else {
-        run_block(here, block, mine);
+        run_blocks(here, block, block + together, mine);
       }
     }
   }
@@ -202,67 +201,52 @@ class SweepRunner {
     return can_span && pieces_of(plane.length()) < rows * pieces_of(row) ? plane : Line{row, 1, row};
   }
 
+  // Whether blocks take turns, call by call: what a call reads of the slab comes to the first-level cache once for all of them,
+  // and all channels of its positions end together. The weights of all these stay near then, and no sums outlast their call.
+  bool take_turns(int64_t blocks) const {
+    if constexpr (kPlanar) {
+      return false;
+    } else {
+      const int64_t bytes = plan_.packed_block() * static_cast<int64_t>(sizeof(Operand));
+      return plan_.sweep.in_time == nullptr && plan_.chunks == 1 && blocks > 1 && blocks * bytes <= 2 * kernel_.near_bytes;
+    }
+  }
+
   // Chunk by chunk, and perhaps some taps after the others, so that their weights stay in a cache for all positions.
-  void run_block(const Region& here, int64_t block, const Scratch& mine) const {
+  void run_blocks(const Region& here, int64_t first, int64_t last, const Scratch& mine) const {
     const int64_t channels = plan_.tiling.channels;
     const Calls calls = calls_of(here);
     const bool are_far = weights_are_far(calls);
     const std::vector<Taps> groups = groups_of({0, plan_.taps[0], 0, plan_.taps[1]}, are_far ? 1 : near_taps());
     const bool in_groups = are_far || kernel_.near_bytes > 0, outlast = plan_.chunks > 1 || groups.size() > 1;
-    const Operand* weights = block_weights(here, block);
     for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) {
       const Operand* slab = mine.slab.as<Operand>() + chunk * plan_.chunk_elements;
+      const int64_t chunk_at = chunk * plan_.tap_volume() * plan_.chunk * channels;
       for (const Taps& group : groups) {
         const auto taps_in = [&](const Call& call) { return call.taps.within(group); };
-        Approach<Operand> approach = approach_behind(group, weights, rows_of(calls.each.data(), calls.each.size(), taps_in));
-        for (const Call& call : calls.each) {
-          Sum* const sums = mine.sums.as<Sum>() + (outlast ? call.sums_at * channels : 0);
-          const Taps taps = taps_in(call);
-          const bool ends = chunk + 1 == plan_.chunks && &group == &groups.back();
-          if (ends && &call == calls.each.data()) approach_end(here, block, calls.line, call);
-          if (ends && &call != &calls.each.back()) approach_end(here, block, calls.line, (&call)[1]);
-          const bool begins = call.taps.empty() ? &group == &groups.front() : !taps.empty() && taps.begin_with(call.taps);
-          bool accumulate = !begins || begin_sums(here, block, chunk, sums, call.count, call.taps);
-          each_stretch(taps, [&](int64_t tap, int64_t tap_count) {
-            const Operand* const own = weights + tap * plan_.kernel_depth * channels;
-            kernel_.run(static_cast<int>(call.count), slab + call.slab_at, plan_.stride[2] * plan_.position_pitch,
-                        plan_.offsets.data() + tap, tap_count, plan_.kernel_depth, own, sums, accumulate,
-                        in_groups ? approach.over(tap_count * steps_of_tap()) : ahead(own));
-            accumulate = true;
-          });
-          if (ends) finish(here, block, calls.line, call, sums, mine);
-        }
+        Approach<Operand> approach = approach_behind(group, block_weights(here, last - 1) + chunk_at,
+                                                     (last - first) * rows_of(calls.each.data(), calls.each.size(), taps_in));
+        for (const Call& call : calls.each)
+          for (int64_t block = first; block < last; ++block) {
+            const Operand* const weights = block_weights(here, block) + chunk_at;
+            Sum* const sums = mine.sums.as<Sum>() + (outlast ? call.sums_at * channels : 0);
+            const Taps taps = taps_in(call);
+            const bool ends = chunk + 1 == plan_.chunks && &group == &groups.back();
+            if (ends && &call == calls.each.data()) approach_end(here, block, calls.line, call);
+            if (ends && &call != &calls.each.back()) approach_end(here, block, calls.line, (&call)[1]);
+            const bool begins = call.taps.empty() ? &group == &groups.front() : !taps.empty() && taps.begin_with(call.taps);
+            bool accumulate = !begins || begin_sums(here, block, chunk, sums, call.count, call.taps);
+            each_stretch(taps, [&](int64_t tap, int64_t tap_count) {
+              const Operand* const own = weights + tap * plan_.kernel_depth * channels;
+              kernel_.run(static_cast<int>(call.count), slab + call.slab_at, plan_.stride[2] * plan_.position_pitch,
+                          plan_.offsets.data() + tap, tap_count, plan_.kernel_depth, own, sums, accumulate,
+                          in_groups ? approach.over(tap_count * steps_of_tap()) : ahead(own));
+              accumulate = true;
+            });
+            if (ends) finish(here, block, calls.line, call, sums, mine);
+          }
       }
-      weights += plan_.tap_volume() * plan_.chunk * channels;
     }
-  }
-
-  // Whether the weights of so many blocks stay near, all together. Each has all that its sums need in one call then.
-  bool take_turns(int64_t blocks) const {
-    const int64_t bytes = plan_.packed_block() * static_cast<int64_t>(sizeof(Operand));
-    return plan_.sweep.in_time == nullptr && plan_.chunks == 1 && blocks > 1 && blocks * bytes <= 2 * kernel_.near_bytes;
-  }
-
-  // Call by call: what a call reads of the slab comes to the first-level cache once for all blocks, and all channels of its
-  // positions end together.
-  void run_in_turns(const Region& here, int64_t first, int64_t last, const Scratch& mine) const {
-    const int64_t channels = plan_.tiling.channels;
-    const Calls calls = calls_of(here);
-    Sum* const sums = mine.sums.as<Sum>();
-    for (int64_t block = first; block < last; ++block) approach_end(here, block, calls.line, calls.each.front());
-    for (const Call& call : calls.each)
-      for (int64_t block = first; block < last; ++block) {
-        if (&call != &calls.each.back()) approach_end(here, block, calls.line, (&call)[1]);
-        bool accumulate = begin_sums(here, block, 0, sums, call.count, call.taps);
-        each_stretch(call.taps, [&](int64_t tap, int64_t tap_count) {
-          const Operand* const own = block_weights(here, block) + tap * plan_.kernel_depth * channels;
-          kernel_.run(static_cast<int>(call.count), mine.slab.as<Operand>() + call.slab_at,
-                      plan_.stride[2] * plan_.position_pitch, plan_.offsets.data() + tap, tap_count, plan_.kernel_depth, own,
-                      sums, accumulate, Ahead<Operand>{own, 0});
-          accumulate = true;
-        });
-        finish(here, block, calls.line, call, sums, mine);
-      }
   }
 
   // What comes nearer while weights are multiplied: those a little further on.
